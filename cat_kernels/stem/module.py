@@ -1,0 +1,163 @@
+"""`MultiResConv`: the multi-resolution convolution stem of the Convolutional Audio Transformer, as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cat_kernels.stem.layout import strides
+from cat_kernels.stem.reference import multires_conv_dense
+from cat_kernels.stem.visible import multires_conv_visible
+
+BACKENDS = {"dense": multires_conv_dense, "visible": multires_conv_visible}
+
+
+class Embed(nn.Module):
+    """Conv2d with kernel = stride, then LayerNorm over the channels of each position."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, out_channels, stride, stride)
+        self.norm = nn.LayerNorm(out_channels, eps=1e-5)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+
+
+class ConvBlock(nn.Module):
+    """Weights of one conv block; 1x1 convolutions are kept as Linear layers, which start as PyTorch's convolutions do."""
+
+    def __init__(self, channels: int, mlp_ratio: float, kernel_size: int) -> None:
+        super().__init__()
+        hidden = int(channels * mlp_ratio)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.conv1 = nn.Linear(channels, channels)
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.conv2 = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+
+class MultiResConv(nn.Module):
+    """Multi-resolution convolution stem: spectrogram -> one token per patch (arXiv 2601.21612).
+
+    Args:
+        resolutions: pixels per position r_0 < ... < r_{n-1} at every stage, each a multiple of the one before. The last
+            one is the patch size P.
+        channels: width of every stage but the last (n - 1 of them); the last stage has ``embed_dim``.
+        embed_dim: token width D.
+        in_chans: input channels.
+        depth: conv blocks per stage (the last stage has none).
+        mlp_ratio: hidden width of a block's MLP over its width.
+        kernel_size: depthwise kernel, odd.
+        backend: "visible" computes visible patches only (exact), "dense" is the formula over all positions of all clones
+            (the oracle), "auto" picks the fastest that runs here. State dicts are the same for every backend.
+    """
+
+    def __init__(
+        self,
+        resolutions: tuple[int, ...] = (4, 8, 16),
+        channels: tuple[int, ...] = (256, 384),
+        embed_dim: int = 768,
+        in_chans: int = 1,
+        depth: int = 2,
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        resolutions, channels = tuple(resolutions), tuple(channels)
+        _check_settings(resolutions, channels, kernel_size, backend)
+        self.resolutions = resolutions
+        self.channels = channels
+        self.embed_dim = embed_dim
+        self.in_chans = in_chans
+        self.kernel_size = kernel_size
+        self.backend = backend
+        self.patch_size = resolutions[-1]
+
+        widths = (*channels, embed_dim)
+        self.embeds = nn.ModuleList(
+            Embed(c_in, c_out, k) for c_in, c_out, k in zip((in_chans, *channels), widths, strides(resolutions), strict=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(ConvBlock(c, mlp_ratio, kernel_size) for _ in range(depth)) for c in channels
+        )
+        self.sides = nn.ModuleList(
+            nn.Conv2d(c, embed_dim, self.patch_size // r, self.patch_size // r)
+            for c, r in zip(channels, resolutions[:-1], strict=True)
+        )
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Tokens of all patches, or of the visible ones.
+
+        Args:
+            spec: (B, in_chans, T, F) spectrogram, floating point; T and F multiples of the patch size P.
+            visible: (B*M, K) int64 patch indices h*W + w (W = F/P), distinct within a row, in any order; clip b owns rows
+                b*M .. (b+1)*M - 1. None: every patch is visible, in order.
+
+        Returns:
+            (B, L, D) with L = T/P * F/P, or (B*M, K, D): row k of a clone is the token of its k-th visible patch.
+
+        Raises:
+            ValueError: shapes that do not fit (T or F not a multiple of P, rows of ``visible`` not a multiple of B, ...).
+            TypeError: ``visible`` is not int64, ``spec`` is not floating point.
+        """
+        self._check_input(spec, visible)
+        backend = "visible" if self.backend == "auto" else self.backend
+        return BACKENDS[backend](self, spec, visible)
+
+    def _check_input(self, spec: Tensor, visible: Tensor | None) -> None:
+        P = self.patch_size
+        if spec.ndim != 4 or spec.shape[1] != self.in_chans:
+            raise ValueError(
+                f"spec has shape {tuple(spec.shape)}; expected (B, {self.in_chans}, T, F): add the missing dimension, e.g. spec[:, None]"
+            )
+        if not spec.is_floating_point():
+            raise TypeError(f"spec is {spec.dtype}; expected a floating-point tensor: convert it with spec.float()")
+        T, n_mels = spec.shape[2:]
+        if T == 0 or n_mels == 0 or T % P or n_mels % P:
+            raise ValueError(
+                f"spec has T={T} frames and F={n_mels} mel bins; both must be positive multiples of the patch size {P}: "
+                "pad or crop it"
+            )
+        if visible is None:
+            return
+        if visible.dtype != torch.int64:
+            raise TypeError(f"visible is {visible.dtype}; expected int64 patch indices (a boolean mask is not accepted)")
+        if visible.device != spec.device:
+            raise ValueError(f"visible is on {visible.device} and spec on {spec.device}; move one: visible.to(spec.device)")
+        B, L = spec.shape[0], (T // P) * (n_mels // P)
+        if visible.ndim != 2 or (visible.shape[0] % B if B else visible.shape[0]):
+            raise ValueError(
+                f"visible has shape {tuple(visible.shape)}; expected (B*M, K) with B={B} clips: M rows for every clip"
+            )
+        if not 1 <= visible.shape[1] <= L:
+            raise ValueError(f"visible lists {visible.shape[1]} patches a row; expected 1 to {L}, the patches of a {T} x {n_mels} spec")
+        # Looking at the values would synchronise a GPU, so only the CPU does.
+        if visible.device.type == "cpu" and not torch.compiler.is_compiling() and visible.numel():
+            low, high = visible.aminmax()
+            if low < 0 or high >= L:
+                raise ValueError(f"visible holds indices {low.item()} to {high.item()}; expected 0 to {L - 1} for a {T} x {n_mels} spec")
+
+    def extra_repr(self) -> str:
+        return f"resolutions={self.resolutions}, channels={self.channels}, embed_dim={self.embed_dim}, backend={self.backend!r}"
+
+
+def _check_settings(resolutions: tuple[int, ...], channels: tuple[int, ...], kernel_size: int, backend: str) -> None:
+    if not resolutions or any(r < 1 for r in resolutions):
+        raise ValueError(f"resolutions={resolutions}; expected one or more positive integers, e.g. (4, 8, 16)")
+    for fine, coarse in zip(resolutions, resolutions[1:], strict=False):
+        if coarse <= fine or coarse % fine:
+            raise ValueError(f"resolutions={resolutions}: {coarse} is not a larger multiple of {fine}; expected e.g. (4, 8, 16)")
+    if len(channels) != len(resolutions) - 1:
+        raise ValueError(
+            f"channels={channels} names {len(channels)} widths for resolutions={resolutions}; expected {len(resolutions) - 1}, "
+            "one for every resolution but the last, which has embed_dim"
+        )
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size}; expected a positive odd number, e.g. 5")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; expected 'auto' or one of {sorted(BACKENDS)}")

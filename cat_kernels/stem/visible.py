@@ -1,0 +1,82 @@
+"""The stem on the visible patches alone: the same tokens and gradients as the dense formula, at a fifth of the work.
+
+Every operation of the stem but one acts on a single position or inside one patch. The one exception, the depthwise
+convolution, reads neighbours, and there the mask has zeroed the invisible ones. So only rows of visible patches are ever
+made; the depthwise convolution finds its neighbours through a table (`layout.halo_rows`).
+
+Shapes: N = B * M clone rows, K visible patches each, S positions in a patch at the stage's resolution (p x p), c channels.
+``rows`` are (N*K*S, c), positions in block order (`layout.block_order`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
+
+if TYPE_CHECKING:
+    from cat_kernels.stem.module import ConvBlock, MultiResConv
+
+
+def patch_linear(rows: Tensor, conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
+    """A convolution with kernel = stride = prod(factors) on rows in block order: one matrix product."""
+    weight_DcS = conv.weight.flatten(2)
+    if len(factors) > 1:
+        weight_DcS = weight_DcS[:, :, block_order(factors, rows.device)]
+    weight = weight_DcS.transpose(1, 2).flatten(1)
+    return F.linear(rows.reshape(-1, weight.shape[1]), weight, conv.bias)
+
+
+def masked_depthwise(rows: Tensor, conv: torch.nn.Conv2d, halo: Tensor, order: Tensor) -> Tensor:
+    """Depthwise convolution of the visible rows, everything else being zero.
+
+    rows (R, c); halo (patches, (p + 2 radius)^2) row numbers, R for "zero"; order: `block_order` of the patch.
+    """
+    patches, c = halo.shape[0], rows.shape[1]
+    side = int(halo.shape[1] ** 0.5)
+    with_zero = F.pad(rows, (0, 0, 0, 1))
+    window = with_zero.index_select(0, halo.reshape(-1)).reshape(patches, side, side, c)
+    out = F.conv2d(window.permute(0, 3, 1, 2), conv.weight, conv.bias, groups=c)
+    return out.permute(0, 2, 3, 1).reshape(patches, -1, c)[:, order].reshape(-1, c)
+
+
+def conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor) -> Tensor:
+    """x + W2 . DW(m * (W1 . LN1(x) + b1)) + b2, then x + fc2(GELU(fc1(LN2(x)))), on visible rows."""
+    x = x + block.conv2(masked_depthwise(block.conv1(block.norm1(x)), block.dwconv, halo, order))
+    return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
+
+
+def multires_conv_visible(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+    """The stem on visible patches only. Returns (N, K, D), or (B, L, D) without ``visible`` (all patches visible)."""
+    B, _, T, n_mels = spec_BCTF.shape
+    P = stem.patch_size
+    H, W = T // P, n_mels // P
+    pixels_BLSC = patchify(spec_BCTF, stem.resolutions)
+    if visible_NK is None:
+        visible_NK = torch.arange(H * W, device=spec_BCTF.device).expand(B, H * W)
+        x = pixels_BLSC
+    else:
+        clip = torch.arange(visible_NK.shape[0], device=spec_BCTF.device) // (visible_NK.shape[0] // max(B, 1))
+        x = pixels_BLSC[clip[:, None], visible_NK]
+    N, K = visible_NK.shape
+    x = x.reshape(-1, x.shape[-1])
+
+    factors = strides(stem.resolutions)
+    tokens = None
+    for i, embed in enumerate(stem.embeds):
+        x = embed.norm(patch_linear(x, embed.proj, (factors[i],)))
+        if i == len(stem.resolutions) - 1:
+            break
+        coarser = factors[:i:-1]  # k_{n-1} .. k_{i+1}
+        halo = halo_rows(visible_NK, (H, W), coarser, stem.kernel_size // 2)
+        order = block_order(coarser, x.device)
+        for block in stem.stages[i]:
+            x = conv_block(block, x, halo, order)
+        side = patch_linear(x, stem.sides[i], coarser)
+        tokens = side if tokens is None else tokens + side
+    last = stem.proj(x)
+    return (last if tokens is None else last + tokens).reshape(N, K, -1)
