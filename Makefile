@@ -1,0 +1,72 @@
+# `make help` lists the targets. Everything but gpu-suite runs in a virtual environment that it makes and keeps up to date.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More for pip, e.g. PIP_ARGS="--index-url ..." for another build of torch.
+PIP_ARGS ?=
+# More for pytest, e.g. PYTEST_ARGS="tests/kernels -x".
+PYTEST_ARGS ?=
+OUT ?= gpu-suite
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+DATA := data/quickstart
+RUN := runs/quickstart
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format bench gpu-suite docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The steps are the commands a user would type.
+quickstart: $(INSTALLED) ## synthesise sounds, pre-train a tiny model, probe it against an untrained twin (minutes)
+	$(BIN)/cat-audio synth $(DATA) --seed 0
+	rm -rf $(RUN)
+	$(BIN)/cat-audio pretrain recipes/quickstart.yaml
+	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl --untrained-twin
+
+test: $(INSTALLED) ## run the tests; those marked gpu only where there is one
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## ruff (rules and format), and mypy on both packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## benchmarks on this machine
+	$(BIN)/python -m benchmarks
+
+# Installs nothing: for a bare machine with a GPU, run by the Python it is given.
+gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR
+	$(PYTHON) -m benchmarks.suite --out $(OUT)
+
+docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
+	@echo "docs/build/index.html"
+
+clean: ## remove the virtual environment, build leftovers and what quickstart made
+	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is younger than all that decides what is installed, so a second run costs nothing.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "cat-kernels needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	    rm -rf $(VENV); exit 1; }
+	@echo "Installing into $(VENV); the first time takes minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,test,clap]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
