@@ -1,0 +1,31 @@
+"""Manifests, audio files, features and batches."""
+
+from cat.data.audio import AudioError, read_audio
+from cat.data.dataset import Batch, DataConfig, Failure
+from cat.data.embeddings import EmbeddingError, EmbeddingStore, EmbeddingWriter, gather_embeddings, open_embeddings
+from cat.data.features import FEATURE_PRESETS, FeatureConfig, log_mel
+from cat.data.loader import eval_batches, pretrain_batches
+from cat.data.manifest import Clip, Manifest, ManifestError, load_manifest, write_manifest
+
+__all__ = [
+    "FEATURE_PRESETS",
+    "AudioError",
+    "Batch",
+    "Clip",
+    "DataConfig",
+    "EmbeddingError",
+    "EmbeddingStore",
+    "EmbeddingWriter",
+    "Failure",
+    "FeatureConfig",
+    "Manifest",
+    "ManifestError",
+    "eval_batches",
+    "gather_embeddings",
+    "load_manifest",
+    "log_mel",
+    "open_embeddings",
+    "pretrain_batches",
+    "read_audio",
+    "write_manifest",
+]

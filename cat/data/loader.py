@@ -1,0 +1,86 @@
+"""Batches for pre-training and evaluation, prepared by worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cat.data.dataset import Batch, DataConfig, EvalDataset, Failure, PretrainDataset
+from cat.data.features import FeatureConfig
+from cat.data.manifest import Manifest, load_manifest
+
+if TYPE_CHECKING:
+    from cat.masks import MaskConfig
+
+
+class TooManyFailures(RuntimeError):
+    """More clips could not be read than the configuration allows."""
+
+
+def pretrain_batches(
+    data: DataConfig,
+    features: FeatureConfig,
+    masks: MaskConfig | None,
+    *,
+    patch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int,
+    manifest: Manifest | None = None,
+) -> Iterator[Batch]:
+    """Batches of the steps ``start_step`` .. ``start_step + num_steps - 1``: the same ones in whatever run, process or
+    number of workers they are asked for.
+
+    A clip that cannot be read gives its place to the next one of the epoch's order that can, with that clip's own labels
+    and embedding; it is named in ``Batch.failures``. ``manifest`` saves reading ``data.train`` again.
+    """
+    dataset = PretrainDataset(
+        load_manifest(data.train) if manifest is None else manifest, data, features, masks, patch_size=patch_size, seed=seed
+    )
+    return iter(_loader(dataset, range(start_step, start_step + num_steps), data.num_workers, data.prefetch))
+
+
+def eval_batches(
+    manifest: Manifest, features: FeatureConfig, batch_size: int = 32, num_workers: int = 0
+) -> Iterator[Batch]:
+    """All clips once, in order, cropped at the centre or padded; the last batch may be smaller.
+
+    A clip that cannot be read is left out and named in ``Batch.failures`` (``Batch.clips`` says which ones are there); no
+    batch is empty. RuntimeError if not one clip can be read.
+    """
+    dataset = EvalDataset(manifest, features, batch_size)
+    ready: Batch | None = None
+    failures: list[Failure] = []
+    for batch in _loader(dataset, range(len(dataset)), num_workers, prefetch=2):
+        failures += batch.failures
+        if len(batch.clips) == 0:
+            continue
+        if ready is not None:
+            yield ready
+        ready, failures = dataclasses.replace(batch, failures=failures), []
+    if ready is None:
+        raise RuntimeError(
+            f"not one of the {len(manifest)} clips of {manifest.source} could be read; the first: "
+            f"{failures[0].path}: {failures[0].reason}"
+        )
+    yield dataclasses.replace(ready, failures=ready.failures + failures)
+
+
+def _loader(dataset: Dataset[Batch], steps: range, num_workers: int, prefetch: int) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # an item is a whole batch
+        sampler=steps,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
