@@ -1,0 +1,419 @@
+"""The Convolutional Audio Transformer, from spectrogram to losses (arXiv 2601.21612).
+
+Read top to bottom: configuration, positions, block, encoder (stem, CLS, blocks), decoder, and `CAT`, which pre-trains a
+student encoder against its own moving average.
+
+Shapes: B clips, M masks a clip, N = B * M clip-clones (clip b owns rows b*M .. (b+1)*M - 1), T frames, F mel bins,
+P patch, H x W = T/P x F/P patches, L = H * W (patch h*W + w), K visible patches, D embedding width.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cat_kernels import (
+    MultiResConv,
+    average_targets,
+    ema_update_,
+    gather_tokens,
+    masked_regression_loss,
+    restore_tokens,
+)
+from cat_kernels.stem.layout import patchify
+
+MAX_ROWS = 768  # rows of patches the table of positions covers: two minutes of audio at P = 16
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of encoder and decoder; the defaults are the paper's base model.
+
+    ``stem`` is "multires" (the convolution stem) or "patch" (one plain P x P patch embedding; resolutions = (P,)).
+    """
+
+    stem: str = "multires"
+    resolutions: tuple[int, ...] = (4, 8, 16)
+    channels: tuple[int, ...] = (256, 384)
+    embed_dim: int = 768
+    depth: int = 11
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    mel_bins: int = 128
+    decoder_dim: int = 768
+    decoder_layers: int = 6
+    decoder_groups: int = 16
+    decoder_kernel: int = 3
+    stem_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.stem not in ("multires", "patch"):
+            raise ValueError(f"stem={self.stem!r}; expected 'multires' or 'patch'")
+        if self.stem == "patch" and len(self.resolutions) != 1:
+            raise ValueError(f"stem='patch' with resolutions={self.resolutions}; expected one, the patch size: (16,)")
+        if self.embed_dim % 4 or self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} with num_heads={self.num_heads}; expected a multiple of 4 (sin-cos positions) "
+                "and of num_heads"
+            )
+        if self.mel_bins % self.patch_size:
+            raise ValueError(f"mel_bins={self.mel_bins} is not a multiple of the patch size {self.patch_size}")
+        for name, width in (("embed_dim", self.embed_dim), ("decoder_dim", self.decoder_dim)):
+            if self.decoder_layers and width % self.decoder_groups:
+                raise ValueError(f"{name}={width} is not a multiple of decoder_groups={self.decoder_groups}")
+
+    @property
+    def patch_size(self) -> int:
+        return self.resolutions[-1]
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        channels=(48, 96), embed_dim=192, depth=4, num_heads=3, decoder_dim=192, decoder_layers=2, decoder_groups=16
+    ),
+    "small": ModelConfig(channels=(128, 192), embed_dim=384, num_heads=6, decoder_dim=384, decoder_layers=4),
+    "base": ModelConfig(),
+    "large": ModelConfig(channels=(320, 512), embed_dim=1024, depth=23, num_heads=16, decoder_dim=1024),
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the student is trained on: L = L_p + global_weight * L_g + regularisation_weight * L_r.
+
+    ``global_loss_reduction`` "sum" is the published recipe: L_g and L_r are *sums* over the clip-clones of the batch, while
+    L_p is a mean over masked tokens, so at weight 1 they grow with the batch per GPU. "mean" divides by their number.
+    ``regularisation_layer`` d: 0 takes the CLS token of the last block, d > 0 the one block d's MLP puts out.
+    ``regularisation_distance``: "l2" (the paper's s), "cosine", "l1" or "kl". ``teacher_top_k``: average the last k blocks
+    into the target, 0 means all. ``noise_std``: deviation of the noise that stands for masked patches in the decoder.
+    """
+
+    global_weight: float = 1.0
+    regularisation_weight: float = 0.0
+    regularisation_layer: int = 0
+    regularisation_distance: str = "l2"
+    global_loss_reduction: str = "sum"
+    teacher_top_k: int = 0
+    noise_std: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.regularisation_distance not in DISTANCES:
+            raise ValueError(
+                f"regularisation_distance={self.regularisation_distance!r}; expected one of {sorted(DISTANCES)}"
+            )
+        if self.global_loss_reduction not in ("sum", "mean"):
+            raise ValueError(f"global_loss_reduction={self.global_loss_reduction!r}; expected 'sum' or 'mean'")
+
+
+# --------------------------------------------------------------------------------------------------------- encoder
+
+
+def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
+    """Fixed 2-D sin-cos table (rows * columns, dim) float32: first half encodes the column w, second half the row h."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (w, h)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+class Block(nn.Module):
+    """Post-norm transformer block; gives its output and the output of its MLP, from which targets are made."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+
+    def attention(self, x_NSD: Tensor) -> Tensor:
+        N, S, D = x_NSD.shape
+        q, k, v = self.qkv(x_NSD).reshape(N, S, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, S, D))
+
+    def forward(self, x_NSD: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm1(x_NSD + self.attention(x_NSD))
+        t = self.fc2(F.gelu(self.fc1(x)))
+        return self.norm2(x + t), t
+
+
+class PatchEmbed(nn.Module):
+    """One plain P x P patch embedding, on the visible patches only: the stem of the authors' ablation."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(1, embed_dim, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+
+    def forward(self, spec_B1TF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+        pixels_BLP = patchify(spec_B1TF, (self.patch_size,)).squeeze(2)
+        if visible_NK is not None:
+            B, N = spec_B1TF.shape[0], visible_NK.shape[0]
+            clip = torch.arange(N, device=spec_B1TF.device) // (N // max(B, 1))
+            pixels_BLP = pixels_BLP[clip[:, None], visible_NK]
+        return F.linear(pixels_BLP, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Stem, fixed positions, CLS token, LayerNorm, post-norm blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.embed_dim
+        if config.stem == "patch":
+            self.stem: nn.Module = PatchEmbed(config.patch_size, D)
+        else:
+            self.stem = MultiResConv(config.resolutions, config.channels, D, backend=config.stem_backend)
+        columns = config.mel_bins // config.patch_size
+        self.positions: Tensor
+        self.register_buffer("positions", sincos_positions(D, MAX_ROWS, columns), persistent=False)
+        self.cls = nn.Parameter(torch.randn(D))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks.apply(_init_linear)
+
+    def embed(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+        """What the first block sees: (N, 1+K, D), CLS first, or (B, 1+L, D) without ``visible``."""
+        self._check_spec(spec)
+        tokens = self.stem(spec, visible)
+        return self.norm(gather_tokens(tokens, visible, self.positions, self.cls, select=False))
+
+    def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Output of the last block.
+
+        Args:
+            spec: (B, 1, T, F) normalised log-mel spectrogram; T a multiple of P, F = ``config.mel_bins``.
+            visible: (B*M, K) int64 patch indices; None: all patches.
+
+        Returns:
+            (B*M, 1+K, D), or (B, 1+L, D) without ``visible``: CLS, then the patches in the order asked for.
+        """
+        x = self.embed(spec, visible)
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+    def _check_spec(self, spec: Tensor) -> None:
+        P, n_mels = self.config.patch_size, self.config.mel_bins
+        if spec.ndim != 4 or spec.shape[1] != 1 or spec.shape[3] != n_mels:
+            raise ValueError(f"spec has shape {tuple(spec.shape)}; this encoder expects (B, 1, T, {n_mels})")
+        if spec.shape[2] == 0 or spec.shape[2] % P or spec.shape[2] > MAX_ROWS * P:
+            raise ValueError(
+                f"spec has T={spec.shape[2]} frames; expected a positive multiple of the patch size {P}, at most {MAX_ROWS * P}"
+            )
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# --------------------------------------------------------------------------------------------------------- decoder
+
+
+class Decoder(nn.Module):
+    """Grouped 3x3 convolutions over the patch grid, each with LayerNorm and GELU, then a Linear back to D."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        widths = [config.embed_dim] + [config.decoder_dim] * config.decoder_layers
+        self.convs = nn.ModuleList(
+            nn.Conv2d(
+                c_in, c_out, config.decoder_kernel, padding=config.decoder_kernel // 2, groups=config.decoder_groups
+            )
+            for c_in, c_out in zip(widths, widths[1:], strict=False)
+        )
+        self.proj = nn.Linear(widths[-1], config.embed_dim)
+        _init_linear(self.proj)
+
+    def forward(self, grid_NHWD: Tensor) -> Tensor:
+        """(N, H, W, D) tokens and noise on the patch grid -> predictions (N, H*W, D)."""
+        x = grid_NHWD
+        for conv in self.convs:
+            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=1e-5))
+            x = x + y if x.shape == y.shape else y
+        return self.proj(x).flatten(1, 2)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """s(a, b) = sum_d (a_d - b_d)^2 / sqrt(D), over the last dimension."""
+    return (a - b).square().sum(-1) * a.shape[-1] ** -0.5
+
+
+DISTANCES = {
+    "l2": squared_distance,
+    "l1": lambda a, b: (a - b).abs().sum(-1) * a.shape[-1] ** -0.5,
+    "cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=-1),
+    "kl": lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").sum(-1),
+}
+
+
+class PretrainOutput(NamedTuple):
+    """Losses of one step, 0-dim float32 tensors; only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    regression: Tensor  # L_p
+    global_: Tensor  # L_g, not weighted
+    regularisation: Tensor  # L_r, not weighted; 0 without an external embedding
+    pred_std: Tensor  # deviation of predictions and targets over tokens, mean over D: collapse shows here first
+    target_std: Tensor
+
+
+class CAT(nn.Module):
+    """Pre-training: a student that sees a fifth of the patches predicts what its moving average makes of the clip.
+
+    Args:
+        config: architecture.
+        objective: losses and their weights.
+        embedding_dim: width D_e of the external embeddings, or None without representation regularisation.
+    """
+
+    def __init__(
+        self, config: ModelConfig, objective: ObjectiveConfig | None = None, embedding_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.objective = objective or ObjectiveConfig()
+        if self.objective.regularisation_weight and embedding_dim is None:
+            raise ValueError(
+                f"regularisation_weight={self.objective.regularisation_weight} needs external embeddings, but embedding_dim "
+                "is None: give the data set embeddings (`cat-audio embed`), or set the weight to 0"
+            )
+        for name, value in (
+            ("regularisation_layer", self.objective.regularisation_layer),
+            ("teacher_top_k", self.objective.teacher_top_k),
+        ):
+            if not 0 <= value <= config.depth:
+                raise ValueError(f"{name}={value}; expected 0 to {config.depth}, the number of blocks")
+        self.student = Encoder(config)
+        self.decoder = Decoder(config)
+        self.regulariser = nn.Linear(config.embed_dim, embedding_dim) if embedding_dim else None
+        if self.regulariser is not None:
+            _init_linear(self.regulariser)
+        self.teacher = deepcopy(self.student).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> CAT:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def targets(self, spec: Tensor) -> Tensor:
+        """Y (B, L, D) float32: the teacher's MLP outputs, instance-normalised over the clip, averaged, normalised over D."""
+        x = self.teacher.embed(spec)
+        depth = self.config.depth
+        used = self.objective.teacher_top_k or depth
+        total = None
+        for i, block in enumerate(self.teacher.blocks):
+            x, t = block(x)
+            if i >= depth - used:
+                total = average_targets([t[:, 1:]], partial=total, num_layers=used if i == depth - 1 else None)
+        return total
+
+    def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """The student on its visible patches: last block's output (N, 1+K, D), and the CLS (N, D) that L_r looks at."""
+        x = self.student.embed(spec, visible)
+        cls = None
+        for i, block in enumerate(self.student.blocks, start=1):
+            x, t = block(x)
+            if i == self.objective.regularisation_layer:
+                cls = t[:, 0]
+        return x, x[:, 0] if cls is None else cls
+
+    def decode(self, x: Tensor, visible: Tensor, grid: tuple[int, int], rng: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Predictions (N, L, D) from the student's output; ``noise`` (N, L-K, D) replaces what ``rng`` would draw."""
+        H, W = grid
+        sigma = self.objective.noise_std if noise is None else 0.0
+        tokens_NLD = restore_tokens(x[:, 1:], visible, H * W, rng, sigma=sigma)
+        if noise is not None:
+            masked = masked_indices(visible, H * W)[:, :, None].expand(noise.shape)
+            tokens_NLD = tokens_NLD.scatter(1, masked, noise.to(tokens_NLD.dtype))
+        return self.decoder(tokens_NLD.unflatten(1, (H, W)))
+
+    def forward(
+        self,
+        spec: Tensor,
+        visible: Tensor,
+        embedding: Tensor | None = None,
+        *,
+        rng: Tensor,
+        mask_noise: Tensor | None = None,
+    ) -> PretrainOutput:
+        """Losses of one batch.
+
+        Args:
+            spec: (B, 1, T, F) normalised log-mel spectrograms.
+            visible: (B*M, K) int64, see `cat.masks.inverse_block_masks`.
+            embedding: (B, D_e) external embedding of every clip, or None.
+            rng: (2,) int64, seed and offset of the noise in the decoder.
+            mask_noise: (B*M, L-K, D) noise to use in place of drawn noise, masked patches in ascending order.
+        """
+        P = self.config.patch_size
+        grid = (spec.shape[2] // P, spec.shape[3] // P)
+        target_BLD = self.targets(spec)
+        x, cls = self.encode(spec, visible)
+        prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
+        mask_NL = visible_to_mask(visible, grid[0] * grid[1])
+        regression = masked_regression_loss(prediction_NLD, target_BLD, mask_NL)
+
+        o = self.objective
+        M = visible.shape[0] // max(spec.shape[0], 1)
+        reduce = torch.sum if o.global_loss_reduction == "sum" else torch.mean
+        target_cls = target_BLD.mean(1).repeat_interleave(M, dim=0)
+        global_ = reduce(squared_distance(x[:, 0].float(), target_cls))
+        loss = regression + o.global_weight * global_
+        regularisation = torch.zeros_like(regression)
+        if self.regulariser is not None and o.regularisation_weight:
+            if embedding is None:
+                raise ValueError("this model has a regularisation term, but the batch has no external embedding")
+            projected = self.regulariser(cls).float()
+            distance = DISTANCES[o.regularisation_distance]
+            regularisation = reduce(distance(projected, embedding.float().repeat_interleave(M, dim=0)))
+            loss = loss + o.regularisation_weight * regularisation
+
+        with torch.no_grad():
+            pred_std = token_std(prediction_NLD, mask_NL)
+            target_std = token_std(target_BLD)
+        return PretrainOutput(loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std)
+
+    @torch.no_grad()
+    def update_teacher(self, decay: float | Tensor) -> None:
+        """teacher = decay * teacher + (1 - decay) * student, in float32."""
+        ema_update_(list(self.teacher.parameters()), list(self.student.parameters()), decay)
+
+
+def visible_to_mask(visible_NK: Tensor, L: int) -> Tensor:
+    """(N, L) bool, True where a patch is masked."""
+    mask = torch.ones(visible_NK.shape[0], L, dtype=torch.bool, device=visible_NK.device)
+    return mask.scatter(1, visible_NK, False)
+
+
+def masked_indices(visible_NK: Tensor, L: int) -> Tensor:
+    """(N, L-K) int64: the masked patches in ascending order."""
+    mask = visible_to_mask(visible_NK, L)
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : L - visible_NK.shape[1]]
+
+
+def token_std(x_NLD: Tensor, mask_NL: Tensor | None = None) -> Tensor:
+    """Deviation over the tokens (the masked ones), per channel, averaged over channels: mean_d sqrt(var + 1e-6)."""
+    x = x_NLD.float()
+    weight = torch.ones_like(x[..., :1]) if mask_NL is None else mask_NL[..., None].float()
+    count = weight.sum()
+    mean = (x * weight).sum((0, 1)) / count
+    variance = ((x - mean).square() * weight).sum((0, 1)) / (count - 1)
+    return (variance + 1e-6).sqrt().mean()
