@@ -387,8 +387,9 @@ class CAT(nn.Module):
             loss = loss + o.regularisation_weight * regularisation
 
         with torch.no_grad():
+            times_masked_BL = mask_NL.unflatten(0, (-1, M)).sum(1) if M else mask_NL
             pred_std = token_std(prediction_NLD, mask_NL)
-            target_std = token_std(target_BLD)
+            target_std = token_std(target_BLD, times_masked_BL)
         return PretrainOutput(loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std)
 
     @torch.no_grad()
@@ -409,10 +410,9 @@ def masked_indices(visible_NK: Tensor, L: int) -> Tensor:
     return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : L - visible_NK.shape[1]]
 
 
-def token_std(x_NLD: Tensor, mask_NL: Tensor | None = None) -> Tensor:
-    """Deviation over the tokens (the masked ones), per channel, averaged over channels: mean_d sqrt(var + 1e-6)."""
-    x = x_NLD.float()
-    weight = torch.ones_like(x[..., :1]) if mask_NL is None else mask_NL[..., None].float()
+def token_std(x_NLD: Tensor, weight_NL: Tensor) -> Tensor:
+    """Deviation over tokens, each counted ``weight`` times, averaged over channels: mean_d sqrt(var_d + 1e-6)."""
+    x, weight = x_NLD.float(), weight_NL[..., None].float()
     count = weight.sum()
     mean = (x * weight).sum((0, 1)) / count
     variance = ((x - mean).square() * weight).sum((0, 1)) / (count - 1)
