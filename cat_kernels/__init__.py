@@ -1,3 +1,27 @@
-"""Kernels of the Convolutional Audio Transformer: exact, fast PyTorch operators with references beside them."""
+"""Kernels of the Convolutional Audio Transformer: exact, fast PyTorch operators with references beside them.
+
+Every operator has a folder: the mathematics (README.md), the formula in plain PyTorch (reference.py), the registered
+operator (op.py) and its specification (spec.py), from which tests and benchmarks are driven. `explain()` tells which
+backend runs each of them here.
+"""
 
 __version__ = "0.1.0"
+
+from cat_kernels.backends import explain
+from cat_kernels.ema import ema_update_
+from cat_kernels.gather import gather_tokens
+from cat_kernels.loss import masked_regression_loss
+from cat_kernels.restore import restore_tokens
+from cat_kernels.stem import MultiResConv
+from cat_kernels.targets import average_targets
+
+__all__ = [
+    "MultiResConv",
+    "__version__",
+    "average_targets",
+    "ema_update_",
+    "explain",
+    "gather_tokens",
+    "masked_regression_loss",
+    "restore_tokens",
+]

@@ -77,11 +77,18 @@ def normal(rng: Tensor, count: int) -> Tensor:
     Returns float32 (count,) on the device of `rng`. Never synchronises with the host.
     """
     out = torch.empty(count, dtype=torch.float32, device=rng.device)
+    return fill_normal_(out, rng)
+
+
+def fill_normal_(out: Tensor, rng: Tensor, sigma: float = 1.0) -> Tensor:
+    """Fill the 1-D tensor `out` with sigma * `normal(rng, out.numel())`, rounded to its dtype; returns it."""
+    count = out.numel()
     step = 4 * (CHUNK_CPU if rng.device.type == "cpu" else CHUNK_ACCELERATOR)
     for start in range(0, count, step):
         stop = min(start + step, count)
         counter = torch.arange(start // 4, (stop + 3) // 4, dtype=torch.int64, device=rng.device) + rng[1]
-        out[start:stop] = randn4x(rng[0], counter).view(-1)[: stop - start]
+        noise = randn4x(rng[0], counter).view(-1)[: stop - start]
+        out[start:stop] = noise if sigma == 1.0 else noise * sigma
     return out
 
 

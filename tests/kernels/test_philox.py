@@ -36,7 +36,7 @@ def test_counters_broadcast():
     assert all(w.shape == (3, 4) for w in words)
     single = philox.philox_words(7, 2, 3)
     assert [int(w[2, 3]) for w in words] == [int(w) for w in single]
-    assert all(0 <= int(w.min()) and int(w.max()) <= philox.WORD for w in words)
+    assert all(int(w.min()) >= 0 and int(w.max()) <= philox.WORD for w in words)
 
 
 def test_counter_dtype_is_checked():

@@ -1,0 +1,110 @@
+"""The `cat_kernels` operator library and the one way an operator enters it.
+
+Built on `Library.define` and `Library.impl`: an eager call then costs about half of what `torch.library.custom_op`
+costs. `benchmarks/` measures it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+from cat_kernels.backends import resolve
+
+NAMESPACE = "cat_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# Dispatch keys an operator is implemented for; the implementation itself is chosen by `backends.resolve`.
+DEVICES = ("cpu", "cuda")
+_AUTOCAST_KEYS = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+
+
+def register(
+    operator: str,
+    schema: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: tuple[int, ...] = (),
+) -> torch._ops.OpOverload:
+    """Define one `torch.library` operator and return its overload.
+
+    operator: row of the backend table (`backends.OPERATORS`) that decides which implementation runs; the forward and
+        the backward of an operator share one row.
+    schema: PyTorch schema without the namespace. Its last argument must be `*, str backend="auto"`.
+    implementations: backend name -> function of the schema's other arguments.
+    fake: the same signature, on tensors without storage; gives shapes, dtypes and devices (results are contiguous).
+    setup_context, backward: as in `torch.library.register_autograd`. `setup_context` gets (ctx, inputs, output), and
+        `ctx.backend` is set for it. Without `backward`, differentiating the result is an error, never a silent zero.
+    autocast: positions of the tensor arguments that are cast to the active autocast dtype. All other arguments keep
+        theirs: inside an implementation autocast is off, so that its arithmetic is the same everywhere.
+    """
+    name = schema.split("(")[0]
+    qualname = f"{NAMESPACE}::{name}"
+    # flexible_layout: implementations accept any strides, so that a compiler need not copy inputs to fixed ones.
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device in DEVICES:
+        kernel = _kernel(operator, implementations, device)
+        LIBRARY.impl(name, kernel, device.upper())
+        LIBRARY.impl(name, _autocast_kernel(op, device, autocast), "Autocast" + device.upper(), with_keyset=True)
+    torch.library.register_fake(qualname, lambda *args, backend="auto": fake(*args), lib=LIBRARY)
+    if op._schema.is_mutable:
+        LIBRARY.impl(name, _mutating_autograd_kernel(op), "Autograd", with_keyset=True)
+    else:
+
+        def save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+            ctx.backend = keyword_only_inputs["backend"]
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+        formula = backward if backward is not None else _not_differentiable(name)
+        torch.library.register_autograd(qualname, formula, setup_context=save, lib=LIBRARY)
+    return op
+
+
+def _kernel(operator: str, implementations: Mapping[str, Callable[..., Any]], device: str) -> Callable[..., Any]:
+    def kernel(*args: Any, backend: str = "auto") -> Any:
+        return implementations[resolve(operator, backend, device)](*args)
+
+    return kernel
+
+
+def _autocast_kernel(op: torch._ops.OpOverload, device: str, positions: tuple[int, ...]) -> Callable[..., Any]:
+    def kernel(_: DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if positions:
+            dtype = torch.get_autocast_dtype(device)
+            args = tuple(_lower(arg, dtype) if i in positions else arg for i, arg in enumerate(args))
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return op(*args, **kwargs)
+
+    return kernel
+
+
+def _lower(arg: Any, dtype: torch.dtype) -> Any:
+    # float64 is left alone, as PyTorch's own autocast does.
+    return arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg
+
+
+def _mutating_autograd_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """In-place operators record nothing; the in-place operations inside them bump the version counters."""
+
+    def kernel(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
+
+
+def _not_differentiable(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"cat_kernels.{name} cannot be differentiated: second derivatives are not implemented. "
+            "Use the operator's reference (cat_kernels.<operator>.reference), which is plain PyTorch, for these."
+        )
+
+    return backward

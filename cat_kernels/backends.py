@@ -1,0 +1,183 @@
+"""Which implementation of an operator runs where, and why not the others.
+
+`OPERATORS` is the table: for every operator its implementations, the preferred one first. `resolve` picks one,
+`explain` tells what it would pick on this machine.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# An operator's own implementations, in the order "auto" prefers them.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "MultiResConv": ("visible", "dense"),
+    "gather_tokens": ("torch",),
+    "restore_tokens": ("torch",),
+    "average_targets": ("torch",),
+    "masked_regression_loss": ("torch",),
+    "ema_update_": ("torch",),
+    "fbank": ("torch",),
+}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run operators.
+
+    why_not: device type -> None where it can run, otherwise a sentence with the reason and the remedy.
+    """
+
+    name: str
+    description: str
+    why_not: Callable[[str], str | None]
+
+
+def _runs_anywhere(device: str) -> str | None:
+    return None
+
+
+def _why_not_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it with: pip install triton"
+    if device != "cuda":
+        return f"Triton kernels run on CUDA tensors, these are on {device}; move them with .cuda()"
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend("torch", "PyTorch operations", _runs_anywhere),
+    "visible": Backend("visible", "PyTorch operations on the visible patches only (exact)", _runs_anywhere),
+    "dense": Backend("dense", "PyTorch operations on all positions (the formula)", _runs_anywhere),
+    "triton": Backend("triton", "Triton kernels", _why_not_triton),
+}
+
+
+def why_not(operator: str, backend: str, device: str) -> str | None:
+    """None when `backend` can run `operator` on tensors of this device type, otherwise the reason and the remedy."""
+    if backend not in OPERATORS[operator]:
+        have = " or ".join(repr(name) for name in (*OPERATORS[operator], "auto"))
+        return f"{operator} has no {backend} implementation in this version; use backend={have}"
+    return BACKENDS[backend].why_not(device)
+
+
+@functools.cache
+def resolve(operator: str, backend: str = "auto", device: str = "cpu") -> str:
+    """The backend that runs `operator` on tensors of device type `device` ("cpu", "cuda").
+
+    backend: "auto" takes the first of the operator's implementations that can run; a name asks for just that one.
+    Raises ValueError for a name that is no backend, BackendError for one that cannot run here.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(OPERATORS)}")
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"{operator}: unknown backend {backend!r}; expected 'auto' or one of {_quoted(operator)}")
+        reason = why_not(operator, backend, device)
+        if reason is not None:
+            raise BackendError(f"backend={backend!r} cannot run {operator} on {device}: {reason}")
+        return backend
+    reasons = {name: why_not(operator, name, device) for name in OPERATORS[operator]}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendError(f"no backend can run {operator} on {device}: {told}")
+
+
+def _quoted(operator: str) -> str:
+    return ", ".join(repr(name) for name in OPERATORS[operator])
+
+
+@dataclass(frozen=True)
+class Row:
+    """What runs one operator on one device type; `others` gives for every other backend why it does not."""
+
+    operator: str
+    device: str
+    backend: str
+    others: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`print(cat_kernels.explain())` shows the versions and the table; the fields hold the same for programs."""
+
+    versions: dict[str, str]
+    rows: tuple[Row, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"{name:<11} {value}" for name, value in self.versions.items()]
+        lines.append("")
+        width = max((len(row.operator) for row in self.rows), default=8)
+        lines.append(f"{'operator':<{width}}  device  backend  not used")
+        for row in self.rows:
+            others = [f"{name}: {reason}" for name, reason in row.others.items()]
+            indent = "\n" + " " * (width + 19)
+            lines.append(f"{row.operator:<{width}}  {row.device:<6}  {row.backend:<7}  {indent.join(others)}".rstrip())
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(device: str | None = None) -> Explanation:
+    """Which backend every operator runs here, why not the others, and the versions that decide it.
+
+    device: "cpu" or "cuda"; None tells of both where there is a CUDA device, of the CPU otherwise.
+    """
+    if device is None:
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    elif device in ("cpu", "cuda"):
+        devices = (device,)
+    else:
+        raise ValueError(f"unknown device {device!r}; expected 'cpu', 'cuda' or None")
+    rows = tuple(_row(operator, device) for device in devices for operator in OPERATORS)
+    return Explanation(_versions(), rows)
+
+
+def _row(operator: str, device: str) -> Row:
+    chosen = resolve(operator, "auto", device)
+    others = {}
+    for name in dict.fromkeys((*OPERATORS[operator], "triton")):
+        if name != chosen:
+            reason = why_not(operator, name, device)
+            others[name] = reason if reason is not None else f"can run; {chosen} is preferred"
+    return Row(operator, device, chosen, others)
+
+
+def _versions() -> dict[str, str]:
+    from cat_kernels import __version__
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        gpus = ", ".join(f"{name} (sm_{_capability(i)})" for i, name in enumerate(names))
+    elif torch.version.cuda is None:
+        gpus = "none: this PyTorch was built without CUDA"
+    else:
+        gpus = "none: PyTorch sees no CUDA device"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "present, version unknown" if importlib.util.find_spec("triton") is not None else "not installed"
+    return {
+        "cat_kernels": __version__,
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "CUDA": torch.version.cuda or "not in this PyTorch",
+        "Triton": triton,
+        "GPU": gpus,
+        "CPU threads": str(torch.get_num_threads()),
+    }
+
+
+def _capability(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{major}{minor}"
