@@ -33,12 +33,12 @@ def write_run_figures(run_dir: str | Path) -> list[Path]:
     Reads the run's metrics.jsonl and config.yaml; the clip is the first of the run's last step that has a mask. Raises
     FileNotFoundError for a directory without metrics.
     """
-    from cat.pretrain import load_config
+    from cat.recipe import load_recipe
 
     run_dir = Path(run_dir)
     if not (run_dir / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{run_dir} has no metrics.jsonl; expected the directory of a pre-training run.")
-    config = load_config(run_dir / "config.yaml")
+    config = load_recipe(run_dir / "config.yaml")
     return [
         write_loss_curves(
             run_dir / "figures" / "loss.png", {run_dir.name: read_rows(run_dir / "metrics.jsonl", "train")}
