@@ -1,12 +1,14 @@
 """Released checkpoints and state dicts into ours, and back.
 
 The authors' code names parameters after fairseq's data2vec 2.0 (``modality_encoders.IMAGE.patch_embed.0.proj.weight``); the
-EMA teacher has the same names without decoder and projection. `cat-audio convert` does whole files.
+EMA teacher has the same names without decoder and projection. `cat-audio convert` does whole files: its output is a checkpoint for every command that takes one.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import pickle  # for the name of an error only
 import re
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cat.checkpoint import save_tensors
+from cat.data.features import FeatureConfig
 from cat.model import CAT, ModelConfig, ObjectiveConfig
 
 IMAGE = "modality_encoders.IMAGE."
@@ -213,9 +217,6 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
 
 def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """(student, teacher or None) of a released ``.pt`` file, or of a ``.safetensors`` with the same names.
@@ -235,7 +236,14 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
         )
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} cannot be read without executing code it holds ({str(error).strip().splitlines()[-3:][0]}); it mentions "
+                f"{sorted(foreign)}. If you trust it, save its weights alone where it came from: "
+                "torch.save({'model': checkpoint['model']}, ...)"
+            ) from None
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary with the weights under 'model'")
@@ -252,21 +260,21 @@ def _split_teacher(model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Convert a released CAT checkpoint (.pt or .safetensors) into a checkpoint directory of ours."
-    parser.add_argument("released", type=Path, help="the released file")
-    parser.add_argument("output", type=Path, help="directory to write; must not exist")
-    parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("released", type=Path, help="a released pre-training checkpoint: .pt, or .safetensors with its names")
+    parser.add_argument("output", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--num-heads", type=int, help="attention heads, which the weights do not show (default: width / 64)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from cat.checkpoint import save_model
-
+    if args.output.suffix != ".safetensors":
+        raise ValueError(f"{args.output}: expected a name that ends in .safetensors")
     student, teacher = read_released(args.released)
     model = from_released(student, teacher, num_heads=args.num_heads)
-    save_model(args.output, model)
+    config = {"model": dataclasses.asdict(model.config), "features": dataclasses.asdict(FeatureConfig())}
+    save_tensors(args.output, model.state_dict(), config=config)
     c = model.config
     print(
         f"{args.output}: {c.stem} stem {c.resolutions}, width {c.embed_dim}, {c.depth} blocks, {c.num_heads} heads, "
-        f"{'student and teacher' if teacher else 'student only'}"
+        f"{'student and teacher' if teacher else 'student only (also used as the teacher)'}"
     )
     return 0

@@ -69,18 +69,18 @@ def inverse_block_masks(
     draws = torch.arange(math.ceil((centres + L) / 4), device=device)
     mask = torch.arange(M, device=device)
     # one Philox counter gives four words; counter = (draw, step, clip, mask), the stream's name is folded into the key
-    words_BMR = torch.stack(
+    words_NR = torch.stack(
         philox_words(seed ^ (STREAM << 32), draws, step, clips.reshape(B, 1, 1), mask.reshape(1, M, 1)), dim=-1
-    ).reshape(B * M, -1)
+    ).flatten(2).flatten(0, 1)
 
-    centre = (words_BMR[:, :centres] * L) >> 32
+    centre = (words_NR[:, :centres] * L) >> 32
     reach = torch.arange(config.block, device=device) - config.block // 2
     rows = ((centre // W)[:, :, None] + reach).clamp(0, H - 1)
     columns = ((centre % W)[:, :, None] + reach).clamp(0, W - 1)
-    cells = (rows[:, :, :, None] * W + columns[:, :, None, :]).reshape(B * M, -1)
+    cells = (rows[:, :, :, None] * W + columns[:, :, None, :]).flatten(1)
     stamped = torch.zeros(B * M, L, dtype=torch.int64, device=device).scatter(1, cells, 1)
 
     # The K largest keys are visible: stamped cells first, in random order within both kinds, the cell's number last so that
     # no two keys are equal. So too many stamped cells lose random ones, and too few gain random others.
-    key = (stamped << 52) + (words_BMR[:, centres : centres + L] << 20) + torch.arange(L, device=device)
+    key = (stamped << 52) + (words_NR[:, centres : centres + L] << 20) + torch.arange(L, device=device)
     return key.topk(K, dim=1).indices.sort(dim=1).values
