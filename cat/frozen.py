@@ -200,20 +200,7 @@ class ClapEncoder:
     """
 
     def __init__(self, path: str | Path = DEFAULT_CLAP, *, device: torch.device | str = "cpu") -> None:
-        try:
-            from transformers import AutoFeatureExtractor, ClapAudioModelWithProjection
-        except ImportError as error:
-            raise ImportError("CLAP needs the package 'transformers': pip install 'cat-kernels[clap]'") from error
-        try:
-            self.extractor = AutoFeatureExtractor.from_pretrained(str(path))
-            self.model = ClapAudioModelWithProjection.from_pretrained(str(path), use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"CLAP weights {str(path)!r} could not be loaded: {_first_line(error)} Give a local directory that "
-                "holds config.json, preprocessor_config.json and model.safetensors (clap:/path/to/directory), or a hub "
-                "name with network access. Weights in pickle files are refused: convert them once with "
-                "model.save_pretrained(directory)."
-            ) from error
+        self.extractor, self.model = _load_clap(str(path))
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.name = f"clap:{path}"
@@ -237,6 +224,36 @@ class ClapEncoder:
         with _fixed_numpy_seed(0):
             features: Any = self.extractor(clip, sampling_rate=self.sample_rate, return_tensors="np")
         return features["input_features"], len(clip) > self.extractor.nb_max_samples
+
+
+def _load_clap(path: str) -> tuple[Any, Any]:
+    """CLAP's feature extractor and audio tower; the text tower in the file is not built."""
+    try:
+        from transformers import AutoFeatureExtractor, ClapAudioModelWithProjection, logging
+    except ImportError as error:
+        raise ImportError("CLAP needs the package 'transformers': pip install 'cat-kernels[clap]'") from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list every tensor of the text tower as unexpected
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(path)
+        model, found = ClapAudioModelWithProjection.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"CLAP {path!r} could not be loaded. Give a local directory with config.json, preprocessor_config.json and "
+            "model.safetensors (clap:/path/to/directory), or a hub name with network access. Weights in pickles are "
+            f"refused: convert them once with model.save_pretrained(directory). transformers says: {_first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+    if wrong:  # transformers would go on with random weights in their place
+        raise ValueError(
+            f"CLAP {path!r} lacks {len(wrong)} tensors of the audio tower (first: {wrong[0]}); expected the files that "
+            "ClapModel.save_pretrained or ClapAudioModelWithProjection.save_pretrained writes."
+        )
+    return extractor, model
 
 
 @contextlib.contextmanager

@@ -24,13 +24,12 @@ TINY = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_
 FEATURES = FeatureConfig(frames=64)
 
 
-@pytest.fixture(scope="module")
-def clap_directory(tmp_path_factory):
+def save_clap(directory, *, mel_bins: int, truncation: str, **audio) -> None:
     """CLAP as transformers builds it, small, saved as a newcomer would have it on disk."""
     transformers = pytest.importorskip("transformers")
-    audio = {
-        "num_mel_bins": 16,
-        "spec_size": 64,
+    audio |= {
+        "num_mel_bins": mel_bins,
+        "spec_size": 4 * mel_bins,
         "patch_embeds_hidden_size": 8,
         "hidden_size": 16,
         "depths": [1, 1],
@@ -48,10 +47,16 @@ def clap_directory(tmp_path_factory):
         "projection_dim": 24,
     }
     config = transformers.ClapConfig(audio_config=audio, text_config=text, projection_dim=24)
-    directory = tmp_path_factory.mktemp("clap")
     torch.manual_seed(0)
-    transformers.ClapModel(config).save_pretrained(directory, safe_serialization=True)
-    transformers.ClapFeatureExtractor(feature_size=16, max_length_s=1, truncation="rand_trunc").save_pretrained(directory)
+    transformers.ClapModel(config).save_pretrained(directory)
+    extractor = transformers.ClapFeatureExtractor(feature_size=mel_bins, max_length_s=1, truncation=truncation)
+    extractor.save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def clap_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clap")
+    save_clap(directory, mel_bins=16, truncation="rand_trunc")
     return directory
 
 
@@ -126,7 +131,10 @@ def test_random_projection_is_fixed_by_its_seed():
 def test_clap_reads_a_local_directory(clap_directory):
     encoder = build_encoder(f"clap:{clap_directory}")
     assert (encoder.sample_rate, encoder.dim) == (48000, 24)
-    waveform, lengths = noise(3, 60000), torch.tensor([60000, 48000, 20000])  # longer than, exactly, less than its second
+    waveform, lengths = (
+        noise(3, 60000),
+        torch.tensor([60000, 48000, 20000]),
+    )  # longer than, exactly, less than its second
     embedding = encoder(waveform, lengths)
     assert embedding.shape == (3, 24)
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
@@ -134,6 +142,29 @@ def test_clap_reads_a_local_directory(clap_directory):
     for b, n in enumerate(lengths.tolist()):
         torch.testing.assert_close(encoder(waveform[b : b + 1, :n])[0], embedding[b], atol=1e-5, rtol=1e-4)
     assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_clap_with_feature_fusion(tmp_path):
+    """The default, laion/clap-htsat-fused, is of this kind; the extractor alone would embed short clips by chance."""
+    save_clap(tmp_path, mel_bins=64, truncation="fusion", enable_fusion=True, aff_block_r=2)
+    encoder, waveform, lengths = ClapEncoder(tmp_path), noise(3, 60000), torch.tensor([60000, 48000, 20000])
+    embedding = encoder(waveform, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(encoder(waveform[b : b + 1, :n])[0], embedding[b], atol=1e-5, rtol=1e-4)
+
+
+def test_clap_that_lacks_weights_is_an_error(clap_directory, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in clap_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["audio_projection.linear1.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 tensors of the audio tower \(first: audio_projection.linear1.weight\)"
+    ):
+        ClapEncoder(tmp_path)
 
 
 def test_clap_agrees_with_transformers_own_path(clap_directory):
@@ -153,7 +184,7 @@ def test_clap_refuses_pickled_weights(clap_directory, tmp_path):
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((clap_directory / name).read_bytes())
     torch.save({"audio_projection.linear1.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="Weights in pickle files are refused"):
+    with pytest.raises(FileNotFoundError, match="Weights in pickles are refused"):
         ClapEncoder(tmp_path)
 
 
