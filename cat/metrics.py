@@ -1,0 +1,212 @@
+"""What a run reports while it trains: JSON Lines, TensorBoard, a progress display, the collapse check.
+
+``metrics.jsonl`` has one JSON object a line:
+
+- ``{"kind": "train", "step": s, "loss": ..., "regression": ..., "global": ..., "regularisation": ...,
+  "pred_std": ..., "target_std": ..., "grad_norm": ..., "lr": ..., "ema_decay": ...}`` for every update; s counts
+  updates done, so the first is 1
+- ``{"kind": "valid", "step": s, "loss": ..., ...}`` for every evaluation after update s
+- ``{"kind": "speed", "step": s, "clips_per_s": ..., "seconds": ...}`` every ``log_every`` updates
+
+Rows of kind train and valid are reproducible: a run that was killed and resumed has the same ones, digit for digit, on
+the CPU. A value that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from cat.files import replacing
+
+
+def read_rows(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics or failures file, of one kind if given; a last line cut short by a kill is left out.
+
+    Raises: ValueError naming the line when one in the middle is not JSON.
+    """
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}; delete the line") from None
+        if kind is None or row.get("kind") == kind:
+            rows.append(row)
+    return rows
+
+
+def truncate_rows(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
+    """Drop the rows after ``step`` from a file (a resumed run writes them again); returns the rows that stay."""
+    if not Path(path).exists():
+        return []
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+class JsonLines:
+    """An append-only file of JSON objects, flushed at every write."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put on disk what was written; a checkpoint must not be newer than the rows before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard of one run directory."""
+
+    def __init__(self, run_dir: str | os.PathLike[str], *, start_step: int = 0, tensorboard: bool = True) -> None:
+        run_dir = Path(run_dir)
+        truncate_rows(run_dir / "metrics.jsonl", start_step)
+        self._file = JsonLines(run_dir / "metrics.jsonl")
+        self._board = _board(run_dir / "tensorboard", start_step) if tensorboard else None
+
+    def train(self, rows: list[dict[str, Any]], *, clips_per_s: float, seconds: float) -> None:
+        """Every update's row to the file; their means, once, to TensorBoard."""
+        step = rows[-1]["step"]
+        self._file.write([{"kind": "train", **row} for row in rows])
+        self._file.write(
+            [{"kind": "speed", "step": step, "clips_per_s": round(clips_per_s, 3), "seconds": round(seconds, 3)}]
+        )
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "step"}
+        self._scalars("train", {**means, "clips_per_s": clips_per_s}, step)
+
+    def valid(self, row: dict[str, Any]) -> None:
+        self._file.write([{"kind": "valid", **row}])
+        self._scalars("valid", {key: value for key, value in row.items() if key != "step"}, row["step"])
+
+    def sync(self) -> None:
+        self._file.sync()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(f"{group}/{key}", value, step)
+
+
+def _board(path: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "TensorBoard is not installed: pip install 'cat-kernels[train]', or switch it off with "
+            "run.tensorboard=false"
+        ) from None
+    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+
+
+class CollapseCheck:
+    """Warns when predictions or targets hardly differ between tokens any more.
+
+    A collapsed run still has a falling loss: everything predicts the same constant. The standard deviations show it
+    first. The released code stops below 0.01 (predictions) and 0.1 (targets); here a warning comes after ``steps``
+    updates in a row below.
+    """
+
+    def __init__(self, *, pred_std: float, target_std: float, steps: int) -> None:
+        self._limits = {"pred_std": pred_std, "target_std": target_std}
+        self._steps = steps
+        self._below = dict.fromkeys(self._limits, 0)
+
+    def update(self, rows: Iterable[Mapping[str, float]]) -> list[str]:
+        """Count the updates in ``rows``; the warnings that are due, each once until the value recovers."""
+        warnings = []
+        for row in rows:
+            for key, limit in self._limits.items():
+                self._below[key] = self._below[key] + 1 if row[key] < limit else 0
+                if self._steps and self._below[key] == self._steps:
+                    name = {"pred_std": "predictions", "target_std": "targets"}[key]
+                    warnings.append(
+                        f"the {name} may have collapsed: {key} is {row[key]:.4f} at step {row['step']}, below "
+                        f"{limit:g} for {self._steps} steps; try a lower optim.lr or a longer optim.warmup_steps"
+                    )
+        return warnings
+
+
+class Progress:
+    """Loss, clips a second and time left: a bar on a terminal, a line now and then elsewhere (files, CI)."""
+
+    def __init__(
+        self, total: int, start: int, *, label: str, enabled: bool = True, seconds_between_lines: float = 10.0
+    ) -> None:
+        self._total, self._start, self._label = total, start, label
+        self._interval, self._begun, self._last_line = seconds_between_lines, time.monotonic(), -math.inf
+        self._enabled = enabled
+        self._bar = _bar(total, start, label) if enabled and sys.stderr.isatty() else None
+
+    def advance(self, step: int, *, loss: float, clips_per_s: float) -> None:
+        """Updates done so far, the mean loss of the latest, and the rate."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {clips_per_s:.1f} clips/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if self._enabled and (now - self._last_line >= self._interval or step == self._total):
+            self._last_line = now
+            left = (self._total - step) * (now - self._begun) / max(1, step - self._start)
+            print(
+                f"{self._label}: step {step}/{self._total}, loss {loss:.4f}, {clips_per_s:.1f} clips/s, "
+                f"{_duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(total: int, start: int, label: str) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("the progress display needs tqdm: pip install 'cat-kernels[train]'") from None
+    layout = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {postfix}]"
+    return tqdm(total=total, initial=start, desc=label, bar_format=layout, dynamic_ncols=True, file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

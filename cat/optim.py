@@ -1,0 +1,154 @@
+"""Optimiser, schedules and gradient clipping of pre-training (paper, section Implementation details)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine to 0. The defaults are the published recipe's."""
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Of matrices and kernels; vectors (biases, norms, the CLS token) have none."""
+    warmup_steps: int = 53_333
+    steps: int = 400_000
+    """Length of the run: the cosine reaches 0 here."""
+    clip_norm: float = 4.0
+    """Gradients are scaled down to this global L2 norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; expected at least 1")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}; expected 0 to steps ({self.steps}): shorten the warm-up or "
+                "lengthen the run"
+            )
+        if self.lr <= 0 or self.eps <= 0:
+            raise ValueError(f"lr is {self.lr} and eps is {self.eps}; expected both above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; expected two numbers in [0, 1)")
+        if self.weight_decay < 0 or self.clip_norm < 0:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay} and clip_norm is {self.clip_norm}; expected neither below 0"
+            )
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """The teacher's decay: linear from ``start`` to ``end`` over ``steps`` updates, then ``end``."""
+
+    start: float = 0.9998
+    end: float = 0.99999
+    steps: int = 100_000
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start <= 1 and 0 <= self.end <= 1):
+            raise ValueError(f"start is {self.start} and end is {self.end}; expected both in [0, 1]")
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}; expected 0 (decay is `end` throughout) or more")
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """The rate of the update that follows ``step`` updates.
+
+    Rises linearly to ``lr`` at ``warmup_steps``, then falls along a cosine that would reach 0 at ``steps``. The first
+    update already has a rate above 0 (the released code spends its first update at 0).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def ema_decay(config: EmaConfig, step: int) -> float:
+    """The teacher's decay after ``step`` updates."""
+    if step >= config.steps:
+        return config.end
+    return config.end - (config.end - config.start) * (1.0 - step / config.steps)
+
+
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to 1-D tensors, which are biases, norm weights and the CLS token."""
+    return parameter.ndim > 1
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are optimised, by name; the teacher's are not among them."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over two groups, with and without weight decay, one fused kernel a group where there is one."""
+    if not parameters:
+        raise ValueError("no parameters to optimise; expected at least one with requires_grad=True")
+    groups = [
+        {"params": [p for p in parameters.values() if decays(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters.values() if not decays(p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
+    """Scale gradients to a global L2 norm of at most ``clip_norm`` (0: never).
+
+    Returns the norm before, 0-dim, still on the device.
+    """
+    return nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else math.inf)
+
+
+# ---------------------------------------------------------------- state by name
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's whole state as named tensors, ``exp_avg.<parameter>`` and so on, ``step`` among them."""
+    return {
+        f"{kind}.{name}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, exactly.
+
+    Raises: ValueError when a parameter has no state, a wrong shape, or there is state of no parameter.
+    """
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if name not in parameters:
+            raise ValueError(f"optimiser state {key!r} belongs to no trained parameter of this model")
+        if kind != "step" and value.shape != parameters[name].shape:
+            raise ValueError(
+                f"optimiser state {key!r} has shape {tuple(value.shape)}; expected {tuple(parameters[name].shape)}"
+            )
+        state.setdefault(index[id(parameters[name])], {})[kind] = value
+    missing = [
+        name for name, p in parameters.items() if set(state.get(index[id(p)], {})) != {"step", "exp_avg", "exp_avg_sq"}
+    ]
+    if missing:
+        raise ValueError(
+            f"optimiser state lacks step, exp_avg or exp_avg_sq of {len(missing)} parameters, first {missing[0]!r}"
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
