@@ -55,7 +55,9 @@ def read_audio(
         raise AudioError(path, f"cannot be read: {reason}") from None
 
 
-def _read_open(file, path: Path, sample_rate: int, max_samples: int | None, start: float, min_samples: int) -> np.ndarray:
+def _read_open(
+    file, path: Path, sample_rate: int, max_samples: int | None, start: float, min_samples: int
+) -> np.ndarray:
     source_rate = file.samplerate
     if file.frames <= 0:
         raise AudioError(path, "empty: it has no samples")

@@ -1,8 +1,8 @@
 """What happens to a clip between the manifest and the batch; everything a pure function of (seed, step).
 
-Batch ``step`` takes positions p = step * B .. step * B + B - 1 of the endless sequence of epochs: epoch p // n, place p % n of
-that epoch's permutation. Crop, roll and gain come from a counter-based generator keyed by (seed, epoch, clip). So a run is
-resumed by its step alone, and the number of workers changes nothing.
+Batch ``step`` takes positions p = step * B .. step * B + B - 1 of the endless sequence of epochs: epoch p // n, place
+p % n of that epoch's permutation. Crop, roll and gain come from a counter-based generator keyed by (seed, epoch, clip).
+So a run is resumed by its step alone, and the number of workers changes nothing.
 """
 
 # Shapes: B clips, M masks per clip, N = B*M, K visible patches, n samples, T frames, F mel bins, D_e embedding width.
@@ -10,7 +10,9 @@ resumed by its step alone, and the number of workers changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,9 +86,14 @@ class Batch:
         """The batch with its tensors on ``device``; the copy does not block when they are pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _each(self, function) -> Batch:
-        fields = {name: getattr(self, name) for name in ("spec", "visible", "clips", "embedding")}
-        return dataclasses.replace(self, **{name: t if t is None else function(t) for name, t in fields.items()})
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return dataclasses.replace(
+            self,
+            spec=function(self.spec),
+            visible=None if self.visible is None else function(self.visible),
+            clips=function(self.clips),
+            embedding=None if self.embedding is None else function(self.embedding),
+        )
 
 
 class PretrainDataset(torch.utils.data.Dataset[Batch]):
@@ -126,12 +133,12 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
             visible=self._draw_masks(step, clips),
             clips=clips,
             labels=[self.manifest.clips[index].labels for index in indices],
-            embedding=None if self.embeddings is None else torch.from_numpy(np.concatenate(rows)),
+            embedding=_stack(rows),
             failures=failures,
         )
 
     def _read(self, position: int, failures: list[Failure]) -> tuple[np.ndarray, int, np.ndarray | None]:
-        """Waveform, index and embedding of the clip at ``position``, or of the next one in the epoch that can be read."""
+        """Waveform, index and embedding of the clip at ``position``, or of the epoch's next one that can be read."""
         n = len(self.manifest)
         epoch, place = divmod(position, n)
         order = self._permutation(epoch)
@@ -176,14 +183,14 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
 
 
 class EvalDataset(torch.utils.data.Dataset[Batch]):
-    """``dataset[i]`` is clips i*B .. i*B + B - 1 of the manifest, centre-cropped; clips that cannot be read are left out."""
+    """``dataset[i]`` is clips i*B .. i*B + B - 1 of the manifest, centre-cropped; unreadable ones are left out."""
 
     def __init__(self, manifest: Manifest, features: FeatureConfig, batch_size: int) -> None:
         self.manifest, self.features, self.batch_size = manifest, features, batch_size
         self.embeddings = open_embeddings(manifest)
 
     def __len__(self) -> int:
-        return -(-len(self.manifest) // self.batch_size)
+        return math.ceil(len(self.manifest) / self.batch_size)
 
     def __getitem__(self, number: int) -> Batch:
         waves, indices, rows = [], [], []
@@ -203,7 +210,7 @@ class EvalDataset(torch.utils.data.Dataset[Batch]):
             visible=None,
             clips=torch.tensor(indices, dtype=torch.int64),
             labels=[self.manifest.clips[index].labels for index in indices],
-            embedding=torch.from_numpy(np.concatenate(rows)) if self.embeddings is not None and rows else None,
+            embedding=_stack(rows),
             failures=failures,
         )
 
@@ -217,6 +224,12 @@ def _read_clip(path: Path, features: FeatureConfig, start: float) -> np.ndarray:
 def _embedding(store: EmbeddingStore | EmbeddingFiles | None, manifest: Manifest, index: int) -> np.ndarray | None:
     row = manifest.clips[index].embedding
     return None if store is None or row is None else store.rows([row])
+
+
+def _stack(rows: list[np.ndarray | None]) -> Tensor | None:
+    """(B, D_e); None without embeddings. Either all clips of a data set have one or none."""
+    found = [row for row in rows if row is not None]
+    return torch.from_numpy(np.concatenate(found)) if found else None
 
 
 def _spectrograms(waves: list[np.ndarray], features: FeatureConfig) -> Tensor:
@@ -236,6 +249,6 @@ def _spectrograms(waves: list[np.ndarray], features: FeatureConfig) -> Tensor:
 
 
 def _generator(seed: int, purpose: int, epoch: int, clip: int) -> np.random.Generator:
-    """A stream of its own for every (seed, purpose, epoch, clip): the Philox key and counter hold them, word 0 counts."""
+    """A stream of its own for every (seed, purpose, epoch, clip): they are Philox's key and the upper counter words."""
     mask = (1 << 64) - 1
     return np.random.Generator(np.random.Philox(key=[seed & mask, purpose], counter=[0, clip, epoch, 0]))

@@ -1,7 +1,7 @@
 """External embeddings of a data set: one memory-mapped ``.npy`` (rows, D_e) and a small JSON beside it.
 
-A row never parts from its clip: the manifest names each clip's row and the fingerprint of the list the rows were computed
-for, and both are checked when the file is opened. The released layout, one ``.npy`` a clip, is read too.
+A row never parts from its clip: the manifest names each clip's row and the fingerprint of the list that the rows were
+computed for, and both are checked when the file is opened. The released layout, one ``.npy`` a clip, is read too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class EmbeddingStore:
 
 
 class EmbeddingFiles:
-    """The released layout, one ``.npy`` of shape (dim,) or (1, dim) a clip, behind the interface of `EmbeddingStore`."""
+    """The released layout, a ``.npy`` of shape (dim,) or (1, dim) for each clip, behind `EmbeddingStore`'s interface."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -81,7 +81,7 @@ class EmbeddingFiles:
         return len(self.files)
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:
-        """(len(indices), dim) float32. AudioError, so that the clip is skipped and recorded, for a file that is unusable."""
+        """(len(indices), dim) float32. An unusable file is an AudioError: its clip is then skipped and recorded."""
         rows = np.empty((len(indices), self.dim), dtype=np.float32)
         for row, index in zip(rows, indices, strict=True):
             values = self._load(self.files[index])
@@ -172,11 +172,13 @@ class EmbeddingWriter:
         self._file.write(rows.tobytes())
 
     def __enter__(self) -> EmbeddingWriter:
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  # closed in __exit__
+        self._file = open(self._temporary, "wb")  # closed in __exit__
         self._file.write(b" " * _NPY_HEADER)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._commit()
@@ -192,7 +194,11 @@ class EmbeddingWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         linked = dataclasses.replace(
-            self._source, clips=tuple(self._clips), embeddings=self.path, embedding_files=None, embeddings_fingerprint=None
+            self._source,
+            clips=tuple(self._clips),
+            embeddings=self.path,
+            embedding_files=None,
+            embeddings_fingerprint=None,
         )
         linked = dataclasses.replace(linked, embeddings_fingerprint=linked.fingerprint)
         info = {

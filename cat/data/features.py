@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cat_kernels.mel import fbank
+
 
 @dataclass(frozen=True)
 class FeatureConfig:
@@ -35,8 +37,8 @@ class FeatureConfig:
                 raise ValueError(f"features.{name} is {getattr(self, name)}; it must be at least 1")
         if self.frame_shift < 1 or self.frame_length < 2:
             raise ValueError(
-                f"features.frame_length_ms {self.frame_length_ms} and frame_shift_ms {self.frame_shift_ms} give frames of "
-                f"{self.frame_length} samples every {self.frame_shift} at {self.sample_rate} Hz; make them longer"
+                f"features.frame_length_ms {self.frame_length_ms} and frame_shift_ms {self.frame_shift_ms} give frames "
+                f"of {self.frame_length} samples every {self.frame_shift} at {self.sample_rate} Hz; make them longer"
             )
         if not self.std > 0:
             raise ValueError(f"features.std is {self.std}; it must be positive")
@@ -73,8 +75,6 @@ def log_mel(waveform: Tensor, config: FeatureConfig, lengths: Tensor | None = No
 
     ``lengths`` (B,) int64: samples of each clip when they differ; what lies behind them is ignored.
     """
-    from cat_kernels import fbank
-
     wave_BN = waveform.unsqueeze(0) if waveform.dim() == 1 else waveform
     spec_BTF = fbank(
         remove_mean(wave_BN, lengths),

@@ -35,11 +35,16 @@ def pretrain_batches(
     """Batches of the steps ``start_step`` .. ``start_step + num_steps - 1``: the same ones in whatever run, process or
     number of workers they are asked for.
 
-    A clip that cannot be read gives its place to the next one of the epoch's order that can, with that clip's own labels
-    and embedding; it is named in ``Batch.failures``. ``manifest`` saves reading ``data.train`` again.
+    A clip that cannot be read gives its place to the next one of the epoch's order that can, with that clip's own
+    labels and embedding; it is named in ``Batch.failures``. ``manifest`` saves reading ``data.train`` again.
     """
     dataset = PretrainDataset(
-        load_manifest(data.train) if manifest is None else manifest, data, features, masks, patch_size=patch_size, seed=seed
+        load_manifest(data.train) if manifest is None else manifest,
+        data,
+        features,
+        masks,
+        patch_size=patch_size,
+        seed=seed,
     )
     return iter(_loader(dataset, range(start_step, start_step + num_steps), data.num_workers, data.prefetch))
 
@@ -49,8 +54,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """All clips once, in order, cropped at the centre or padded; the last batch may be smaller.
 
-    A clip that cannot be read is left out and named in ``Batch.failures`` (``Batch.clips`` says which ones are there); no
-    batch is empty. RuntimeError if not one clip can be read.
+    A clip that cannot be read is left out and named in ``Batch.failures`` (``Batch.clips`` says which ones are there);
+    no batch is empty. RuntimeError if not one clip can be read.
     """
     dataset = EvalDataset(manifest, features, batch_size)
     ready: Batch | None = None
@@ -77,7 +82,7 @@ def _loader(dataset: Dataset[Batch], steps: range, num_workers: int, prefetch: i
         sampler=steps,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]  # items, not lists of items
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -33,8 +33,8 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One audio file. ``samples`` (at ``sample_rate``, in the file) are None where the list does not say: the file's own
-    header always decides, because released lists are known to count at another rate than the files have.
+    """One audio file. ``samples`` and ``sample_rate`` are None where the list does not say; the file's own header always
+    decides, because released lists are known to count samples at another rate than the files have.
     """
 
     path: str  # relative to the manifest's root, or absolute
@@ -84,7 +84,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     A folder is searched recursively and sorted by path; a file in a subfolder is labelled with the first subfolder's
     name. ``.tsv`` is fairseq's and EAT's (root line, then ``path<TAB>samples``), with labels from a ``.lbl`` beside it.
-    ``.json`` is the released CAT list (``wav_path``, ``num_frame``, ``clap_path``) or AST's (``data``: ``wav``, ``labels``).
+    ``.json`` is the released CAT list (``wav_path``, ``num_frame``, ``clap_path``) or AST's (``data``: ``wav``,
+    ``labels``).
 
     Raises ManifestError with the line or entry number and the remedy.
     """
@@ -92,11 +93,15 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     if path.is_dir():
         manifest = _load_folder(path)
     elif not path.exists():
-        raise ManifestError(f"{path}: no such file or folder; give a folder of audio or a .jsonl, .tsv or .json manifest")
+        raise ManifestError(
+            f"{path}: no such file or folder; give a folder of audio or a .jsonl, .tsv or .json manifest"
+        )
     else:
         loaders = {".jsonl": _load_jsonl, ".tsv": _load_tsv, ".json": _load_json}
         if path.suffix.lower() not in loaders:
-            raise ManifestError(f"{path}: a manifest ends in {', '.join(loaders)}, or is a folder of audio; got {path.suffix!r}")
+            raise ManifestError(
+                f"{path}: a manifest ends in {', '.join(loaders)}, or is a folder of audio; got {path.suffix!r}"
+            )
         manifest = loaders[path.suffix.lower()](path)
     if not manifest.clips:
         kinds = ", ".join(AUDIO_SUFFIXES)
@@ -175,7 +180,9 @@ def _load_jsonl(path: Path) -> Manifest:
     if embeddings is None:
         with_row = next((clip for clip in clips if clip.embedding is not None), None)
         if with_row is not None:
-            raise ManifestError(f"{path}: {with_row.path} has an embedding row, but the header names no embeddings file")
+            raise ManifestError(
+                f"{path}: {with_row.path} has an embedding row, but the header names no embeddings file"
+            )
     return Manifest(
         tuple(clips),
         path.parent,
@@ -242,21 +249,25 @@ def _load_tsv(path: Path) -> Manifest:
         raise ManifestError(f"{path}: empty; the first line is the audio's root folder, then 'path<TAB>samples' lines")
     root = path.parent / lines[0][1].strip()
     if not root.is_dir():
-        raise ManifestError(f"{path}:{lines[0][0]}: the first line names the audio's root folder, and {root} does not exist; edit it")
+        raise ManifestError(
+            f"{path}:{lines[0][0]}: the first line names the audio's root folder, and {root} does not exist; edit it"
+        )
     clips = []
     for number, line in lines[1:]:
         fields = line.split("\t") if "\t" in line else line.rsplit(None, 1)
         if len(fields) != 2 or not fields[0].strip() or not fields[1].strip().isdecimal():
             raise ManifestError(f"{path}:{number}: expected 'path<TAB>samples', got {_shorten(line)}")
         if ".h5/" in fields[0] or ".hdf5/" in fields[0]:
-            raise ManifestError(f"{path}:{number}: {fields[0]} lies inside an HDF5 file; unpack the audio to files first")
+            raise ManifestError(
+                f"{path}:{number}: {fields[0]} lies inside an HDF5 file; unpack the audio to files first"
+            )
         clips.append(Clip(fields[0].strip(), samples=int(fields[1])))
     clips, names = _attach_labels(path, clips)
     return Manifest(tuple(clips), root, label_names=names, source=path)
 
 
 def _attach_labels(path: Path, clips: list[Clip]) -> tuple[list[Clip], dict[str, str]]:
-    """Labels from ``NAME.lbl`` ('name label,label' a line, in the clips' order), names from ``label_descriptors.csv``."""
+    """Labels from ``NAME.lbl`` ('name label,label', in the clips' order), names from ``label_descriptors.csv``."""
     label_path = path.with_suffix(".lbl")
     if not label_path.exists():
         return clips, {}
@@ -269,7 +280,9 @@ def _attach_labels(path: Path, clips: list[Clip]) -> tuple[list[Clip], dict[str,
         if len(fields) != 2:
             raise ManifestError(f"{label_path}:{number}: expected 'name label,label', got {_shorten(line)}")
         if Path(fields[0]).stem != Path(clip.path).stem and fields[0] != Path(clip.path).stem:
-            raise ManifestError(f"{label_path}:{number}: labels of {fields[0]!r}, but that clip of {path.name} is {clip.path!r}")
+            raise ManifestError(
+                f"{label_path}:{number}: labels of {fields[0]!r}, but that clip of {path.name} is {clip.path!r}"
+            )
         labelled.append(dataclasses.replace(clip, labels=tuple(fields[1].split(","))))
     return labelled, _label_names(path.parent / "label_descriptors.csv")
 
@@ -298,14 +311,18 @@ def _load_json(path: Path) -> Manifest:
         raise ManifestError(f"{path}{line}: not JSON ({error})") from None
     entries = content.get("data") if isinstance(content, dict) else content
     if not isinstance(entries, list):
-        raise ManifestError(f'{path}: expected a list of {{"wav_path": ...}} or {{"data": [{{"wav": ..., "labels": ...}}]}}')
+        raise ManifestError(
+            f'{path}: expected a list of {{"wav_path": ...}} or {{"data": [{{"wav": ..., "labels": ...}}]}}'
+        )
     clips: list[Clip] = []
     embedding_files: list[Path] = []
     for number, entry in enumerate(entries, 1):
         where = f"{path}: entry {number}"
         wav = (entry.get("wav_path") or entry.get("wav")) if isinstance(entry, dict) else None
         if not isinstance(wav, str):
-            raise ManifestError(f'{where}: expected an object with "wav_path" or "wav", got {_shorten(json.dumps(entry))}')
+            raise ManifestError(
+                f'{where}: expected an object with "wav_path" or "wav", got {_shorten(json.dumps(entry))}'
+            )
         samples, labels, embedding = entry.get("num_frame"), entry.get("labels") or "", entry.get("clap_path")
         if samples is not None and not isinstance(samples, int):
             raise ManifestError(f'{where}: "num_frame" must be a whole number, got {samples!r}')
@@ -313,13 +330,19 @@ def _load_json(path: Path) -> Manifest:
             raise ManifestError(f'{where}: "labels" must be one string of labels with commas between, got {labels!r}')
         if embedding is not None:
             embedding_files.append(path.parent / embedding)
-        clips.append(Clip(wav, samples, None, tuple(filter(None, labels.split(","))), None if embedding is None else number - 1))
+        clips.append(
+            Clip(wav, samples, None, tuple(filter(None, labels.split(","))), None if embedding is None else number - 1)
+        )
     if embedding_files and len(embedding_files) != len(clips):
-        raise ManifestError(f'{path}: {len(embedding_files)} of {len(clips)} entries have a "clap_path"; give all or none one')
+        raise ManifestError(
+            f'{path}: {len(embedding_files)} of {len(clips)} entries have a "clap_path"; give all or none one'
+        )
     names: dict[str, str] = {}
     if path.with_suffix(".lbl").exists():
         clips, names = _attach_labels(path, clips)
-    return Manifest(tuple(clips), path.parent, embedding_files=tuple(embedding_files) or None, label_names=names, source=path)
+    return Manifest(
+        tuple(clips), path.parent, embedding_files=tuple(embedding_files) or None, label_names=names, source=path
+    )
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
