@@ -29,8 +29,8 @@ def average_targets(
     layers: block outputs (B, L, D), any floating dtype and strides (views with the CLS row cut off, as they come). May
         be empty when `partial` is given.
     partial: (B, L, D) running sum of an earlier call, float32 (float64); it is not changed.
-    num_layers: None returns the running sum. A number divides the sum by it and layer-norms over D: give it with the last
-        block, as the count of all blocks that went in.
+    num_layers: None returns the running sum. A number, the count of all blocks that went in, divides the sum by it and
+        layer-norms over D: give it with the last block.
     eps: of both norms.
     Returns (B, L, D) float32; float64 when any input is float64.
 
@@ -150,8 +150,8 @@ def _backward(ctx: Any, grad_BLD: Tensor) -> tuple[Any, ...]:
     return grads, grad_partial, None, None
 
 
-# No defaults in this schema: PyTorch drops arguments that equal theirs, and its autograd for lists of tensors then expects
-# as many gradients as arguments were left (2.11 to 2.13).
+# No defaults in this schema: PyTorch drops arguments that equal theirs, and its autograd for lists of tensors then
+# expects as many gradients as arguments were left.
 register(
     OPERATOR,
     'average_targets(Tensor[] layers, Tensor? partial, SymInt? num_layers, float eps, *, str backend="auto") -> Tensor',
