@@ -31,7 +31,7 @@ def block_order(factors: tuple[int, ...], device: torch.device) -> Tensor:
     ``factors`` are k_{n-1}, ..., k_{i+1}, coarsest first. Returns (p*p,) int64: ``row_major[block_order]`` is in block order.
     """
     n = len(factors)
-    index = torch.arange(math.prod(factors) ** 2, device=device).reshape(*factors, *factors)
+    index = torch.arange(math.prod(factors) ** 2, device=device).reshape([*factors, *factors])
     interleaved = [axis for j in range(n) for axis in (j, n + j)]
     return index.permute(interleaved).reshape(-1)
 
@@ -87,5 +87,5 @@ def halo_rows(visible_NK: Tensor, grid: tuple[int, int], factors: tuple[int, ...
     rows = (visible_NK // W)[:, :, None] + patch_offset + reach
     columns = (visible_NK % W)[:, :, None] + patch_offset + reach
     place = rows[:, :, :, None] * (W + 2 * reach) + columns[:, :, None, :]
-    slot = slot_table(visible_NK, grid, reach).gather(1, place.reshape(N, -1)).reshape(N * K, *position_hw.shape)
-    return torch.where(slot < 0, N * K * side * side, slot * (side * side) + position_hw).flatten(1)
+    slot = slot_table(visible_NK, grid, reach).gather(1, place.flatten(1)).reshape(N * K, position_hw.numel())
+    return torch.where(slot < 0, N * K * side * side, slot * (side * side) + position_hw.flatten())

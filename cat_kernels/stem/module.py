@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cat_kernels import _checks as check
+from cat_kernels.backends import resolve
 from cat_kernels.stem.layout import strides
 from cat_kernels.stem.reference import multires_conv_dense
 from cat_kernels.stem.visible import multires_conv_visible
 
-BACKENDS = {"dense": multires_conv_dense, "visible": multires_conv_visible}
+OPERATOR = "MultiResConv"
+IMPLEMENTATIONS = {"visible": multires_conv_visible, "dense": multires_conv_dense}
 
 
 class Embed(nn.Module):
@@ -104,43 +107,31 @@ class MultiResConv(nn.Module):
         Raises:
             ValueError: shapes that do not fit (T or F not a multiple of P, rows of ``visible`` not a multiple of B, ...).
             TypeError: ``visible`` is not int64, ``spec`` is not floating point.
+            IndexError: a patch index outside 0 .. L-1 (on the CPU; looking at the values would make a GPU wait).
         """
         self._check_input(spec, visible)
-        backend = "visible" if self.backend == "auto" else self.backend
-        return BACKENDS[backend](self, spec, visible)
+        return IMPLEMENTATIONS[resolve(OPERATOR, self.backend, spec.device.type)](self, spec, visible)
 
     def _check_input(self, spec: Tensor, visible: Tensor | None) -> None:
-        P = self.patch_size
-        if spec.ndim != 4 or spec.shape[1] != self.in_chans:
-            raise ValueError(
-                f"spec has shape {tuple(spec.shape)}; expected (B, {self.in_chans}, T, F): add the missing dimension, e.g. spec[:, None]"
-            )
-        if not spec.is_floating_point():
-            raise TypeError(f"spec is {spec.dtype}; expected a floating-point tensor: convert it with spec.float()")
-        T, n_mels = spec.shape[2:]
+        check.check_tensor(OPERATOR, "spec", spec, "(B, in_chans, T, F)")
+        check.check_size(OPERATOR, "spec", 1, spec, self.in_chans, "in_chans")
+        P, (B, _, T, n_mels) = self.patch_size, spec.shape
         if T == 0 or n_mels == 0 or T % P or n_mels % P:
             raise ValueError(
-                f"spec has T={T} frames and F={n_mels} mel bins; both must be positive multiples of the patch size {P}: "
-                "pad or crop it"
+                f"{OPERATOR}: spec has T={T} frames and F={n_mels} mel bins; both must be positive multiples of the patch "
+                f"size {P}: pad or crop it"
             )
         if visible is None:
             return
-        if visible.dtype != torch.int64:
-            raise TypeError(f"visible is {visible.dtype}; expected int64 patch indices (a boolean mask is not accepted)")
-        if visible.device != spec.device:
-            raise ValueError(f"visible is on {visible.device} and spec on {spec.device}; move one: visible.to(spec.device)")
-        B, L = spec.shape[0], (T // P) * (n_mels // P)
-        if visible.ndim != 2 or (visible.shape[0] % B if B else visible.shape[0]):
-            raise ValueError(
-                f"visible has shape {tuple(visible.shape)}; expected (B*M, K) with B={B} clips: M rows for every clip"
-            )
+        check.check_visible(OPERATOR, visible, "spec", spec)
+        check.check_clones(OPERATOR, "visible", visible.shape[0], "spec", B)
+        L = (T // P) * (n_mels // P)
         if not 1 <= visible.shape[1] <= L:
-            raise ValueError(f"visible lists {visible.shape[1]} patches a row; expected 1 to {L}, the patches of a {T} x {n_mels} spec")
-        # Looking at the values would synchronise a GPU, so only the CPU does.
-        if visible.device.type == "cpu" and not torch.compiler.is_compiling() and visible.numel():
-            low, high = visible.aminmax()
-            if low < 0 or high >= L:
-                raise ValueError(f"visible holds indices {low.item()} to {high.item()}; expected 0 to {L - 1} for a {T} x {n_mels} spec")
+            raise ValueError(
+                f"{OPERATOR}: visible lists {visible.shape[1]} patches a row; expected 1 to {L}, the patches of a {T} x {n_mels} spec"
+            )
+        if not torch.compiler.is_compiling():
+            check.check_visible_values(OPERATOR, visible, L, distinct=True)
 
     def extra_repr(self) -> str:
         return f"resolutions={self.resolutions}, channels={self.channels}, embed_dim={self.embed_dim}, backend={self.backend!r}"
@@ -159,5 +150,5 @@ def _check_settings(resolutions: tuple[int, ...], channels: tuple[int, ...], ker
         )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}; expected a positive odd number, e.g. 5")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}; expected 'auto' or one of {sorted(BACKENDS)}")
+    if backend != "auto" and backend not in IMPLEMENTATIONS:
+        raise ValueError(f"backend={backend!r}; expected 'auto', 'visible' or 'dense'")

@@ -28,7 +28,7 @@ def patch_linear(rows: Tensor, conv: torch.nn.Conv2d, factors: tuple[int, ...]) 
     if len(factors) > 1:
         weight_DcS = weight_DcS[:, :, block_order(factors, rows.device)]
     weight = weight_DcS.transpose(1, 2).flatten(1)
-    return F.linear(rows.reshape(-1, weight.shape[1]), weight, conv.bias)
+    return F.linear(rows.reshape(rows.numel() // weight.shape[1], weight.shape[1]), weight, conv.bias)
 
 
 def masked_depthwise(rows: Tensor, conv: torch.nn.Conv2d, halo: Tensor, order: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def masked_depthwise(rows: Tensor, conv: torch.nn.Conv2d, halo: Tensor, order: T
     patches, c = halo.shape[0], rows.shape[1]
     side = int(halo.shape[1] ** 0.5)
     with_zero = F.pad(rows, (0, 0, 0, 1))
-    window = with_zero.index_select(0, halo.reshape(-1)).reshape(patches, side, side, c)
+    window = with_zero.index_select(0, halo.flatten()).unflatten(0, (patches, side, side))
     out = F.conv2d(window.permute(0, 3, 1, 2), conv.weight, conv.bias, groups=c)
-    return out.permute(0, 2, 3, 1).reshape(patches, -1, c)[:, order].reshape(-1, c)
+    return out.permute(0, 2, 3, 1).flatten(1, 2)[:, order].flatten(0, 1)
 
 
 def conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def multires_conv_visible(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Ten
         clip = torch.arange(visible_NK.shape[0], device=spec_BCTF.device) // (visible_NK.shape[0] // max(B, 1))
         x = pixels_BLSC[clip[:, None], visible_NK]
     N, K = visible_NK.shape
-    x = x.reshape(-1, x.shape[-1])
+    x = x.flatten(0, -2)
 
     factors = strides(stem.resolutions)
     tokens = None
@@ -79,4 +79,4 @@ def multires_conv_visible(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Ten
         side = patch_linear(x, stem.sides[i], coarser)
         tokens = side if tokens is None else tokens + side
     last = stem.proj(x)
-    return (last if tokens is None else last + tokens).reshape(N, K, -1)
+    return (last if tokens is None else last + tokens).unflatten(0, (N, K))
