@@ -69,13 +69,18 @@ def why_not(operator: str, backend: str, device: str) -> str | None:
     return BACKENDS[backend].why_not(device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a compiler need not look inside
 def resolve(operator: str, backend: str = "auto", device: str = "cpu") -> str:
     """The backend that runs `operator` on tensors of device type `device` ("cpu", "cuda").
 
     backend: "auto" takes the first of the operator's implementations that can run; a name asks for just that one.
     Raises ValueError for a name that is no backend, BackendError for one that cannot run here.
     """
+    return _resolve(operator, backend, device)
+
+
+@functools.cache
+def _resolve(operator: str, backend: str, device: str) -> str:
     if operator not in OPERATORS:
         raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(OPERATORS)}")
     if backend != "auto":
