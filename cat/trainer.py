@@ -260,12 +260,18 @@ class Trainer:
         if bad is None:
             return
         parts = ", ".join(f"{name} {bad[name]:g}" for name in (*LOSSES[:4], "grad_norm"))
+        raise TrainingError(f"the loss or its gradient is not finite at step {bad['step']} ({parts}); {self._remedy()}")
+
+    def _check_parameters(self) -> None:
+        """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
+        norms = torch.nn.utils.get_total_norm(self.parameters.values())
+        if not math.isfinite(norms.item()):
+            raise TrainingError(f"the weights are not finite after step {self.step}; {self._remedy()}")
+
+    def _remedy(self) -> str:
         kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no checkpoint was written yet"
-        raise TrainingError(
-            f"the loss or its gradient is not finite at step {bad['step']} ({parts}); {kept}. Start another run "
-            "(run.name=OTHER) with a lower optim.lr or a longer optim.warmup_steps"
-            + (", or run.precision=fp32" if self.precision == "bf16" else "")
-        )
+        fp32 = ", or run.precision=fp32" if self.precision == "bf16" else ""
+        return f"{kept}. Start another run (run.name=OTHER) with a lower optim.lr or a longer optim.warmup_steps{fp32}"
 
     @torch.no_grad()
     def _evaluate(self, valid: Manifest) -> float:
@@ -294,6 +300,7 @@ class Trainer:
         if self.checkpoint is not None and self.checkpoint.name == checkpoints.step_name(self.step):
             return
         self._flush()
+        self._check_parameters()
         score = None if hurried else self._score()
         self.metrics.sync()
         self.checkpoint = checkpoints.save(
