@@ -1,0 +1,104 @@
+"""``cat-audio doctor``: what this machine has, what runs on it, and what to install for the rest. To paste into a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+# Extra -> {distribution: import name}, as in pyproject.toml.
+EXTRAS: dict[str, dict[str, str]] = {
+    "train": {
+        "soundfile": "soundfile",
+        "soxr": "soxr",
+        "pyyaml": "yaml",
+        "tqdm": "tqdm",
+        "tensorboard": "tensorboard",
+        "matplotlib": "matplotlib",
+        "scikit-learn": "sklearn",
+    },
+    "clap": {"transformers": "transformers"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Say which backend runs each operator here, and what is installed and what is not."
+
+
+def run(args: argparse.Namespace) -> int:
+    print(report())
+    return 0
+
+
+def report() -> str:
+    """The whole report; nothing that is missing makes it fail."""
+    import cat_kernels
+
+    return "\n".join([str(cat_kernels.explain()), "", *_rows(_machine()), "", *_rows(_packages())])
+
+
+def _rows(pairs: Iterator[tuple[str, str]]) -> list[str]:
+    return [f"{name:<14} {value}" for name, value in pairs]
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "platform", f"{platform.platform()}, {os.cpu_count()} CPUs"
+    yield "GPU driver", _first_line("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    yield "C++ compiler", _first_line(os.environ.get("CXX", "c++"), "--version")
+    release = next((line for line in _output(_nvcc(), "--version") if "release" in line), None)
+    yield "CUDA compiler", release or "none (nvcc not found); only needed to build CUDA code"
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    for name in ("numpy", "safetensors"):
+        yield name, _version(name, name) or f"missing: pip install {name}"
+    for extra, packages in EXTRAS.items():
+        for distribution, module in packages.items():
+            found = _version(distribution, module)
+            yield distribution, found or f"missing: pip install 'cat-kernels[{extra}]'"
+    yield "libsndfile", _libsndfile()
+
+
+def _version(distribution: str, module: str) -> str | None:
+    """None when it is not there. Only looked up, not imported: some of them take seconds to import."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "present, version unknown"
+
+
+def _libsndfile() -> str:
+    try:
+        import soundfile
+    except ImportError:
+        return "comes with soundfile"
+    except OSError as error:  # the package without its library
+        return f"cannot be loaded ({error}); install it, e.g. apt install libsndfile1"
+    formats = [name for name in ("WAV", "FLAC", "OGG", "MP3") if name in soundfile.available_formats()]
+    return f"{soundfile.__libsndfile_version__}, reads {', '.join(formats)}"
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or str(Path(home, "bin", "nvcc"))
+
+
+def _output(*command: str) -> list[str]:
+    """The lines it prints; none when it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _first_line(*command: str) -> str:
+    return next(iter(_output(*command)), f"none ({command[0]} not found)")
