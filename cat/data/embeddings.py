@@ -18,6 +18,7 @@ import numpy as np
 
 from cat.data.audio import AudioError
 from cat.data.manifest import Clip, Manifest
+from cat.files import write_json
 
 _NPY_HEADER = 128  # bytes; enough for any number of rows, so that the header can be written last
 
@@ -70,7 +71,7 @@ class EmbeddingStore:
 
 
 class EmbeddingFiles:
-    """The released layout, a ``.npy`` of shape (dim,) or (1, dim) for each clip, behind `EmbeddingStore`'s interface."""
+    """The released layout, a ``.npy`` of shape (dim,) or (1, dim) a clip, behind `EmbeddingStore`'s interface."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -212,9 +213,7 @@ class EmbeddingWriter:
         sidecar = sidecar_path(self.path)
         sidecar.unlink(missing_ok=True)
         os.replace(self._temporary, self.path)
-        temporary = sidecar.with_name(f".{sidecar.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, sidecar)
+        write_json(sidecar, info)
         self._linked = linked
 
 

@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cat.files import replacing
+
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".au")
 FORMAT = "cat-audio manifest"
 VERSION = 1
@@ -33,8 +35,8 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One audio file. ``samples`` and ``sample_rate`` are None where the list does not say; the file's own header always
-    decides, because released lists are known to count samples at another rate than the files have.
+    """One audio file. ``samples`` and ``sample_rate`` are None where the list does not say; the file's own header
+    always decides, because released lists are known to count samples at another rate than the files have.
     """
 
     path: str  # relative to the manifest's root, or absolute
@@ -124,19 +126,12 @@ def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
         )
     if manifest.label_names:
         header["label_names"] = manifest.label_names
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(header, ensure_ascii=False) + "\n")
-            for clip in manifest.clips:
-                entry = {k: v for k, v in dataclasses.asdict(clip).items() if v is not None and v != ()}
-                entry["path"] = _relative(manifest.root / clip.path, folder)
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(header, ensure_ascii=False) + "\n")
+        for clip in manifest.clips:
+            entry = {k: v for k, v in dataclasses.asdict(clip).items() if v is not None and v != ()}
+            entry["path"] = _relative(manifest.root / clip.path, folder)
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -1,0 +1,214 @@
+"""External embeddings: written whole or not at all, and never parted from their clips."""
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from cat.data.audio import AudioError
+from cat.data.embeddings import (
+    EmbeddingError,
+    EmbeddingStore,
+    EmbeddingWriter,
+    gather_embeddings,
+    open_embeddings,
+)
+from cat.data.manifest import Clip, Manifest, load_manifest, write_manifest
+
+DIM = 6
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return Manifest(tuple(Clip(f"{i}.wav", labels=(str(i),)) for i in range(5)), tmp_path, source=tmp_path)
+
+
+def row(index):
+    return np.arange(DIM, dtype=np.float32) + 100 * index
+
+
+def write(path, manifest, order=((0, 1), (3,), (4,))):
+    with EmbeddingWriter(path, manifest, dim=DIM, encoder="clap") as writer:
+        for indices in order:
+            writer.append(indices, np.stack([row(i) for i in indices]))
+    return writer.manifest
+
+
+def test_every_clip_keeps_its_row(tmp_path, manifest):
+    """Clip 2 has none; the order of writing is another than the manifest's."""
+    linked = write(tmp_path / "e.npy", manifest, order=((3,), (4, 0), (1,)))
+    write_manifest(linked, tmp_path / "lists" / "linked.jsonl")
+    read = load_manifest(tmp_path / "lists" / "linked.jsonl")
+    store = open_embeddings(read)
+    assert (len(store), store.dim, store.encoder) == (4, DIM, "clap")
+    assert [clip.labels for clip in read.clips] == [("3",), ("4",), ("0",), ("1",)]
+    for clip in read.clips:
+        np.testing.assert_array_equal(store.rows([clip.embedding])[0], row(int(clip.labels[0])))
+
+
+def test_any_numpy_reads_the_file(tmp_path, manifest):
+    write(tmp_path / "e.npy", manifest)
+    rows = np.load(tmp_path / "e.npy", allow_pickle=False)
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, np.stack([row(i) for i in (0, 1, 3, 4)]))
+
+
+def test_a_subset_of_the_linked_manifest_still_fits(tmp_path, manifest):
+    linked = write(tmp_path / "e.npy", manifest)
+    subset = dataclasses.replace(linked, clips=linked.clips[2:])
+    write_manifest(subset, tmp_path / "subset.jsonl")
+    read = load_manifest(tmp_path / "subset.jsonl")
+    np.testing.assert_array_equal(open_embeddings(read).rows([read.clips[0].embedding])[0], row(3))
+
+
+def test_no_embeddings(manifest):
+    assert open_embeddings(manifest) is None
+
+
+def test_embeddings_of_another_list_are_refused(tmp_path, manifest):
+    linked = write(tmp_path / "e.npy", manifest)
+    write(tmp_path / "e.npy", manifest, order=((1, 0), (3,), (4,)))  # the same clips in another order
+    with pytest.raises(EmbeddingError, match=r"another list of clips.*run it again"):
+        open_embeddings(linked)
+
+
+@pytest.mark.parametrize(("index", "words"), [(None, "no embedding row"), (4, "embedding row 4")])
+def test_a_clip_without_a_row_is_refused(tmp_path, manifest, index, words):
+    linked = write(tmp_path / "e.npy", manifest)
+    clips = (*linked.clips[:2], dataclasses.replace(linked.clips[2], embedding=index))
+    with pytest.raises(EmbeddingError, match=rf"3\.wav has {words}.*rows 0 to 3"):
+        open_embeddings(dataclasses.replace(linked, clips=clips))
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.npy.json"])
+def test_missing_file(tmp_path, manifest, name):
+    linked = write(tmp_path / "e.npy", manifest)
+    (tmp_path / name).unlink()
+    with pytest.raises(EmbeddingError, match=f"{name}: no such file; run `cat-audio embed`"):
+        open_embeddings(linked)
+
+
+def test_array_and_sidecar_of_different_runs(tmp_path, manifest):
+    write(tmp_path / "e.npy", manifest)
+    np.save(tmp_path / "e.npy", np.zeros((3, DIM), dtype=np.float32))
+    with pytest.raises(EmbeddingError, match="not from the same run"):
+        EmbeddingStore(tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100])
+def test_damaged_array(tmp_path, manifest, content):
+    write(tmp_path / "e.npy", manifest)
+    (tmp_path / "e.npy").write_bytes(content)
+    with pytest.raises(EmbeddingError, match="not a readable"):
+        EmbeddingStore(tmp_path / "e.npy")
+
+
+def test_pickled_arrays_are_not_opened(tmp_path, manifest):
+    write(tmp_path / "e.npy", manifest)
+    np.save(tmp_path / "e.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(EmbeddingError, match="not a readable"):
+        EmbeddingStore(tmp_path / "e.npy")
+
+
+def test_an_exception_leaves_the_old_files(tmp_path, manifest):
+    write(tmp_path / "e.npy", manifest)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    writer = EmbeddingWriter(tmp_path / "e.npy", manifest, dim=DIM, encoder="new")
+
+    def interrupted():
+        with writer:
+            writer.append([0], row(7)[None])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(EmbeddingError, match="not complete"):
+        _ = writer.manifest
+
+
+@pytest.mark.parametrize(
+    ("indices", "rows", "words"),
+    [
+        ([0], np.zeros((1, DIM + 1)), r"expected \(1, 6\)"),
+        ([0, 1], np.zeros((1, DIM)), r"expected \(2, 6\)"),
+        ([0], np.full((1, DIM), np.nan), "NaN or infinite"),
+        ([2, 2], np.zeros((2, DIM)), r"clip 2 \(2\.wav\) was given an embedding twice"),
+    ],
+)
+def test_bad_rows(tmp_path, manifest, indices, rows, words):
+    with (
+        pytest.raises(EmbeddingError, match=words),
+        EmbeddingWriter(tmp_path / "e.npy", manifest, dim=DIM, encoder="x") as writer,
+    ):
+        writer.append(indices, rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_embedded(tmp_path, manifest):
+    with pytest.raises(EmbeddingError, match="not one clip"):
+        write(tmp_path / "e.npy", manifest, order=())
+    with pytest.raises(EmbeddingError, match=r"written as \.npy"):
+        EmbeddingWriter(tmp_path / "e.bin", manifest, dim=DIM, encoder="x")
+
+
+def test_store_travels_to_workers_by_its_path(tmp_path, manifest):
+    linked = write(tmp_path / "e.npy", manifest)
+    store = open_embeddings(linked)
+    data = pickle.dumps(store)
+    assert row(3).tobytes() not in data
+    np.testing.assert_array_equal(pickle.loads(data).rows([2, 0]), np.stack([row(3), row(0)]))
+
+
+# --- the released layout, one .npy a clip ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", row(i) if i else row(i)[None])  # (dim,) and (1, dim) both occur
+    entries = [{"wav_path": f"{i}.wav", "clap_path": f"{i}.npy", "num_frame": 1} for i in range(3)]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def test_released_files(released):
+    store = open_embeddings(load_manifest(released / "train.json"))
+    assert (len(store), store.dim) == (3, DIM)
+    np.testing.assert_array_equal(store.rows([2, 0]), np.stack([row(2), row(0)]))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros(DIM + 1), "width 7, the others have 6"),
+        (np.zeros((2, DIM)), r"got shape \(2, 6\)"),
+        (np.full(DIM, np.inf), "finite"),
+        (None, "cannot be read"),
+    ],
+)
+def test_an_unusable_released_file_fails_its_clip_only(released, array, words):
+    if array is None:
+        (released / "1.npy").unlink()
+    else:
+        np.save(released / "1.npy", array)
+    store = open_embeddings(load_manifest(released / "train.json"))
+    with pytest.raises(AudioError, match=words):
+        store.rows([1])
+    np.testing.assert_array_equal(store.rows([2])[0], row(2))
+
+
+def test_wrong_folder_of_released_files(released):
+    for i in range(3):
+        (released / f"{i}.npy").unlink()
+    with pytest.raises(EmbeddingError, match="correct the clap_path"):
+        open_embeddings(load_manifest(released / "train.json"))
+
+
+def test_gathering_released_files(released):
+    (released / "1.npy").unlink()
+    manifest = gather_embeddings(load_manifest(released / "train.json"), released / "all.npy", encoder="clap")
+    assert [(clip.path, clip.embedding) for clip in manifest.clips] == [("0.wav", 0), ("2.wav", 1)]
+    np.testing.assert_array_equal(open_embeddings(manifest).rows([1])[0], row(2))
