@@ -33,11 +33,11 @@ VERSION = 1  # raise it when the same settings no longer give the same sounds
 SPLITS = ("train", "valid", "test")
 SETTINGS_FILE = "synth.json"
 
-# (suffix, libsndfile subtype, share of the clips)
+# (suffix, libsndfile subtype, share of the clips). Not FLOAT: libsndfile writes the time of day into such a WAV.
 FORMATS = (
     (".wav", "PCM_16", 0.45),
     (".wav", "PCM_24", 0.1),
-    (".wav", "FLOAT", 0.1),
+    (".wav", "PCM_32", 0.1),
     (".flac", "PCM_16", 0.15),
     (".flac", "PCM_24", 0.05),
     (".ogg", "VORBIS", 0.15),
