@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Raises ManifestError with the line or entry number and the remedy.
     """
+    if not os.fspath(path):
+        raise ManifestError("no data set given; name a folder of audio or a manifest (data.train, for pre-training)")
     path = Path(path)
     if path.is_dir():
         manifest = _load_folder(path)
@@ -230,9 +232,14 @@ def _parse_clip(entry: dict[str, Any], where: str) -> Clip:
 def _check_fields(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     """A misspelt field would silently drop labels or embeddings."""
     for field in entry:
-        near = difflib.get_close_matches(field, known, n=1, cutoff=0.8)
-        if field not in known and near:
-            raise ManifestError(f"{where}: unknown field {field!r}; did you mean {near[0]!r}?")
+        near = None if field in known else _nearest(field, known)
+        if near is not None:
+            raise ManifestError(f"{where}: unknown field {field!r}; did you mean {near!r}?")
+
+
+@lru_cache(maxsize=1024)  # the same few fields on every line
+def _nearest(field: str, known: tuple[str, ...]) -> str | None:
+    return next(iter(difflib.get_close_matches(field, known, n=1, cutoff=0.8)), None)
 
 
 # --- released .tsv + .lbl --------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def fbank_backward_reference(
     std: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """(B, T, F) gradient of the result -> (B, n) gradient of the waveform: `fbank_reference`, step by step transposed."""
+    """(B, T, F) gradient of the result -> (B, n) gradient of the waveform: `fbank_reference` transposed."""
     if waveform.numel() == 0:
         return torch.zeros_like(waveform)
     spectrum_BTN = _spectrum(waveform, lengths, settings, preemphasis, remove_dc, scale)

@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
-import soxr
 
 from cat.data.audio import AudioError, read_audio
+
+soundfile = pytest.importorskip("soundfile")
+soxr = pytest.importorskip("soxr")
 
 RATE = 16000
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
+import pickle
 import time
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from cat.data import (
@@ -22,6 +22,8 @@ from cat.data import (
 )
 from cat.data.dataset import PretrainDataset, _generator
 from cat.masks import MaskConfig
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 FEATURES = FeatureConfig(frames=32, mel_bins=32)  # 5,360 samples
@@ -318,6 +320,11 @@ def test_two_million_clips_cost_nothing_per_step():
     for epoch in range(4):
         dataset._permutation(epoch)
     assert len(dataset._permutations) == 2
+
+
+def test_data_sets_travel_to_workers_that_are_not_forked(manifest):
+    dataset = PretrainDataset(manifest, DATA, FEATURES, MASKS, patch_size=8, seed=7)
+    assert same(pickle.loads(pickle.dumps(dataset))[3], dataset[3])
 
 
 def test_batches_move_to_a_device(manifest):

@@ -103,6 +103,11 @@ def test_not_text(tmp_path):
         load_manifest(tmp_path / "m.jsonl")
 
 
+def test_no_path_is_not_the_current_folder():
+    with pytest.raises(ManifestError, match="no data set given"):
+        load_manifest("")
+
+
 @pytest.mark.parametrize(("name", "words"), [("none.jsonl", "no such file"), ("m.csv", r"\.jsonl, \.tsv, \.json")])
 def test_wrong_path(tmp_path, name, words):
     put(tmp_path / "m.csv", "a,b")
