@@ -4,7 +4,6 @@
 `explain` tells what it would pick on this machine.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -12,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+# Looked up, not imported: importing Triton takes long and, without a GPU, may fail.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # An operator's own implementations, in the order "auto" prefers them.
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -46,7 +48,7 @@ def _runs_anywhere(device: str) -> str | None:
 
 
 def _why_not_triton(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "Triton is not installed; install it with: pip install triton"
     if device != "cuda":
         return f"Triton kernels run on CUDA tensors, these are on {device}; move them with .cuda()"
@@ -69,18 +71,13 @@ def why_not(operator: str, backend: str, device: str) -> str | None:
     return BACKENDS[backend].why_not(device)
 
 
-@torch.compiler.assume_constant_result  # a compiler need not look inside
 def resolve(operator: str, backend: str = "auto", device: str = "cpu") -> str:
     """The backend that runs `operator` on tensors of device type `device` ("cpu", "cuda").
 
     backend: "auto" takes the first of the operator's implementations that can run; a name asks for just that one.
-    Raises ValueError for a name that is no backend, BackendError for one that cannot run here.
+    Raises ValueError for a name that is no backend, BackendError for one that cannot run here. Eager calls pass through
+    here each time (about a microsecond), and compilers trace it: lookups only.
     """
-    return _resolve(operator, backend, device)
-
-
-@functools.cache
-def _resolve(operator: str, backend: str, device: str) -> str:
     if operator not in OPERATORS:
         raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(OPERATORS)}")
     if backend != "auto":
@@ -90,11 +87,10 @@ def _resolve(operator: str, backend: str, device: str) -> str:
         if reason is not None:
             raise BackendError(f"backend={backend!r} cannot run {operator} on {device}: {reason}")
         return backend
-    reasons = {name: why_not(operator, name, device) for name in OPERATORS[operator]}
-    for name, reason in reasons.items():
-        if reason is None:
+    for name in OPERATORS[operator]:
+        if BACKENDS[name].why_not(device) is None:
             return name
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    told = "; ".join(f"{name}: {why_not(operator, name, device)}" for name in OPERATORS[operator])
     raise BackendError(f"no backend can run {operator} on {device}: {told}")
 
 
@@ -171,7 +167,7 @@ def _versions() -> dict[str, str]:
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        triton = "present, version unknown" if importlib.util.find_spec("triton") is not None else "not installed"
+        triton = "present, version unknown" if HAS_TRITON else "not installed"
     return {
         "cat_kernels": __version__,
         "Python": platform.python_version(),

@@ -4,8 +4,8 @@ To add an operator: write `<folder>/spec.py` with a constant `SPEC = OperatorSpe
 `SPEC_MODULES` below. tests/kernels/test_operators.py and the benchmarks then cover it. The contract:
 
 - `operator` and `reference` are called as `f(**sample.inputs)`, with the same keywords. Inputs are nested lists, tuples
-  and dicts of tensors and plain values. A module fits as a function of its weights: put `dict(module.named_parameters())`
-  among the inputs and call `torch.func.functional_call(module, weights, (...))` (see stem/spec.py).
+  and dicts of tensors and plain values. A module fits as a function of its weights: put its named parameters among the
+  inputs and call `torch.func.functional_call(module, weights, (...))` (see stem/spec.py).
 - The result is a tensor or a nested list or tuple of tensors. An operator that works in place names the inputs it
   writes in `mutates`; its result is then those inputs, and the reference returns their new values as a tuple.
 - `samples(device, dtype)` yields small samples whose low-precision inputs have `dtype`, a plain one first. Layouts
@@ -82,9 +82,9 @@ class OperatorSpec:
     samples: Callable[[torch.device, torch.dtype], Iterator[Sample]]
     # Low-precision types of the inputs; float64 is always supported.
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    # A network of many operations: its small gradients are sums of hundreds of roundings, and which of two equal orders of
-    # summation lands closer in one of them is chance. The error of PyTorch eager, relative to scale, is then the largest
-    # among the outputs, or among the gradients, of the run.
+    # A network of many operations: its small gradients are sums of hundreds of roundings, and which of two equal orders
+    # of summation lands closer in one of them is chance. The error of PyTorch eager, relative to scale, is then the
+    # largest among the outputs, or among the gradients, of the run.
     pooled: bool = False
     # Inputs that the operator writes in place.
     mutates: tuple[str, ...] = ()
@@ -97,7 +97,8 @@ class OperatorSpec:
     large_samples: Callable[[torch.device, int], Iterator[LargeSample]] | None = None
     # Names of two samples that differ in sizes only: the second must not compile again.
     resized: tuple[str, str] | None = None
-    # Benchmark: inputs at base width for `clips` clips, and the least that a forward and a backward must move or do.
+    # Benchmark: inputs at base width for `clips` clips; and, for the inputs of any sample, the least that a forward and
+    # a backward must move (bytes) or do (FLOPs).
     benchmark: Callable[[torch.device, torch.dtype, int], Sample] | None = None
     bytes_forward: Callable[[Mapping[str, Any]], int] | None = None
     bytes_backward: Callable[[Mapping[str, Any]], int] | None = None
@@ -247,10 +248,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def awkward_layouts(sample: Sample, mutates: tuple[str, ...] = ()) -> Iterator[Sample]:
-    """The sample with all its floating-point tensors in each layout; what is written in place is never expanded."""
+    """The sample with all its floating-point tensors in each layout.
+
+    Not expanded are inputs that are written in place, and dicts: these hold weights, whose equal rows would make all
+    channels equal and the norms over them 0 / 0."""
     for name, layout in LAYOUTS.items():
         inputs = {
-            key: value if name == "expanded" and key in mutates else map_floats(layout, value)
+            key: value
+            if name == "expanded" and (key in mutates or isinstance(value, Mapping))
+            else map_floats(layout, value)
             for key, value in sample.inputs.items()
         }
         yield replace(sample, name=f"{sample.name}, {name}", inputs=inputs)

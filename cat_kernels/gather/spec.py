@@ -11,7 +11,7 @@ from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample
 
 # name: clips B, masks M, patches L, visible K, width D
 SHAPES = {
-    "plain": (2, 3, 20, 6, 24),
+    "plain": (2, 3, 20, 7, 24),
     "longer": (2, 3, 26, 8, 24),
     "odd": (3, 1, 35, 7, 17),
     "wide": (1, 2, 9, 4, 130),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cat_kernels.mel.op import _fbank, _fbank_backward, fbank
 from cat_kernels.mel.reference import FbankSettings, fbank_reference
-from cat_kernels.spec import BadInput, OperatorSpec, Sample
+from cat_kernels.spec import BadInput, OperatorSpec, Sample, nbytes
 
 # 4 kHz, frames of 60 samples every 24, 64-point FFT: every step at a size that gradcheck can afford.
 SMALL = {"sample_rate": 4000, "num_mel_bins": 6, "frame_length_ms": 15.0, "frame_shift_ms": 6.0}
@@ -93,7 +93,8 @@ def _benchmark(device: torch.device, dtype: torch.dtype, clips: int) -> Sample:
 
 def _bytes_forward(inputs: Mapping[str, Any]) -> int:
     wave = inputs["waveform"]
-    return wave.numel() * wave.element_size() + wave.shape[0] * inputs["target_length"] * 128 * 4
+    spec_BTF = fbank(**{**inputs, "waveform": wave.to("meta"), "lengths": None})
+    return nbytes(wave, spec_BTF)
 
 
 SPEC = OperatorSpec(

@@ -11,7 +11,7 @@ from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample
 
 # name: clip-clones N, patches L, visible K, width D
 SHAPES = {
-    "plain": (6, 20, 6, 24),
+    "plain": (6, 20, 7, 24),
     "longer": (8, 26, 8, 24),
     "odd": (3, 35, 7, 17),
     "wide": (2, 9, 4, 130),
@@ -59,10 +59,10 @@ def _bad_inputs(device: torch.device) -> Iterator[BadInput]:
 
     yield bad("tokens rank", ValueError, r"3 dimensions \(N, K, D\), got shape \(6, 24\)", tokens=tokens[0])
     yield bad(
-        "visible shape", ValueError, r"\(N, K\) = \(6, 6\), one index per token, got \(6, 5\)", visible=visible[:, 1:]
+        "visible shape", ValueError, r"\(N, K\) = \(6, 7\), one index per token, got \(6, 6\)", visible=visible[:, 1:]
     )
     yield bad("visible list", TypeError, r"visible must be an int64 tensor \(N, K\), got list", visible=[[0]])
-    yield bad("length", ValueError, r"length=5 patches cannot hold 6 visible ones", length=5)
+    yield bad("length", ValueError, r"length=5 patches cannot hold 7 visible ones", length=5)
     yield bad("rng float", TypeError, r"rng must be an int64 tensor \(2,\).*got torch.float32", rng=rng.float())
     yield bad("rng tuple", TypeError, r"got tuple; make it with torch.tensor", rng=(1, 2))
     yield bad("sigma", ValueError, r"sigma=-0.1 must be a standard deviation", sigma=-0.1)

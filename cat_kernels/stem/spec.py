@@ -1,7 +1,6 @@
 """Specification of `MultiResConv`: sample inputs, the oracle, bytes and FLOPs."""
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,12 +24,17 @@ RESOLUTION_SETS: tuple[Settings, ...] = (
 BASE: Settings = ((4, 8, 16), (256, 384), 768)
 
 
-@lru_cache(maxsize=16)
+_STEMS: dict[tuple[Settings, str], MultiResConv] = {}
+
+
 def _stem(settings: Settings, backend: str) -> MultiResConv:
     """A module that lends its structure; its weights come from the sample. On "meta", so that nothing can use its own."""
-    resolutions, channels, dim = settings
-    with torch.device("meta"):
-        return MultiResConv(resolutions, channels, dim, backend=backend)
+    # A dict, not functools.cache: torch.compile looks into that, and cannot trace the construction.
+    if (settings, backend) not in _STEMS:
+        resolutions, channels, dim = settings
+        with torch.device("meta"):
+            _STEMS[settings, backend] = MultiResConv(resolutions, channels, dim, backend=backend)
+    return _STEMS[settings, backend]
 
 
 def _call(backend: str, spec: Tensor, visible: Tensor | None, weights: Mapping[str, Tensor], settings: Settings) -> Tensor:

@@ -80,8 +80,12 @@ def _sum(layers: Sequence[Tensor], partial: Tensor | None, eps: float) -> Tensor
     dtype = _accumulator(layers, partial)
     template = layers[0] if partial is None else partial
     total_BLD = torch.empty(template.shape, dtype=dtype, device=template.device)
-    total_BLD.zero_() if partial is None else total_BLD.copy_(partial)
-    for layer in layers:
+    if partial is None:
+        total_BLD.zero_()
+    else:
+        total_BLD.copy_(partial)
+    # An empty batch has no statistics; PyTorch would warn about them.
+    for layer in layers if total_BLD.numel() else ():
         centred, inverse_deviation = _instance_norm_parts(layer.to(dtype), eps)
         total_BLD.addcmul_(centred, inverse_deviation)
     return total_BLD
@@ -103,6 +107,8 @@ def _backward_impl(
     grad: Tensor, layers: Sequence[Tensor], partial: Tensor | None, num_layers: int | None, eps: float
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradient of the sum (new, contiguous), and of every layer in its dtype."""
+    if grad.numel() == 0:
+        return _backward_fake(grad, layers, partial, num_layers, eps)
     if num_layers is None:
         grad_sum = grad.clone(memory_format=torch.contiguous_format)
     else:

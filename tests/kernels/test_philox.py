@@ -1,6 +1,11 @@
 """Philox against the published test vectors, Triton's definition and the normal distribution."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +99,18 @@ def test_words_agree_across_devices():
     assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))
     rng = torch.tensor([3, 17])
     torch.testing.assert_close(philox.normal(rng, 4097), philox.normal(rng.cuda(), 4097).cpu(), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_normal_is_tritons_randn4x(device):
+    """On the CPU in Triton's interpreter, on a GPU compiled. log, sqrt, sin and cos differ in the last places."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent.parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    if device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, str(here / "triton_randn4x.py"), device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5

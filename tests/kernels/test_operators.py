@@ -1,0 +1,433 @@
+"""What every operator must survive, driven by the specifications (`cat_kernels.spec`); nothing here names an operator.
+
+Each test runs on the CPU and, marked `gpu`, on CUDA.
+"""
+
+import importlib.util
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from cat_kernels import spec as S
+
+SPECS = S.specs()
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)]
+ON_GPU = pytest.mark.gpu
+
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+differentiable_specs = pytest.mark.parametrize(
+    "spec", [s for s in SPECS if next(s.samples(CPU, torch.float32)).differentiable], ids=lambda s: s.name
+)
+registered_specs = pytest.mark.parametrize("spec", [s for s in SPECS if s.overload_calls], ids=lambda s: s.name)
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+
+
+def first_sample(spec, device, dtype=torch.float32):
+    return next(spec.samples(device, dtype))
+
+
+def named_sample(spec, name, device):
+    return next(s for s in spec.samples(device, torch.float32) if s.name == name)
+
+
+def supports(spec, dtype):
+    if dtype not in spec.dtypes:
+        pytest.skip(f"{spec.name} does not take {dtype}")
+
+
+def assert_same(actual, expected, what):
+    """Bit for bit, NaN equal to NaN."""
+    assert len(actual) == len(expected), what
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+def assert_finite(run, what):
+    for tensor in run.outputs + run.grads:
+        assert bool(torch.isfinite(tensor).all()), f"{what}: not finite"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@every_dtype
+@every_spec
+def test_parity(spec, dtype, device):
+    supports(spec, dtype)
+    for sample in spec.samples(device, dtype):
+        S.check_parity(spec, sample)
+
+
+@every_device
+@every_dtype
+@every_spec
+def test_awkward_inputs(spec, dtype, device):
+    supports(spec, dtype)
+    for sample in S.awkward_layouts(first_sample(spec, device, dtype), spec.mutates):
+        S.check_parity(spec, sample)
+
+
+@every_device
+@differentiable_specs
+def test_awkward_incoming_gradients(spec, device):
+    sample = first_sample(spec, device)
+    for layout in S.LAYOUTS.values():
+        S.check_parity(spec, sample, layout)
+    # What y.sum().backward() hands over: one number, expanded to the shape of y.
+    S.check_parity(spec, sample, lambda g: g.new_ones(()).expand(g.shape))
+
+
+@differentiable_specs
+def test_gradcheck(spec):
+    """The backward against finite differences of the forward, in float64."""
+    checked = 0
+    for sample in spec.samples(CPU, torch.float64):
+        sample = S.to_float64(sample)
+        inputs = S.fresh(sample)
+        leaves = S.floats([inputs[name] for name in sample.differentiable])
+        size = sum(leaf.numel() for leaf in leaves)
+        if size == 0:
+            continue
+        names = {id(leaf): i for i, leaf in enumerate(leaves)}
+
+        def function(*tensors, inputs=inputs, names=names):
+            return spec.operator(**S.map_floats(lambda t: tensors[names[id(t)]] if id(t) in names else t, inputs))
+
+        # Every entry of the Jacobian where it is small, random projections of it elsewhere.
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=size > 100, nondet_tol=1e-12), sample.name
+        checked += len(leaves)
+        # Enough for every sample of an operator with a few inputs; a network of many weights stops earlier.
+        if checked > 80:
+            break
+    assert checked
+
+
+@every_device
+@every_dtype
+@every_spec
+def test_outputs_are_written_whole(spec, dtype, device):
+    """With all memory that PyTorch hands out poisoned (NaN, or the largest integer), nothing of it may show."""
+    supports(spec, dtype)
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(1).isnan()
+        for sample in spec.samples(device, dtype):
+            if sample.differentiable:
+                outputs = S.run(spec, spec.operator, sample).outputs
+                run = S.run(spec, spec.operator, sample, S.incoming_gradients(outputs))
+            else:
+                run = S.run(spec, spec.operator, sample)
+            assert_finite(run, sample.name)
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+@every_device
+@every_spec
+def test_inputs_and_incoming_gradients_stay(spec, device):
+    samples = [first_sample(spec, device)]
+    samples += S.awkward_layouts(samples[0], spec.mutates)
+    for sample in samples:
+        inputs = S.fresh(replace(sample, inputs=S.clone_tensors(dict(sample.inputs))))
+        kept = {name: value for name, value in inputs.items() if name not in spec.mutates}
+        before = S.clone_tensors(pytree.tree_leaves(kept))
+        result = spec.operator(**inputs)
+        if sample.differentiable:
+            outputs = pytree.tree_leaves(result)
+            incoming = S.incoming_gradients(outputs)
+            incoming_before = S.clone_tensors(incoming)
+            leaves = S.floats([inputs[name] for name in sample.differentiable])
+            torch.autograd.grad(outputs, leaves, incoming)
+            assert_same(incoming, incoming_before, f"{sample.name}, incoming gradient")
+        tensors = [(a, b) for a, b in zip(pytree.tree_leaves(kept), before, strict=True) if isinstance(a, torch.Tensor)]
+        assert_same([a for a, _ in tensors], [b for _, b in tensors], f"{sample.name}, inputs")
+
+
+@every_device
+@differentiable_specs
+def test_two_backward_passes(spec, device):
+    sample = first_sample(spec, device)
+    inputs = S.fresh(sample)
+    outputs = pytree.tree_leaves(spec.operator(**inputs))
+    leaves = S.floats([inputs[name] for name in sample.differentiable])
+    incoming = S.incoming_gradients(outputs)
+    first = torch.autograd.grad(outputs, leaves, incoming, retain_graph=True)
+    second = torch.autograd.grad(outputs, leaves, incoming)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every_device
+@registered_specs
+def test_second_derivatives_are_right_or_refused(spec, device):
+    """Never silently zero: a linear operator has them, the others say that they do not."""
+    sample = S.to_float64(first_sample(spec, device))
+    if not sample.differentiable:
+        pytest.skip("not differentiable")
+
+    def second_derivatives(function):
+        inputs = S.fresh(sample)
+        outputs = pytree.tree_leaves(function(**inputs))
+        leaves = S.floats([inputs[name] for name in sample.differentiable])
+        # The square makes the gradient depend on the inputs also where the operator is linear.
+        total = sum(out.square().sum() for out in outputs)
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    try:
+        actual = second_derivatives(spec.operator)
+    except RuntimeError as error:
+        assert "second derivatives are not implemented" in str(error)  # noqa: PT017
+        return
+    for a, e in zip(actual, second_derivatives(spec.reference), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+# --- PyTorch's machinery ----------------------------------------------------------------------------------------------
+
+
+@every_device
+@registered_specs
+def test_opcheck(spec, device):
+    sample = first_sample(spec, device)
+    sample = replace(sample, inputs=S.fresh(replace(sample, inputs=S.clone_tensors(dict(sample.inputs)))))
+    for overload, arguments in spec.overload_calls(sample):
+        torch.library.opcheck(overload, arguments)
+
+
+def run_compiled(spec, compiled, sample):
+    """Outputs and gradients of the operator and of its compiled form, which must agree."""
+    incoming = None
+    if sample.differentiable:
+        incoming = S.incoming_gradients(S.run(spec, spec.operator, sample).outputs)
+    expected = S.run(spec, spec.operator, sample, incoming)
+    actual = S.run(spec, compiled, sample, incoming)
+    for a, e in zip(actual.outputs + actual.grads, expected.outputs + expected.grads, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@every_device
+@every_spec
+def test_compile_without_graph_breaks(spec, device):
+    torch._dynamo.reset()
+    run_compiled(spec, torch.compile(spec.operator, fullgraph=True, backend="aot_eager"), first_sample(spec, device))
+
+
+@every_device
+@registered_specs
+def test_compile_with_inductor(spec, device):
+    if device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler for the CPU")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        pytest.skip("inductor needs Triton for CUDA")
+    torch._dynamo.reset()
+    run_compiled(spec, torch.compile(spec.operator, fullgraph=True), first_sample(spec, device))
+
+
+@every_device
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.resized], ids=lambda s: s.name)
+def test_new_sizes_do_not_recompile(spec, device):
+    torch._dynamo.reset()
+    first, second = (named_sample(spec, name, device) for name in spec.resized)
+    compiled = torch.compile(spec.operator, fullgraph=True, backend="aot_eager", dynamic=True)
+    run_compiled(spec, compiled, first)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run_compiled(spec, compiled, second)
+
+
+class Call(torch.nn.Module):
+    """The operator as a module of its tensors, for export; everything else is constant."""
+
+    def __init__(self, spec, inputs):
+        super().__init__()
+        self.spec, self.inputs = spec, inputs
+
+    def forward(self, tensors):
+        leaves, tree = pytree.tree_flatten(self.inputs)
+        given = iter(tensors)
+        inputs = pytree.tree_unflatten([next(given) if isinstance(v, torch.Tensor) else v for v in leaves], tree)
+        return self.spec.operator(**inputs)
+
+
+@registered_specs
+def test_export(spec):
+    sample = first_sample(spec, CPU)
+    inputs = S.clone_tensors(dict(sample.inputs))
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    program = torch.export.export(Call(spec, inputs), (S.clone_tensors(tensors),))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any(spec.name in name for name in names), names
+    actual_inputs = S.clone_tensors(tensors)
+    actual = program.module()(actual_inputs)
+    expected = S.run(spec, spec.operator, sample).outputs
+    result = pytree.tree_leaves(actual) if not spec.mutates else actual_inputs[: len(expected)]
+    assert_same(result, expected, spec.name)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@registered_specs
+def test_autocast(spec, dtype, device):
+    """Under autocast an operator gives what it gives for inputs cast by hand, and gradients in the inputs' dtypes."""
+    sample = first_sample(spec, device)
+    cast = {name: S.map_floats(lambda t: t.to(dtype), sample.inputs[name]) for name in spec.autocast_inputs}
+    incoming = None
+    by_hand = S.run(spec, spec.operator, sample.with_inputs("cast by hand", **cast))
+    if sample.differentiable:
+        incoming = S.incoming_gradients(by_hand.outputs)
+        by_hand = S.run(spec, spec.operator, sample.with_inputs("cast by hand", **cast), incoming)
+
+    def under_autocast(**inputs):
+        with torch.autocast(device.type, dtype=dtype):
+            return spec.operator(**inputs)
+
+    actual = S.run(spec, under_autocast, sample, incoming)
+    assert_same(actual.outputs, by_hand.outputs, spec.name)
+    leaves = S.floats([sample.inputs[name] for name in sample.differentiable])
+    for grad, leaf, hand in zip(actual.grads, leaves, by_hand.grads, strict=True):
+        assert grad.dtype == leaf.dtype
+        torch.testing.assert_close(grad, hand.to(leaf.dtype), rtol=1e-6, atol=1e-6)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@every_spec
+def test_bad_inputs(spec, device):
+    assert spec.bad_inputs is not None, f"{spec.name} has no bad inputs"
+    for bad in spec.bad_inputs(device):
+        with pytest.raises(bad.error, match=bad.message) as caught:
+            spec.operator(**bad.inputs)
+        # A message names the operator or the argument; raised by a check, not by accident deep inside.
+        assert type(caught.value) is bad.error, f"{spec.name}, {bad.name}: {caught.value!r}"
+
+
+# --- the specifications themselves ------------------------------------------------------------------------------------
+
+
+def test_every_folder_has_a_specification():
+    names = [spec.name for spec in SPECS]
+    assert len(names) == len(S.SPEC_MODULES) == len(set(names))
+
+
+@every_spec
+def test_costs_are_positive(spec):
+    inputs = first_sample(spec, CPU).inputs
+    for cost in (spec.bytes_forward, spec.bytes_backward, spec.flops_forward, spec.flops_backward):
+        assert cost is None or cost(inputs) > 0
+    assert spec.bytes_forward is not None
+
+
+def test_the_tolerance_rule_notices_small_errors():
+    """An operator that is off by 8 units in the last place of the scale, or NaN in one place, must not pass."""
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    sample = S.Sample(name="x", inputs={"x": x}, differentiable=("x",))
+    right = S.OperatorSpec(
+        name="double", operator=lambda x: 2 * x, reference=lambda x: 2 * x, samples=lambda d, t: iter(())
+    )
+    S.check_parity(right, sample)
+    off = 2 * (1 + 8 * torch.finfo(torch.float32).eps)
+    with pytest.raises(AssertionError, match="double, x: output 0: error"):
+        S.check_parity(replace(right, operator=lambda x: off * x), sample)
+    with pytest.raises(AssertionError, match="output 0: error nan"):
+        S.check_parity(replace(right, operator=lambda x: torch.where(x == x[3], torch.nan, 2 * x)), sample)
+    with pytest.raises(AssertionError, match="grad 0: error"):
+        S.check_parity(replace(right, operator=lambda x: 2 * x.detach() + off * (x - x.detach())), sample)
+    with pytest.raises(AssertionError, match=r"dtype torch\.float64"):
+        S.check_parity(replace(right, operator=lambda x: 2 * x.double()), sample)
+
+
+# --- large tensors and GPUs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "elements"),
+    [pytest.param(CPU, 1 << 16, id="cpu"), pytest.param(CUDA, 1 << 31, id="cuda", marks=ON_GPU)],
+)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.large_samples], ids=lambda s: s.name)
+def test_large_tensors(spec, device, elements):
+    """Offsets past 2^31 elements on a GPU; the CPU runs the same check at a small size."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 70 << 30:
+        pytest.skip("needs 70 GB of free GPU memory")
+    for large in spec.large_samples(device, elements):
+        results = []
+        for inputs in (large.inputs, large.small):
+            sample = S.Sample(name=large.name, inputs=inputs, differentiable=large.differentiable)
+            inputs = S.fresh(sample)
+            result = spec.operator(**inputs)
+            outputs = pytree.tree_leaves(tuple(inputs[name] for name in spec.mutates) if spec.mutates else result)
+            grads = []
+            if large.differentiable:
+                leaves = S.floats([inputs[name] for name in large.differentiable])
+                ones = [torch.ones((), dtype=out.dtype, device=device).expand(out.shape) for out in outputs]
+                grads = list(torch.autograd.grad(outputs, leaves, ones))
+            results.append((outputs, grads))
+        (outputs, grads), (small_outputs, small_grads) = results
+        largest = max(t.numel() for t in S.floats(dict(large.inputs)) + outputs)
+        assert largest > elements
+        for actual, expected in zip([large.part(out) for out in outputs], small_outputs, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        parts = [part(grad) for part, grad in zip(large.grad_parts, grads, strict=True)]
+        assert_same(parts, small_grads, f"{large.name}, gradients")
+
+
+@pytest.mark.gpu
+@every_spec
+def test_device_that_is_not_current(spec):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    with torch.cuda.device(0):
+        S.check_parity(spec, first_sample(spec, torch.device("cuda", 1)))
+
+
+@pytest.mark.gpu
+@every_spec
+def test_no_synchronisation(spec):
+    sample = first_sample(spec, CUDA)
+    incoming = S.incoming_gradients(S.run(spec, spec.operator, sample).outputs) if sample.differentiable else None
+    inputs = S.fresh(sample)
+    leaves = S.floats([inputs[name] for name in sample.differentiable])
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = spec.operator(**inputs)
+        if incoming is not None:
+            torch.autograd.grad(pytree.tree_leaves(result), leaves, incoming)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+@every_spec
+def test_cuda_graph_replays_with_new_inputs(spec):
+    """Captured once, replayed on other values in the same places."""
+    sample = first_sample(spec, CUDA)
+    inputs = S.clone_tensors(dict(sample.inputs))
+    tensors = S.floats(inputs)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            spec.operator(**inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = spec.operator(**inputs)
+        for tensor, original in zip(tensors, S.floats(dict(sample.inputs)), strict=True):
+            tensor.copy_(original.flip(0) if original.ndim else original)
+        expected = S.run(spec, spec.operator, replace(sample, inputs=S.clone_tensors(inputs))).outputs
+        graph.replay()
+    outputs = pytree.tree_leaves(tuple(inputs[name] for name in spec.mutates) if spec.mutates else result)
+    for actual, wanted in zip([o for o in outputs if o is not None], expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
