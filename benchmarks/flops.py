@@ -1,0 +1,34 @@
+"""Multiply-adds of a call, counted on tensors without storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def _convolution_backward(
+    grad_out: tuple[int, ...],
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """2 FLOPs for every output position and weight it meets, once for each gradient asked for.
+
+    PyTorch's own formula takes a grouped convolution for a full one when it counts the gradient of its weight.
+    """
+    per_gradient = 2 * torch.Size(grad_out).numel() * (torch.Size(weight).numel() // weight[0])
+    output_mask = args[-1]
+    return per_gradient * sum(bool(wanted) for wanted in output_mask[:2])
+
+
+def multiply_adds(call: Callable[[], object]) -> int:
+    """Multiply-adds of matrix products, convolutions and attention in ``call`` (elementwise work is not counted)."""
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        call()
+    return counter.get_total_flops() // 2

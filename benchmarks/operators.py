@@ -1,0 +1,183 @@
+"""Every operator against its reference, from the specifications in `cat_kernels.spec`.
+
+    python -m benchmarks.operators
+
+For each: time and peak memory at base width (2 clips on a CPU, 96 on a GPU), the share of the copy bandwidth that its
+least bytes make of its time, and what an eager call costs on the host. The stem has a benchmark of its own; here only its
+call is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from benchmarks import memory
+from benchmarks.results import Key, Results
+from benchmarks.runner import DTYPES, Settings, arguments, finish, reason, release, say, skipped_dtypes
+from benchmarks.timing import interleaved, overhead_us
+from cat_kernels import spec as specification
+from cat_kernels.spec import OperatorSpec, Sample
+
+OWN_BENCHMARK = ("MultiResConv",)
+PROVIDERS = ("reference", "operator")
+
+
+def spec_named(name: str) -> OperatorSpec:
+    return next(spec for spec in specification.specs() if spec.name == name)
+
+
+class OperatorProvider:
+    """The operator or its reference on the specification's benchmark inputs."""
+
+    def __init__(self, spec: OperatorSpec, sample: Sample, name: str, mode: str) -> None:
+        self.function = getattr(spec, name)
+        backward = mode != "forward"
+        self.inputs = specification.fresh(sample, requires_grad=backward)
+        self.leaves = specification.floats([self.inputs[n] for n in sample.differentiable]) if backward else []
+        self.incoming: list[torch.Tensor] | None = None
+
+    def call(self) -> object:
+        if not self.leaves:
+            with torch.no_grad():
+                return self.function(**self.inputs)
+        outputs = specification.floats(self.function(**self.inputs))
+        if self.incoming is None:
+            self.incoming = [torch.randn_like(out) for out in outputs]
+        return torch.autograd.grad(outputs, self.leaves, self.incoming)
+
+    def persistent_bytes(self) -> int:
+        tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, torch.Tensor)]
+        return specification.nbytes(*tensors)
+
+
+def make_provider(name: str, operator: str, clips: int, dtype: str, mode: str) -> OperatorProvider:
+    """For the process that measures memory on a CPU."""
+    spec = spec_named(operator)
+    torch.manual_seed(0)
+    return OperatorProvider(spec, spec.benchmark(torch.device("cpu"), DTYPES[dtype], clips), name, mode)
+
+
+def least_bytes(spec: OperatorSpec, inputs: Mapping[str, Any], mode: str) -> int | None:
+    if spec.bytes_forward is None or (mode != "forward" and spec.bytes_backward is None):
+        return None
+    return spec.bytes_forward(inputs) + (spec.bytes_backward(inputs) if mode != "forward" else 0)
+
+
+def host_overhead(spec: OperatorSpec, name: str, device: torch.device) -> float:
+    """Microseconds of one call on the smallest sample."""
+    sample = next(iter(spec.samples(device, torch.float32)))
+    inputs = specification.clone_tensors(dict(specification.fresh(sample, requires_grad=False)))
+    with torch.no_grad():
+        return overhead_us(lambda: getattr(spec, name)(**inputs), device)
+
+
+def measure(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:
+    """Rows of one operator in one dtype: forward, and forward + backward where it has one."""
+    torch.manual_seed(0)
+    sample = spec.benchmark(s.device, DTYPES[dtype], s.clips)
+    modes = ["forward"] + (["forward+backward"] if sample.differentiable else [])
+    overhead = {name: host_overhead(spec, name, s.device) for name in PROVIDERS}
+    keys = {mode: Key(benchmark=spec.name, mode=mode, dtype=dtype, shape={"clips": s.clips}) for mode in modes}
+    try:
+        specification.check_parity(spec, sample)
+    except AssertionError as error:
+        for key in keys.values():
+            results.reject(key, "operator", f"parity: {error}")
+        return
+    for mode, key in keys.items():
+        providers = {name: OperatorProvider(spec, sample, name, mode) for name in PROVIDERS}
+        calls = {name: provider.call for name, provider in providers.items()}
+        peaks = {name: peak(spec, name, providers[name], dtype, mode, s, results) for name in PROVIDERS}
+        times = interleaved(calls, s.device, warmup=2, min_rounds=s.min_rounds, budget_s=s.budget_s)
+        bytes_moved = least_bytes(spec, sample.inputs, mode)
+        bandwidth = s.ceilings.get("copy_GBps")
+        floor = bytes_moved / (bandwidth * 1e9) * 1e3 if bytes_moved and bandwidth else None
+        for name in PROVIDERS:
+            work = {
+                "bytes": bytes_moved,
+                "floor_ms": floor,
+                "overhead_us": overhead[name] if mode == "forward" else None,
+            }
+            results.add(
+                key,
+                name,
+                times[name],
+                None,
+                peak_MiB=peaks[name],
+                persistent_MiB=providers[name].persistent_bytes() / memory.MIB,
+                work=work,
+            )
+        results.compare(key, "reference", "operator", times, peaks)
+        del providers, calls
+        release()
+
+
+def peak(
+    spec: OperatorSpec, name: str, provider: OperatorProvider, dtype: str, mode: str, s: Settings, results: Results
+) -> float | None:
+    provider.call()
+    if s.device.type == "cuda":
+        return memory.peak_cuda(provider.call, s.device)
+    if not s.memory:
+        return None
+    try:
+        settings = {"name": name, "operator": spec.name, "clips": s.clips, "dtype": dtype, "mode": mode}
+        return memory.peak_in_fresh_process("operators", settings, threads=s.threads)
+    except Exception as error:
+        results.notes.append(reason(error))
+        return None
+
+
+def run(s: Settings) -> Results:
+    results = Results()
+    skipped_dtypes(s, results)
+    for spec in specification.specs():
+        for dtype in s.dtypes:
+            if DTYPES[dtype] not in spec.dtypes:
+                continue
+            guarded(functools.partial(one, spec, dtype, s, results), spec, dtype, s, results)
+            s.saver(results)()
+            release()
+    return results
+
+
+def one(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:
+    if spec.name in OWN_BENCHMARK or spec.benchmark is None:
+        cost = host_overhead(spec, "operator", s.device)
+        results.notes.append(f"{spec.name}: a call takes {cost:.0f} us on the host; its times are the stem benchmark's")
+        return
+    measure(spec, dtype, s, results)
+
+
+def guarded(call: Callable[[], None], spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:
+    """An operator that fails is reported; the others go on."""
+    say(f"  {spec.name} {dtype}")
+    try:
+        call()
+    except Exception as error:
+        key = Key(benchmark=spec.name, mode="forward", dtype=dtype, shape={"clips": s.clips})
+        results.reject(key, "operator", reason(error))
+
+
+def main() -> int:
+    s = Settings.of(
+        arguments(__doc__.splitlines()[0]).parse_args(), clips_cpu=2, clips_cuda=96, budget_cpu=2, budget_cuda=1
+    )
+    results = run(s)
+    for row in results.rows:
+        share = f"{100 * row['share_of_floor']:5.1f} % of the copy bandwidth" if row.get("share_of_floor") else ""
+        cost = f"{row['overhead_us']:6.0f} us a call" if row.get("overhead_us") else ""
+        say(
+            f"{row['benchmark']:24} {row['mode']:17} {row['dtype']} {row['provider']:10} {row['median_ms']:9.3f} ms {share} {cost}"
+        )
+    return finish(results, s, [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

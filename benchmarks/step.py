@@ -1,0 +1,244 @@
+"""A whole pre-training step: student, decoder, teacher, losses, backward, clipping, AdamW, EMA.
+
+    python -m benchmarks.step            # two clips on a CPU, 96 on a GPU; base model, 4 masks
+    python -m benchmarks.step --check    # fails below 1.8x on a CPU (its multiply-adds allow 1.96x)
+
+Candidates: "visible" is this package's step. "dense" is the step as the paper's authors released it: the stem runs on all
+positions of every clone, and once more without a mask, its result unused. Everything else is the same code. Where a
+compiler runs the dense step ("dense compiled"), that unused pass is left out, as a compiler would drop it.
+torch.compile is applied to the stem, to each block and to the decoder: compiling the repeated block once keeps compilation
+to seconds.
+
+Shapes: B clips, M masks a clip, N = B * M, T frames, L patches, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import memory
+from benchmarks.flops import multiply_adds
+from benchmarks.results import Key, Results
+from benchmarks.runner import (
+    Case,
+    Groups,
+    Settings,
+    arguments,
+    autocast,
+    finish,
+    floor_ms,
+    release,
+    run_case,
+    say,
+    skipped_dtypes,
+)
+from benchmarks.stem import COMPILED, PROVIDERS, inputs, largest_batch
+from cat.model import CAT, PRESETS, ObjectiveConfig
+from cat.optim import OptimConfig, build_optimizer, clip_gradients, trainable
+
+CPU_GOAL = 1.8  # fp32, two cores
+REFERENCE_CLIPS = 4
+LOSS_SCALE = 2.0**12  # start of fp16's
+# A batch may be cut into pieces for the reference, so the global loss is a mean here; the kernels are the same.
+OBJECTIVE = ObjectiveConfig(global_loss_reduction="mean")
+# So small a rate that a hundred steps on random numbers change nothing that is measured.
+OPTIM = OptimConfig(lr=1e-7, warmup_steps=0)
+
+
+def build_model(preset: str, backend: str) -> CAT:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CAT(dataclasses.replace(PRESETS[preset], stem_backend=backend), OBJECTIVE).train()
+
+
+def compile_regions(model: CAT) -> None:
+    parts: list[nn.Module] = [model.decoder]
+    for encoder in (model.student, model.teacher):
+        parts += [encoder.stem, *encoder.blocks]
+    for part in parts:
+        part.compile(dynamic=False)
+
+
+def gradients(model: CAT) -> list[Tensor]:
+    return [p.grad for p in trainable(model).values()]
+
+
+class StepProvider:
+    """One backend of the stem, eager or compiled, with the rest of the step."""
+
+    def __init__(self, name: str, shape: dict[str, Any], dtype: str, device: torch.device) -> None:
+        self.device, self.dtype = device, dtype
+        self.model = build_model(shape["preset"], name.split()[0]).to(device)
+        self.parameters = trainable(self.model)
+        self.optimizer = build_optimizer(self.parameters, OPTIM)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=dtype == "fp16")
+        self.spec_B1TF, self.visible_NK = inputs(shape, device)
+        self.rng = torch.tensor([0, 0], device=device)
+        self.unused_pass = name == "dense"
+        self._make_optimizer_state()
+        if "compiled" in name:
+            compile_regions(self.model)
+
+    def _make_optimizer_state(self) -> None:
+        """So that it counts as what stays, not as what a step takes."""
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self) -> Tensor:
+        with autocast(self.dtype, self.device):
+            if self.unused_pass:
+                self.model.student.stem(self.spec_B1TF)
+            return self.model(self.spec_B1TF, self.visible_NK, rng=self.rng).loss
+
+    def call(self) -> object:
+        self.scaler.scale(self.loss()).backward()
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.parameters.values(), OPTIM.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_teacher(0.9998)
+        return None
+
+    def check(self) -> Groups:
+        loss = self.loss()
+        scale = LOSS_SCALE if self.dtype == "fp16" else 1.0
+        (loss * scale).backward()
+        found = {"loss": [loss.detach()], "gradients": [g / scale for g in gradients(self.model)]}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def persistent_bytes(self) -> int:
+        held = list(self.model.parameters()) + list(self.model.buffers())
+        held += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+def make_provider(name: str, shape: dict[str, Any], dtype: str) -> StepProvider:
+    """For the process that measures memory on a CPU."""
+    return StepProvider(name, shape, dtype, torch.device("cpu"))
+
+
+def reference(shape: dict[str, Any], device: torch.device) -> Groups:
+    """Loss and gradients by the dense formula in float32, a few clips at a time."""
+    model = build_model(shape["preset"], "dense").to(device)
+    spec, visible = inputs(shape, device)
+    B, M, P = shape["clips"], shape["masks"], model.config.patch_size
+    noise_per_clip = M * (spec.shape[2] // P) * (spec.shape[3] // P) * model.config.embed_dim // 4  # Philox counters
+    total = torch.zeros((), device=device)
+    for first in range(0, B, REFERENCE_CLIPS):
+        clips = spec[first : first + REFERENCE_CLIPS]
+        clones = visible[first * M : (first + REFERENCE_CLIPS) * M]
+        rng = torch.tensor([0, first * noise_per_clip], device=device)
+        loss = model(clips, clones, rng=rng).loss * (len(clips) / B)
+        loss.backward()
+        total += loss.detach()
+    return {"loss": [total], "gradients": gradients(model)}
+
+
+def count(shape: dict[str, Any], name: str) -> dict[str, int]:
+    """Multiply-adds of the parts of a step, forward, and of the whole with its backward, per clip."""
+    with torch.device("meta"):
+        model = build_model(shape["preset"], name.split()[0])
+        rng = torch.empty(2, dtype=torch.int64)
+    spec, visible = inputs({**shape, "clips": 1}, torch.device("cpu"))
+    spec, visible = spec.to("meta"), visible.to("meta")
+    grid = tuple(n // model.config.patch_size for n in spec.shape[2:])
+    encoded = model.encode(spec, visible)[0]
+    parts = {
+        "student_stem": multiply_adds(lambda: model.student.stem(spec, visible)),
+        "student": multiply_adds(lambda: model.encode(spec, visible)),
+        "decoder": multiply_adds(lambda: model.decode(encoded, visible, grid, rng)),
+        "teacher": multiply_adds(lambda: model.targets(spec)),
+        "unused_pass": multiply_adds(lambda: model.student.stem(spec)) if name == "dense" else 0,
+        "step": multiply_adds(lambda: model(spec, visible, rng=rng).loss.backward()),
+    }
+    parts["step"] += parts["unused_pass"]
+    return parts
+
+
+def case(
+    shape: dict[str, Any], dtype: str, names: tuple[str, ...], s: Settings, counts: dict[str, dict[str, int]]
+) -> Case:
+    work = {}
+    for name in names:
+        total = counts[name]["step"] * shape["clips"]
+        work[name] = {"multiply_adds": total, "floor_ms": floor_ms(total, dtype, s.ceilings)}
+    peak = None
+    if s.device.type == "cpu" and s.memory:
+        peak = lambda name: memory.peak_in_fresh_process(  # noqa: E731
+            "step", {"name": name, "shape": shape, "dtype": dtype}, threads=s.threads
+        )
+    return Case(
+        key=Key(benchmark="step", mode="step", dtype=dtype, shape=shape),
+        providers={name: lambda name=name: StepProvider(name, shape, dtype, s.device) for name in names},
+        baseline="dense" if "dense" in names else names[0],
+        reference=lambda: reference(shape, s.device),
+        work=work,
+        peak=peak,
+    )
+
+
+def fits(shape: dict[str, Any], dtype: str, device: torch.device) -> bool:
+    """Whether the eager dense candidate has the memory for this batch, with the others' weights beside it."""
+    try:
+        others = [StepProvider("visible", {**shape, "clips": 1}, dtype, device) for _ in range(3)]
+        for provider in (*others, StepProvider("dense", shape, dtype, device)):
+            provider.call()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def cases(s: Settings, results: Results) -> Iterator[Case]:
+    names = PROVIDERS + (COMPILED if s.compiled else ())
+    shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
+    counts = {name: count(shape, name) for name in names}
+    results.multiply_adds["per clip, masks = %d, %s" % (s.masks, s.preset)] = counts
+    for dtype in s.dtypes:
+        clips = largest_batch(shape, lambda sh, dtype=dtype: fits(sh, dtype, s.device), s.device)
+        yield case({**shape, "clips": clips}, dtype, names, s, counts)
+        if clips != s.clips:
+            results.notes.append(f"step {dtype}: the dense step has no memory for {s.clips} clips; compared at {clips}")
+            yield case(shape, dtype, tuple(name for name in names if name.startswith("visible")), s, counts)
+
+
+def run(s: Settings) -> Results:
+    results = Results()
+    skipped_dtypes(s, results)
+    for one in cases(s, results):
+        run_case(one, results, s.device, budget_s=s.budget_s, min_rounds=s.min_rounds, save=s.saver(results))
+        release()
+    return results
+
+
+def main() -> int:
+    s = Settings.of(arguments(__doc__.splitlines()[0]).parse_args(), clips_cpu=2, clips_cuda=96)
+    results = run(s)
+    for counts in results.multiply_adds.values():
+        dense, visible = counts["dense"]["step"], counts["visible"]["step"]
+        say(
+            f"multiply-adds a clip: visible {visible / 1e9:.0f} G, dense {dense / 1e9:.0f} G: {dense / visible:.2f}x is the limit"
+        )
+    for c in results.comparisons:
+        memory_ratio = f", peak memory {c['peak_memory_ratio']:.2f} of it" if c["peak_memory_ratio"] else ""
+        say(f"step {c['dtype']} {c['shape']['clips']} clips: {c['provider']} is {c['speedup']:.2f}x {c['baseline']} "
+            f"({c['speedup_p20']:.2f} to {c['speedup_p80']:.2f}){memory_ratio}")  # fmt: skip
+    goals = []
+    if s.device.type == "cpu" and s.preset == "base":
+        found = results.speedup("step", "step", "fp32", "dense", "visible")
+        if found is None or found < CPU_GOAL:
+            goals.append(f"step in fp32, visible against dense: {found or 0:.2f}x, goal {CPU_GOAL}x")
+    return finish(results, s, goals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
