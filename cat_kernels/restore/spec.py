@@ -57,7 +57,7 @@ def _bad_inputs(device: torch.device) -> Iterator[BadInput]:
     def bad(name: str, error: type[Exception], message: str, **changes: Any) -> BadInput:
         return BadInput(name=name, inputs={**good, **changes}, error=error, message=message)
 
-    yield bad("tokens rank", ValueError, r"3 dimensions \(N, K, D\), got shape \(6, 24\)", tokens=tokens[0])
+    yield bad("tokens rank", ValueError, r"3 dimensions \(N, K, D\), got shape \(7, 24\)", tokens=tokens[0])
     yield bad(
         "visible shape", ValueError, r"\(N, K\) = \(6, 7\), one index per token, got \(6, 6\)", visible=visible[:, 1:]
     )
