@@ -1,7 +1,8 @@
 """Released checkpoints and state dicts into ours, and back.
 
-The authors' code names parameters after fairseq's data2vec 2.0 (``modality_encoders.IMAGE.patch_embed.0.proj.weight``); the
-EMA teacher has the same names without decoder and projection. `cat-audio convert` does whole files: its output is a checkpoint for every command that takes one.
+The authors' code names parameters after fairseq's data2vec 2.0 (``modality_encoders.IMAGE.patch_embed.0.proj.weight``);
+the EMA teacher has the same names without decoder and projection. `cat-audio convert` does whole files: its output is a
+checkpoint for every command that takes one.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{", "{").replace(r"\}", "}").format(**fields))
 
 
-_STUDENT_RULES = [
-    (_pattern(theirs), "student." + ours) for theirs, ours in ENCODER_NAMES
-] + [(_pattern(theirs), ours) for theirs, ours in OTHER_NAMES]
+_STUDENT_RULES = [(_pattern(theirs), "student." + ours) for theirs, ours in ENCODER_NAMES] + [
+    (_pattern(theirs), ours) for theirs, ours in OTHER_NAMES
+]
 
 
 def our_name(released: str) -> str | None:
@@ -80,19 +81,22 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, m
 
     ``num_heads`` leaves no trace in the weights; by default heads are 64 wide, as in every released model.
     """
+    channels: list[int] = []
+    resolutions: list[int] = []
     plain = state.get(IMAGE + "local_encoder.proj.weight")
     if plain is not None:
-        stem, channels, resolutions = "patch", [], [plain.shape[-1]]
-        dim = plain.shape[0]
+        stem, dim = "patch", plain.shape[0]
+        resolutions.append(plain.shape[-1])
     else:
-        stem, channels, resolutions = "multires", [], []
+        stem = "multires"
         while (weight := state.get(f"{IMAGE}patch_embed.{len(resolutions)}.proj.weight")) is not None:
             resolutions.append(weight.shape[-1] * (resolutions[-1] if resolutions else 1))
             channels.append(weight.shape[0])
         if not resolutions:
             raise ValueError(
                 f"no stem among the {len(state)} parameters; expected '{IMAGE}patch_embed.0.proj.weight' or "
-                f"'{IMAGE}local_encoder.proj.weight': is this a CAT pre-training checkpoint? It starts with {sorted(state)[:3]}"
+                f"'{IMAGE}local_encoder.proj.weight': is this a CAT pre-training checkpoint? "
+                f"It starts with {sorted(state)[:3]}"
             )
         dim = channels.pop()
     depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
@@ -137,15 +141,21 @@ def from_released(
     model = CAT(config, objective, embedding_dim=None if projection is None else projection.shape[0])
     state = _translate(student)
     teacher_state = _translate(student if teacher is None else teacher)
-    state |= {"teacher" + name.removeprefix("student"): t for name, t in teacher_state.items() if name.startswith("student.")}
+    state |= {
+        "teacher" + name.removeprefix("student"): t for name, t in teacher_state.items() if name.startswith("student.")
+    }
 
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
-        raise ValueError(f"released weights do not fit this architecture: missing {missing[:5]}, not expected {unknown[:5]}")
+        raise ValueError(
+            f"released weights do not fit this architecture: missing {missing[:5]}, not expected {unknown[:5]}"
+        )
     for name, tensor in state.items():
         if tensor.numel() != own[name].numel():
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint; expected {tuple(own[name].shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the checkpoint; expected {tuple(own[name].shape)}"
+            )
     model.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in state.items()})
     return model
 
@@ -199,8 +209,8 @@ def _translate(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
             unknown.append(name)
     if unknown:
         raise ValueError(
-            f"{len(unknown)} parameters have no place in CAT, among them {unknown[:3]}: expected the names of a released "
-            "pre-training checkpoint"
+            f"{len(unknown)} parameters have no place in CAT, among them {unknown[:3]}: expected the names of a "
+            "released pre-training checkpoint"
         )
     return state
 
@@ -221,8 +231,8 @@ class _Inert:
 def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """(student, teacher or None) of a released ``.pt`` file, or of a ``.safetensors`` with the same names.
 
-    Nothing in the file is executed: it is read with ``weights_only=True``, and the classes it mentions (training settings)
-    are replaced by an empty one.
+    Nothing in the file is executed: it is read with ``weights_only=True``, and the classes it mentions (training
+    settings) are replaced by an empty one.
     """
     path = Path(path)
     if not path.is_file():
@@ -238,15 +248,16 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except pickle.UnpicklingError:
             raise ValueError(
-                f"{path} cannot be read without executing code it holds ({str(error).strip().splitlines()[-3:][0]}); it mentions "
-                f"{sorted(foreign)}. If you trust it, save its weights alone where it came from: "
-                "torch.save({'model': checkpoint['model']}, ...)"
+                f"{path} cannot be read without executing code it holds; it mentions {sorted(foreign)}. If you trust it, "
+                "save its weights alone where it came from: torch.save({'model': checkpoint['model']}, ...)"
             ) from None
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary with the weights under 'model'")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}; expected a dictionary with the weights under 'model'"
+        )
     return _split_teacher(model)
 
 
@@ -260,9 +271,13 @@ def _split_teacher(model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("released", type=Path, help="a released pre-training checkpoint: .pt, or .safetensors with its names")
+    parser.add_argument(
+        "released", type=Path, help="a released pre-training checkpoint: .pt, or .safetensors with its names"
+    )
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--num-heads", type=int, help="attention heads, which the weights do not show (default: width / 64)")
+    parser.add_argument(
+        "--num-heads", type=int, help="attention heads, which the weights do not show (default: width / 64)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """Inverse block masks: which fifth of the patches the student sees (arXiv 2601.21612, section on masking).
 
-Blocks of *visible* patches are stamped around random centres, then random cells are added or removed until exactly K are
-visible. Every draw is a pure function of (seed, step, clip, mask), through a counter-based generator: masks are the same in
-a data worker and on a GPU, whatever the batch is split into.
+Blocks of *visible* patches are stamped around random centres, then random cells are added or removed until exactly K
+are visible. Every draw is a pure function of (seed, step, clip, mask), through a counter-based generator: masks are the
+same in a data worker and on a GPU, whatever the batch is split into.
 
 Shapes: B clips, M masks a clip, N = B * M, H x W patch grid, L = H * W, K visible patches.
 """
@@ -22,7 +22,7 @@ STREAM = 0x6D61736B  # "mask": keeps these draws apart from every other use of t
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """``ratio`` of the patches is masked, in ``num_masks`` masks a clip; ``block`` is the side of a visible block, in patches.
+    """``ratio`` of the patches is masked, in ``num_masks`` masks a clip; ``block``: side of a visible block, in patches.
 
     ``adjust``: share of the patches drawn on top of the visible share, because blocks overlap (released recipe).
     """
@@ -58,7 +58,7 @@ def inverse_block_masks(
         clips: (B,) int64 numbers of the clips in their data set, below 2^32.
 
     Returns:
-        (B*M, K) int64 visible patch indices, ascending; on the device of ``clips``. Clip b owns rows b*M .. (b+1)*M - 1.
+        (B*M, K) int64 visible patch indices, ascending, on the device of ``clips``; clip b owns rows b*M .. (b+1)*M-1.
     """
     H, W = grid
     L, M, B, device = H * W, config.num_masks, clips.numel(), clips.device
@@ -69,9 +69,13 @@ def inverse_block_masks(
     draws = torch.arange(math.ceil((centres + L) / 4), device=device)
     mask = torch.arange(M, device=device)
     # one Philox counter gives four words; counter = (draw, step, clip, mask), the stream's name is folded into the key
-    words_NR = torch.stack(
-        philox_words(seed ^ (STREAM << 32), draws, step, clips.reshape(B, 1, 1), mask.reshape(1, M, 1)), dim=-1
-    ).flatten(2).flatten(0, 1)
+    words_NR = (
+        torch.stack(
+            philox_words(seed ^ (STREAM << 32), draws, step, clips.reshape(B, 1, 1), mask.reshape(1, M, 1)), dim=-1
+        )
+        .flatten(2)
+        .flatten(0, 1)
+    )
 
     centre = (words_NR[:, :centres] * L) >> 32
     reach = torch.arange(config.block, device=device) - config.block // 2
@@ -80,7 +84,7 @@ def inverse_block_masks(
     cells = (rows[:, :, :, None] * W + columns[:, :, None, :]).flatten(1)
     stamped = torch.zeros(B * M, L, dtype=torch.int64, device=device).scatter(1, cells, 1)
 
-    # The K largest keys are visible: stamped cells first, in random order within both kinds, the cell's number last so that
-    # no two keys are equal. So too many stamped cells lose random ones, and too few gain random others.
+    # The K largest keys are visible: stamped cells first, in random order within both kinds, the cell's number last so
+    # that no two keys are equal. So too many stamped cells lose random ones, and too few gain random others.
     key = (stamped << 52) + (words_NR[:, centres : centres + L] << 20) + torch.arange(L, device=device)
     return key.topk(K, dim=1).indices.sort(dim=1).values

@@ -9,6 +9,7 @@ P patch, H x W = T/P x F/P patches, L = H * W (patch h*W + w), K visible patches
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,12 +55,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.stem not in ("multires", "patch"):
             raise ValueError(f"stem={self.stem!r}; expected 'multires' or 'patch'")
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth}; expected at least one transformer block")
         if self.stem == "patch" and len(self.resolutions) != 1:
             raise ValueError(f"stem='patch' with resolutions={self.resolutions}; expected one, the patch size: (16,)")
         if self.embed_dim % 4 or self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim={self.embed_dim} with num_heads={self.num_heads}; expected a multiple of 4 (sin-cos positions) "
-                "and of num_heads"
+                f"embed_dim={self.embed_dim} with num_heads={self.num_heads}; expected a multiple of 4 (sin-cos "
+                "positions) and of num_heads"
             )
         if self.mel_bins % self.patch_size:
             raise ValueError(f"mel_bins={self.mel_bins} is not a multiple of the patch size {self.patch_size}")
@@ -86,11 +89,12 @@ PRESETS: dict[str, ModelConfig] = {
 class ObjectiveConfig:
     """What the student is trained on: L = L_p + global_weight * L_g + regularisation_weight * L_r.
 
-    ``global_loss_reduction`` "sum" is the published recipe: L_g and L_r are *sums* over the clip-clones of the batch, while
-    L_p is a mean over masked tokens, so at weight 1 they grow with the batch per GPU. "mean" divides by their number.
-    ``regularisation_layer`` d: 0 takes the CLS token of the last block, d > 0 the one block d's MLP puts out.
-    ``regularisation_distance``: "l2" (the paper's s), "cosine", "l1" or "kl". ``teacher_top_k``: average the last k blocks
-    into the target, 0 means all. ``noise_std``: deviation of the noise that stands for masked patches in the decoder.
+    ``global_loss_reduction`` "sum" is the published recipe: L_g and L_r are *sums* over the clip-clones of the batch,
+    while L_p is a mean over masked tokens, so at weight 1 they grow with the batch per GPU. "mean" divides by their
+    number. ``regularisation_layer`` d: 0 takes the CLS token of the last block, d > 0 the one that block d's MLP puts
+    out. ``regularisation_distance``: "l2" (the paper's s), "cosine", "l1" or "kl". ``teacher_top_k``: average the last
+    k blocks into the target, 0 means all. ``noise_std``: deviation of the noise that stands for masked patches in the
+    decoder.
     """
 
     global_weight: float = 1.0
@@ -209,7 +213,8 @@ class Encoder(nn.Module):
             raise ValueError(f"spec has shape {tuple(spec.shape)}; this encoder expects (B, 1, T, {n_mels})")
         if spec.shape[2] == 0 or spec.shape[2] % P or spec.shape[2] > MAX_ROWS * P:
             raise ValueError(
-                f"spec has T={spec.shape[2]} frames; expected a positive multiple of the patch size {P}, at most {MAX_ROWS * P}"
+                f"spec has T={spec.shape[2]} frames; expected a positive multiple of the patch size {P}, at most "
+                f"{MAX_ROWS * P}"
             )
 
 
@@ -232,7 +237,7 @@ class Decoder(nn.Module):
             nn.Conv2d(
                 c_in, c_out, config.decoder_kernel, padding=config.decoder_kernel // 2, groups=config.decoder_groups
             )
-            for c_in, c_out in zip(widths, widths[1:], strict=False)
+            for c_in, c_out in itertools.pairwise(widths)
         )
         self.proj = nn.Linear(widths[-1], config.embed_dim)
         _init_linear(self.proj)
@@ -291,8 +296,8 @@ class CAT(nn.Module):
         self.objective = objective or ObjectiveConfig()
         if self.objective.regularisation_weight and embedding_dim is None:
             raise ValueError(
-                f"regularisation_weight={self.objective.regularisation_weight} needs external embeddings, but embedding_dim "
-                "is None: give the data set embeddings (`cat-audio embed`), or set the weight to 0"
+                f"regularisation_weight={self.objective.regularisation_weight} needs external embeddings, but "
+                "embedding_dim is None: give the data set embeddings (`cat-audio embed`), or set the weight to 0"
             )
         for name, value in (
             ("regularisation_layer", self.objective.regularisation_layer),
@@ -314,15 +319,16 @@ class CAT(nn.Module):
 
     @torch.no_grad()
     def targets(self, spec: Tensor) -> Tensor:
-        """Y (B, L, D) float32: the teacher's MLP outputs, instance-normalised over the clip, averaged, normalised over D."""
+        """Y (B, L, D) float32: the teacher's MLP outputs, instance-normalised over L, averaged, then LayerNorm."""
         x = self.teacher.embed(spec)
         depth = self.config.depth
         used = self.objective.teacher_top_k or depth
-        total = None
-        for i, block in enumerate(self.teacher.blocks):
+        total: Tensor | None = None
+        for i, block in enumerate(self.teacher.blocks, start=1):
             x, t = block(x)
-            if i >= depth - used:
-                total = average_targets([t[:, 1:]], partial=total, num_layers=used if i == depth - 1 else None)
+            if i > depth - used:
+                total = average_targets([t[:, 1:]], partial=total, num_layers=used if i == depth else None)
+        assert total is not None  # depth >= used >= 1
         return total
 
     def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,7 +341,9 @@ class CAT(nn.Module):
                 cls = t[:, 0]
         return x, x[:, 0] if cls is None else cls
 
-    def decode(self, x: Tensor, visible: Tensor, grid: tuple[int, int], rng: Tensor, noise: Tensor | None = None) -> Tensor:
+    def decode(
+        self, x: Tensor, visible: Tensor, grid: tuple[int, int], rng: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         """Predictions (N, L, D) from the student's output; ``noise`` (N, L-K, D) replaces what ``rng`` would draw."""
         H, W = grid
         sigma = self.objective.noise_std if noise is None else 0.0
@@ -390,7 +398,9 @@ class CAT(nn.Module):
             times_masked_BL = mask_NL.unflatten(0, (-1, M)).sum(1) if M else mask_NL
             pred_std = token_std(prediction_NLD, mask_NL)
             target_std = token_std(target_BLD, times_masked_BL)
-        return PretrainOutput(loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std)
+        return PretrainOutput(
+            loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std
+        )
 
     @torch.no_grad()
     def update_teacher(self, decay: float | Tensor) -> None:

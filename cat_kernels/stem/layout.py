@@ -1,9 +1,9 @@
 """Order of the positions inside a patch, and who is next to whom.
 
 A patch of P x P pixels holds S_i = (P / r_i)^2 positions at resolution r_i. They are kept in *recursive block order*:
-with k_i = r_i / r_{i-1}, the index of a position is written in mixed radix, one digit d_j in [0, k_j^2) for every coarser
-resolution j = n-1 .. i+1, most significant first, each digit row-major over its k_j x k_j block. (For factors of 2 this
-is the Z-order curve.) Two things follow:
+with k_i = r_i / r_{i-1}, the index of a position is written in mixed radix, one digit d_j in [0, k_j^2) for every
+coarser resolution j = n-1 .. i+1, most significant first, each digit row-major over its k_j x k_j block. (For factors
+of 2 this is the Z-order curve.) Two things follow:
 
 - the k_i^2 positions that one coarser position is made of are adjacent rows, so an embedding with kernel = stride is
   ``rows.reshape(-1, k^2 * c) @ W`` and a side output is ``rows.reshape(patches, S_i * c) @ W``;
@@ -28,7 +28,8 @@ def strides(resolutions: tuple[int, ...]) -> tuple[int, ...]:
 def block_order(factors: tuple[int, ...], device: torch.device) -> Tensor:
     """Row-major index, in a p x p patch with p = prod(factors), of every position in block order.
 
-    ``factors`` are k_{n-1}, ..., k_{i+1}, coarsest first. Returns (p*p,) int64: ``row_major[block_order]`` is in block order.
+    ``factors`` are k_{n-1}, ..., k_{i+1}, coarsest first. Returns (p*p,) int64: ``row_major[block_order]`` is in block
+    order.
     """
     n = len(factors)
     index = torch.arange(math.prod(factors) ** 2, device=device).reshape([*factors, *factors])
@@ -73,7 +74,7 @@ def halo_rows(visible_NK: Tensor, grid: tuple[int, int], factors: tuple[int, ...
     makes the convolution exactly the masked one with zero padding.
     """
     N, K = visible_NK.shape
-    H, W = grid
+    _H, W = grid
     device = visible_NK.device
     side = math.prod(factors)
     reach = (side - 1 + radius) // side  # patches the halo reaches into, on either side

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ class Embed(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Weights of one conv block; 1x1 convolutions are kept as Linear layers, which start as PyTorch's convolutions do."""
+    """Weights of one conv block; 1x1 convolutions are kept as Linear layers, which PyTorch initialises the same way."""
 
     def __init__(self, channels: int, mlp_ratio: float, kernel_size: int) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class MultiResConv(nn.Module):
     """Multi-resolution convolution stem: spectrogram -> one token per patch (arXiv 2601.21612).
 
     Args:
-        resolutions: pixels per position r_0 < ... < r_{n-1} at every stage, each a multiple of the one before. The last
+        resolutions: pixels per position r_0 < ... < r_{n-1} at every stage, each a multiple of the one before; the last
             one is the patch size P.
         channels: width of every stage but the last (n - 1 of them); the last stage has ``embed_dim``.
         embed_dim: token width D.
@@ -52,8 +54,8 @@ class MultiResConv(nn.Module):
         depth: conv blocks per stage (the last stage has none).
         mlp_ratio: hidden width of a block's MLP over its width.
         kernel_size: depthwise kernel, odd.
-        backend: "visible" computes visible patches only (exact), "dense" is the formula over all positions of all clones
-            (the oracle), "auto" picks the fastest that runs here. State dicts are the same for every backend.
+        backend: "visible" computes visible patches only (exact), "dense" is the formula over all positions of all
+            clones (the oracle), "auto" picks the fastest that runs here. State dicts are the same for every backend.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class MultiResConv(nn.Module):
 
         widths = (*channels, embed_dim)
         self.embeds = nn.ModuleList(
-            Embed(c_in, c_out, k) for c_in, c_out, k in zip((in_chans, *channels), widths, strides(resolutions), strict=True)
+            Embed(c_in, c_out, k)
+            for c_in, c_out, k in zip((in_chans, *channels), widths, strides(resolutions), strict=True)
         )
         self.stages = nn.ModuleList(
             nn.ModuleList(ConvBlock(c, mlp_ratio, kernel_size) for _ in range(depth)) for c in channels
@@ -98,14 +101,14 @@ class MultiResConv(nn.Module):
 
         Args:
             spec: (B, in_chans, T, F) spectrogram, floating point; T and F multiples of the patch size P.
-            visible: (B*M, K) int64 patch indices h*W + w (W = F/P), distinct within a row, in any order; clip b owns rows
-                b*M .. (b+1)*M - 1. None: every patch is visible, in order.
+            visible: (B*M, K) int64 patch indices h*W + w (W = F/P), distinct within a row, in any order; clip b owns
+                rows b*M .. (b+1)*M - 1. None: every patch is visible, in order.
 
         Returns:
             (B, L, D) with L = T/P * F/P, or (B*M, K, D): row k of a clone is the token of its k-th visible patch.
 
         Raises:
-            ValueError: shapes that do not fit (T or F not a multiple of P, rows of ``visible`` not a multiple of B, ...).
+            ValueError: shapes that do not fit (T or F no multiple of P, rows of ``visible`` no multiple of B, ...).
             TypeError: ``visible`` is not int64, ``spec`` is not floating point.
             IndexError: a patch index outside 0 .. L-1 (on the CPU; looking at the values would make a GPU wait).
         """
@@ -118,8 +121,8 @@ class MultiResConv(nn.Module):
         P, (B, _, T, n_mels) = self.patch_size, spec.shape
         if T == 0 or n_mels == 0 or T % P or n_mels % P:
             raise ValueError(
-                f"{OPERATOR}: spec has T={T} frames and F={n_mels} mel bins; both must be positive multiples of the patch "
-                f"size {P}: pad or crop it"
+                f"{OPERATOR}: spec has T={T} frames and F={n_mels} mel bins; both must be positive multiples of the "
+                f"patch size {P}: pad or crop it"
             )
         if visible is None:
             return
@@ -128,25 +131,31 @@ class MultiResConv(nn.Module):
         L = (T // P) * (n_mels // P)
         if not 1 <= visible.shape[1] <= L:
             raise ValueError(
-                f"{OPERATOR}: visible lists {visible.shape[1]} patches a row; expected 1 to {L}, the patches of a {T} x {n_mels} spec"
+                f"{OPERATOR}: visible lists {visible.shape[1]} patches a row; expected 1 to {L}, the patches of a "
+                f"{T} x {n_mels} spec"
             )
         if not torch.compiler.is_compiling():
             check.check_visible_values(OPERATOR, visible, L, distinct=True)
 
     def extra_repr(self) -> str:
-        return f"resolutions={self.resolutions}, channels={self.channels}, embed_dim={self.embed_dim}, backend={self.backend!r}"
+        return (
+            f"resolutions={self.resolutions}, channels={self.channels}, embed_dim={self.embed_dim}, "
+            f"backend={self.backend!r}"
+        )
 
 
 def _check_settings(resolutions: tuple[int, ...], channels: tuple[int, ...], kernel_size: int, backend: str) -> None:
     if not resolutions or any(r < 1 for r in resolutions):
         raise ValueError(f"resolutions={resolutions}; expected one or more positive integers, e.g. (4, 8, 16)")
-    for fine, coarse in zip(resolutions, resolutions[1:], strict=False):
+    for fine, coarse in itertools.pairwise(resolutions):
         if coarse <= fine or coarse % fine:
-            raise ValueError(f"resolutions={resolutions}: {coarse} is not a larger multiple of {fine}; expected e.g. (4, 8, 16)")
+            raise ValueError(
+                f"resolutions={resolutions}: {coarse} is not a larger multiple of {fine}; expected e.g. (4, 8, 16)"
+            )
     if len(channels) != len(resolutions) - 1:
         raise ValueError(
-            f"channels={channels} names {len(channels)} widths for resolutions={resolutions}; expected {len(resolutions) - 1}, "
-            "one for every resolution but the last, which has embed_dim"
+            f"channels={channels} names {len(channels)} widths for resolutions={resolutions}; expected "
+            f"{len(resolutions) - 1}, one for every resolution but the last, which has embed_dim"
         )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}; expected a positive odd number, e.g. 5")

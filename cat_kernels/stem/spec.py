@@ -28,7 +28,7 @@ _STEMS: dict[tuple[Settings, str], MultiResConv] = {}
 
 
 def _stem(settings: Settings, backend: str) -> MultiResConv:
-    """A module that lends its structure; its weights come from the sample. On "meta", so that nothing can use its own."""
+    """A module that lends its structure; its weights come from the sample. On "meta", so nothing can use its own."""
     # A dict, not functools.cache: torch.compile looks into that, and cannot trace the construction.
     if (settings, backend) not in _STEMS:
         resolutions, channels, dim = settings
@@ -37,7 +37,9 @@ def _stem(settings: Settings, backend: str) -> MultiResConv:
     return _STEMS[settings, backend]
 
 
-def _call(backend: str, spec: Tensor, visible: Tensor | None, weights: Mapping[str, Tensor], settings: Settings) -> Tensor:
+def _call(
+    backend: str, spec: Tensor, visible: Tensor | None, weights: Mapping[str, Tensor], settings: Settings
+) -> Tensor:
     return torch.func.functional_call(_stem(settings, backend), dict(weights), (spec, visible))
 
 
@@ -67,7 +69,7 @@ def make_sample(
 ) -> Sample:
     """Random weights of a useful size and a spectrogram of grid x P pixels; ``masks`` None: all patches."""
     g = torch.Generator().manual_seed(0)
-    resolutions, channels, dim = settings
+    resolutions, _channels, _dim = settings
     template = _stem(settings, "auto")
     weights = {}
     for key, parameter in template.named_parameters():
@@ -104,17 +106,34 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     def bad(name: str, error: type[Exception], message: str, **changes: Any) -> BadInput:
         return BadInput(name=name, inputs={**good, **changes}, error=error, message=message)
 
-    yield bad("no channel dimension", ValueError, r"4 dimensions \(B, in_chans, T, F\), got shape \(2, 32, 48\)", spec=spec[:, 0])
+    yield bad(
+        "no channel dimension",
+        ValueError,
+        r"4 dimensions \(B, in_chans, T, F\), got shape \(2, 32, 48\)",
+        spec=spec[:, 0],
+    )
     yield bad("two channels", ValueError, "dimension 1 must be 1", spec=spec.expand(2, 2, 32, 48))
     yield bad("integers", TypeError, "floating-point", spec=spec.long())
     yield bad("T not a multiple of P", ValueError, "T=30 frames.*multiples of the patch size 16", spec=spec[:, :, :30])
-    yield bad("a mask for visible", TypeError, "boolean mask", visible=torch.ones(2, 6, dtype=torch.bool, device=device))
+    yield bad(
+        "a mask for visible", TypeError, "boolean mask", visible=torch.ones(2, 6, dtype=torch.bool, device=device)
+    )
     yield bad("int32 indices", TypeError, "int64", visible=visible.int())
     yield bad("rows for another batch", ValueError, "3 rows and spec 2 clips", visible=visible[:1].expand(3, 3))
-    yield bad("more patches than there are", ValueError, "lists 7 patches a row; expected 1 to 6", visible=torch.arange(7, device=device).expand(2, 7))
+    yield bad(
+        "more patches than there are",
+        ValueError,
+        "lists 7 patches a row; expected 1 to 6",
+        visible=torch.arange(7, device=device).expand(2, 7),
+    )
     yield bad("no patches", ValueError, "lists 0 patches", visible=visible[:, :0])
     if device.type == "cpu":
-        yield bad("index beyond the grid", IndexError, r"= 6, but there are 6 patches", visible=visible.clone().fill_diagonal_(6))
+        yield bad(
+            "index beyond the grid",
+            IndexError,
+            r"= 6, but there are 6 patches",
+            visible=visible.clone().fill_diagonal_(6),
+        )
         yield bad("a patch twice", ValueError, "twice", visible=visible[:, :1].expand(2, 2))
 
 

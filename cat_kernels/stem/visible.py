@@ -1,10 +1,10 @@
 """The stem on the visible patches alone: the same tokens and gradients as the dense formula, at a fifth of the work.
 
 Every operation of the stem but one acts on a single position or inside one patch. The one exception, the depthwise
-convolution, reads neighbours, and there the mask has zeroed the invisible ones. So only rows of visible patches are ever
-made; the depthwise convolution finds its neighbours through a table (`layout.halo_rows`).
+convolution, reads neighbours, and there the mask has zeroed the invisible ones. So only rows of visible patches are
+ever made; the depthwise convolution finds its neighbours through a table (`layout.halo_rows`).
 
-Shapes: N = B * M clone rows, K visible patches each, S positions in a patch at the stage's resolution (p x p), c channels.
+Shapes: N = B * M clone rows, K visible patches each, S positions (p x p) in a patch of a stage, c channels.
 ``rows`` are (N*K*S, c), positions in block order (`layout.block_order`).
 """
 

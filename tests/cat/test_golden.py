@@ -117,7 +117,9 @@ def test_one_ema_step(golden):
 
 def test_released_names_round_trip(golden):
     student, teacher = to_released(golden.model)
-    assert student.keys() == golden.student.keys() and teacher.keys() == golden.teacher.keys()
+    assert student.keys() == golden.student.keys()
+    assert teacher.keys() == golden.teacher.keys()
     for ours, theirs in ((student, golden.student), (teacher, golden.teacher)):
         for name, tensor in theirs.items():
-            assert ours[name].shape == tensor.shape and torch.equal(ours[name], tensor), name
+            assert ours[name].shape == tensor.shape, name
+            assert torch.equal(ours[name], tensor), name

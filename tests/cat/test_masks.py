@@ -19,7 +19,8 @@ def test_exact_count_ascending_and_in_range(grid, ratio):
     visible = draw(config, grid)
     assert visible.shape == (12, max(1, int(L * (1 - ratio))))
     assert visible.dtype == torch.int64
-    assert visible.min() >= 0 and visible.max() < L
+    assert visible.min() >= 0
+    assert visible.max() < L
     assert (visible[:, 1:] > visible[:, :-1]).all()
 
 
@@ -54,7 +55,8 @@ def test_distribution_is_the_released_one():
     assert (ours.mean(0) - expected.mean(0)).abs().max() < 0.01
     assert (ours.mean(1) - expected.mean(1)).abs().max() < 0.02
     # clamping at the border: the outermost frequency columns are seen clearly less often
-    assert ours.mean(0)[0] < 0.17 and ours.mean(0)[3] > 0.21
+    assert ours.mean(0)[0] < 0.17
+    assert ours.mean(0)[3] > 0.21
     assert ours.mean() == pytest.approx(102 / 512, abs=1e-6)
 
 
@@ -69,7 +71,11 @@ def test_a_mask_depends_on_seed_step_clip_and_number_only():
     whole = draw(seed=3, step=7, clips=10)
     assert torch.equal(draw(seed=3, step=7, clips=[5]), whole[20:24])
     assert torch.equal(draw(seed=3, step=torch.tensor(7), clips=10), whole)
-    for other in (draw(seed=4, step=7, clips=10), draw(seed=3, step=8, clips=10), draw(seed=3, step=7, clips=[*range(10, 20)])):
+    for other in (
+        draw(seed=4, step=7, clips=10),
+        draw(seed=3, step=8, clips=10),
+        draw(seed=3, step=7, clips=[*range(10, 20)]),
+    ):
         assert not (other == whole).all(1).any()
     assert whole.unique(dim=0).shape[0] == 40
 

@@ -1,5 +1,6 @@
 """The model beyond what the golden tensors fix: sizes, any T, options of the objective, errors."""
 
+import itertools
 import math
 
 import pytest
@@ -44,7 +45,7 @@ def test_presets_grow():
     for name in ("tiny", "small", "base", "large"):
         with torch.device("meta"):
             sizes.append(sum(p.numel() for p in Encoder(PRESETS[name]).parameters()))
-    assert all(b > 3 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b > 3 * a for a, b in itertools.pairwise(sizes))
 
 
 def test_positions_are_the_formula():
@@ -77,7 +78,9 @@ def test_tokens_before_the_first_block_do_not_depend_on_later_audio():
 
 
 def test_patch_stem_agrees_with_its_convolution():
-    config = ModelConfig(stem="patch", resolutions=(16,), channels=(), embed_dim=32, depth=1, num_heads=2, decoder_layers=0)
+    config = ModelConfig(
+        stem="patch", resolutions=(16,), channels=(), embed_dim=32, depth=1, num_heads=2, decoder_layers=0
+    )
     encoder = small_cat(config).student
     spec, visible = small_batch()
     dense = encoder.stem.proj(spec).flatten(2).transpose(1, 2)
@@ -114,7 +117,9 @@ def test_sum_and_mean_of_global_losses():
     embedding = torch.randn(2, 5)
     results = {}
     for reduction in ("sum", "mean"):
-        model = small_cat(embedding_dim=5, regularisation_weight=0.5, global_weight=2.0, global_loss_reduction=reduction)
+        model = small_cat(
+            embedding_dim=5, regularisation_weight=0.5, global_weight=2.0, global_loss_reduction=reduction
+        )
         results[reduction] = model(spec, visible, embedding, rng=RNG)
     total, mean = results["sum"], results["mean"]
     assert total.global_ == pytest.approx(4 * mean.global_.item(), rel=1e-5)
@@ -125,7 +130,9 @@ def test_sum_and_mean_of_global_losses():
 
 @pytest.mark.parametrize("distance", ["l2", "l1", "cosine", "kl"])
 def test_every_distance_is_zero_at_its_target_and_trains_the_projection(distance):
-    model = small_cat(embedding_dim=5, regularisation_weight=1.0, regularisation_distance=distance, regularisation_layer=2)
+    model = small_cat(
+        embedding_dim=5, regularisation_weight=1.0, regularisation_distance=distance, regularisation_layer=2
+    )
     spec, visible = small_batch(clips=1, masks=1)
     with torch.no_grad():
         embedding = model.regulariser(model.encode(spec, visible)[1])
@@ -200,22 +207,22 @@ def test_whole_step_is_one_graph():
     assert model.student.cls.grad is not None
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(stem="conv"), "stem='conv'"),
-    (dict(stem="patch"), "expected one, the patch size"),
-    (dict(embed_dim=30), "embed_dim=30"),
-    (dict(num_heads=5), "num_heads=5"),
-    (dict(mel_bins=100), "mel_bins=100"),
-    (dict(decoder_dim=40), "decoder_dim=40"),
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"stem": "conv"}, "stem='conv'"),
+    ({"stem": "patch"}, "expected one, the patch size"),
+    ({"embed_dim": 30}, "embed_dim=30"),
+    ({"num_heads": 5}, "num_heads=5"),
+    ({"mel_bins": 100}, "mel_bins=100"),
+    ({"decoder_dim": 40}, "decoder_dim=40"),
 ])  # fmt: skip
 def test_impossible_architectures(bad, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**bad)
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(regularisation_distance="mse"), "expected one of"),
-    (dict(global_loss_reduction="none"), "'sum' or 'mean'"),
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"regularisation_distance": "mse"}, "expected one of"),
+    ({"global_loss_reduction": "none"}, "'sum' or 'mean'"),
 ])  # fmt: skip
 def test_impossible_objectives(bad, message):
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ from cat_kernels import MultiResConv
 from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
 from cat_kernels.stem.spec import RESOLUTION_SETS, draw_visible
 
-SMALL = dict(resolutions=(4, 8, 16), channels=(6, 10), embed_dim=14)
+SMALL = {"resolutions": (4, 8, 16), "channels": (6, 10), "embed_dim": 14}
 
 
 def small_stem(**settings):
@@ -30,16 +30,16 @@ def gradients(stem, spec, visible):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(in_chans=2),
-    dict(kernel_size=3),
-    dict(kernel_size=7),
-    dict(kernel_size=11),
-    dict(kernel_size=1),
-    dict(depth=1),
-    dict(depth=0),
-    dict(mlp_ratio=1.5),
-    dict(resolutions=(3, 6, 18)),
-    dict(resolutions=(1, 2, 4)),
+    {"in_chans": 2},
+    {"kernel_size": 3},
+    {"kernel_size": 7},
+    {"kernel_size": 11},
+    {"kernel_size": 1},
+    {"depth": 1},
+    {"depth": 0},
+    {"mlp_ratio": 1.5},
+    {"resolutions": (3, 6, 18)},
+    {"resolutions": (1, 2, 4)},
 ])  # fmt: skip
 def test_backends_agree_for_every_setting(settings):
     spec, visible = inputs(in_chans=settings.get("in_chans", 1), P=settings.get("resolutions", (16,))[-1])
@@ -64,7 +64,8 @@ def test_masked_pixels_change_nothing(backend):
     other_tokens, other_grads = gradients(stem, changed, visible)
     torch.testing.assert_close(other_tokens, tokens, rtol=0, atol=1e-12)
     torch.testing.assert_close(other_grads, grads, rtol=1e-10, atol=1e-10)
-    assert (grads[0][~seen] == 0).all() and (grads[0][seen] != 0).any()
+    assert (grads[0][~seen] == 0).all()
+    assert (grads[0][seen] != 0).any()
 
 
 def test_permuting_the_list_permutes_the_tokens():
@@ -103,13 +104,15 @@ def test_base_model_has_the_papers_size():
 def test_initial_weights():
     torch.manual_seed(0)
     stem = MultiResConv().requires_grad_(False)
-    assert stem.proj.weight.std() == pytest.approx(0.02, rel=0.02) and (stem.proj.bias == 0).all()
+    assert stem.proj.weight.std() == pytest.approx(0.02, rel=0.02)
+    assert (stem.proj.bias == 0).all()
     embed = stem.embeds[1].proj.weight  # xavier-uniform over [out, rest]
     assert embed.abs().max() == pytest.approx((6 / (384 + 256 * 4)) ** 0.5, rel=1e-3)
     block = stem.stages[0][0]  # PyTorch's default of a convolution
     assert block.conv1.weight.abs().max() == pytest.approx(256**-0.5, rel=1e-2)
     assert block.dwconv.weight.abs().max() == pytest.approx(25**-0.5, rel=1e-2)
-    assert (block.norm1.weight == 1).all() and (block.norm1.bias == 0).all()
+    assert (block.norm1.weight == 1).all()
+    assert (block.norm1.bias == 0).all()
 
 
 def test_block_order_is_z_order_for_factors_of_two():
@@ -159,13 +162,13 @@ def test_compiles_once_for_any_length():
     assert len(compiles) == 1
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(resolutions=()), "resolutions="),
-    (dict(resolutions=(4, 6, 16)), "6 is not a larger multiple of 4"),
-    (dict(resolutions=(16, 8, 4)), "8 is not a larger multiple of 16"),
-    (dict(channels=(6,)), "names 1 widths"),
-    (dict(kernel_size=4), "kernel_size=4"),
-    (dict(backend="cuda"), "backend='cuda'"),
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"resolutions": ()}, "resolutions="),
+    ({"resolutions": (4, 6, 16)}, "6 is not a larger multiple of 4"),
+    ({"resolutions": (16, 8, 4)}, "8 is not a larger multiple of 16"),
+    ({"channels": (6,)}, "names 1 widths"),
+    ({"kernel_size": 4}, "kernel_size=4"),
+    ({"backend": "cuda"}, "backend='cuda'"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
