@@ -193,8 +193,6 @@ def _all_names(config: ModelConfig, last_embed: int) -> list[tuple[str, str]]:
 
 
 def _released_shape(name: str, tensor: Tensor) -> Tensor:
-    if name.endswith("extra_tokens"):
-        return tensor.reshape(1, 1, -1)
     if re.search(r"conv_blocks\.\d+\.\d+\.(conv[12]|mlp\.fc[12])\.weight$", name):
         return tensor[:, :, None, None]
     return tensor

@@ -22,7 +22,7 @@ STREAM = 0x6D61736B  # "mask": keeps these draws apart from every other use of t
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """``ratio`` of the patches is masked, in ``num_masks`` masks a clip; ``block``: side of a visible block, in patches.
+    """``ratio`` of the patches is masked, in ``num_masks`` masks a clip; ``block``: side of a visible block (patches).
 
     ``adjust``: share of the patches drawn on top of the visible share, because blocks overlap (released recipe).
     """

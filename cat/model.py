@@ -181,7 +181,7 @@ class Encoder(nn.Module):
         columns = config.mel_bins // config.patch_size
         self.positions: Tensor
         self.register_buffer("positions", sincos_positions(D, MAX_ROWS, columns), persistent=False)
-        self.cls = nn.Parameter(torch.randn(D))
+        self.cls = nn.Parameter(torch.randn(1, 1, D))  # 3-D, as released: weight decay applies to it
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.blocks.apply(_init_linear)
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
         """What the first block sees: (N, 1+K, D), CLS first, or (B, 1+L, D) without ``visible``."""
         self._check_spec(spec)
         tokens = self.stem(spec, visible)
-        return self.norm(gather_tokens(tokens, visible, self.positions, self.cls, select=False))
+        return self.norm(gather_tokens(tokens, visible, self.positions, self.cls.flatten(), select=False))
 
     def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
         """Output of the last block.

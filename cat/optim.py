@@ -19,7 +19,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
-    """Of matrices and kernels; vectors (biases, norms, the CLS token) have none."""
+    """Of matrices, kernels and the CLS token; vectors (biases, norms) have none, as in the released code."""
     warmup_steps: int = 53_333
     steps: int = 400_000
     """Length of the run: the cosine reaches 0 here."""
@@ -79,7 +79,7 @@ def ema_decay(config: EmaConfig, step: int) -> float:
 
 
 def decays(parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to 1-D tensors, which are biases, norm weights and the CLS token."""
+    """Whether weight decay applies: not to 1-D tensors, which are biases and norm weights."""
     return parameter.ndim > 1
 
 
