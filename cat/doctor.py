@@ -1,4 +1,4 @@
-"""``cat-audio doctor``: what this machine has, what runs on it, and what to install for the rest. To paste into a bug report."""
+"""``cat-audio doctor``: what this machine has, what runs on it, what to install for the rest. Made to be pasted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def _rows(pairs: Iterator[tuple[str, str]]) -> list[str]:
 
 def _machine() -> Iterator[tuple[str, str]]:
     yield "platform", f"{platform.platform()}, {os.cpu_count()} CPUs"
-    yield "GPU driver", _first_line("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    yield (
+        "GPU driver",
+        _first_line("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+    )
     yield "C++ compiler", _first_line(os.environ.get("CXX", "c++"), "--version")
     release = next((line for line in _output(_nvcc(), "--version") if "release" in line), None)
     yield "CUDA compiler", release or "none (nvcc not found); only needed to build CUDA code"

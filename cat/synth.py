@@ -27,7 +27,7 @@ import numpy as np
 
 from cat.data.manifest import Clip, Manifest, write_manifest
 from cat.files import write_json
-from cat.sound_events import CLASSES, make_clip
+from cat.sounds import CLASSES, make_clip
 
 VERSION = 1  # raise it when the same settings no longer give the same sounds
 SPLITS = ("train", "valid", "test")
@@ -46,13 +46,13 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """What is made. ``seconds`` and ``snr_db`` are the ranges that each clip's length and noise level are drawn from."""
+    """What is made. ``seconds`` and ``snr_db`` are the ranges that a clip's length and noise level are drawn from."""
 
     clips_per_class: int = 48  # in train
     eval_clips_per_class: int = 16  # in valid, and again in test
     seed: int = 0
-    seconds: tuple[float, float] = (1.0, 3.0)
-    snr_db: tuple[float, float] = (5.0, 30.0)
+    seconds: tuple[float, float] = (1.5, 3.0)
+    snr_db: tuple[float, float] = (10.0, 35.0)
     classes: tuple[str, ...] = field(default_factory=lambda: tuple(CLASSES))
 
     def __post_init__(self) -> None:
@@ -62,7 +62,9 @@ class SynthConfig:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected 0 or more")
         if not (0.1 <= self.seconds[0] <= self.seconds[1] < math.inf):
-            raise ValueError(f"seconds is {self.seconds}; expected a range (shortest, longest) with 0.1 <= shortest <= longest")
+            raise ValueError(
+                f"seconds is {self.seconds}; expected a range (shortest, longest) with 0.1 <= shortest <= longest"
+            )
         if not (-math.inf < self.snr_db[0] <= self.snr_db[1] < math.inf):
             raise ValueError(f"snr_db is {self.snr_db}; expected a range (noisiest, cleanest) in dB")
         unknown = sorted(set(self.classes) - set(CLASSES))
@@ -82,7 +84,9 @@ def clip_rng(seed: int, split: str, label: str, number: int) -> np.random.Genera
     return np.random.default_rng([seed, SPLITS.index(split), zlib.crc32(label.encode()), number])
 
 
-def synthesise(config: SynthConfig, out: str | os.PathLike[str], *, force: bool = False, progress: bool = False) -> bool:
+def synthesise(
+    config: SynthConfig, out: str | os.PathLike[str], *, force: bool = False, progress: bool = False
+) -> bool:
     """Make the data set in the folder `out`, which appears whole or not at all.
 
     Returns False, and does nothing, when `out` already holds a data set of the same settings. Anything else in `out`
@@ -116,7 +120,9 @@ def _made_before(config: SynthConfig, out: Path, force: bool) -> bool:
     if force:
         return False
     if found != _settings(config):
-        raise FileExistsError(f"{out} holds a data set of other settings; name another folder, or replace it with --force")
+        raise FileExistsError(
+            f"{out} holds a data set of other settings; name another folder, or replace it with --force"
+        )
     return True
 
 
@@ -130,7 +136,9 @@ def _write(config: SynthConfig, folder: Path, progress: bool) -> None:
     for split, label, number in _progress(plan, progress):
         clips[split].append(_write_clip(config, folder, split, label, number))
     for split in SPLITS:
-        manifest = Manifest(tuple(clips[split]), folder, label_names={label: label.replace("_", " ") for label in config.classes})
+        manifest = Manifest(
+            tuple(clips[split]), folder, label_names={label: label.replace("_", " ") for label in config.classes}
+        )
         write_manifest(manifest, folder / f"{split}.jsonl")
     write_json(folder / SETTINGS_FILE, _settings(config))
 
@@ -152,7 +160,9 @@ def _write_clip(config: SynthConfig, folder: Path, split: str, label: str, numbe
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     data = samples.T.astype(np.float32)
     with _soundfile().SoundFile(folder / path, "w", rate, data.shape[1], subtype) as file:
-        for block in np.array_split(data, len(data) // 65536 + 1):  # libsndfile's Vorbis encoder overflows on long blocks
+        for block in np.array_split(
+            data, len(data) // 65536 + 1
+        ):  # libsndfile's Vorbis encoder overflows on long blocks
             file.write(block)
     return Clip(path, len(data), rate, (label,))
 
@@ -168,20 +178,42 @@ def _soundfile() -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = SynthConfig()
     parser.description = "Make a labelled data set of synthetic sound events, with train, valid and test manifests."
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; made before with the same settings, it is left alone")
-    parser.add_argument("--clips-per-class", type=int, default=default.clips_per_class, metavar="N", help="in train (%(default)s)")
     parser.add_argument(
-        "--eval-clips-per-class", type=int, default=default.eval_clips_per_class, metavar="N", help="in valid and in test (%(default)s)"
+        "out", metavar="OUT", type=Path, help="folder to make; made before with the same settings, it is left alone"
+    )
+    parser.add_argument(
+        "--clips-per-class", type=int, default=default.clips_per_class, metavar="N", help="in train (%(default)s)"
+    )
+    parser.add_argument(
+        "--eval-clips-per-class",
+        type=int,
+        default=default.eval_clips_per_class,
+        metavar="N",
+        help="in valid and in test (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="another seed gives other sounds (%(default)s)")
     parser.add_argument(
-        "--seconds", type=float, nargs=2, default=default.seconds, metavar=("MIN", "MAX"), help="length of the clips (1 3)"
+        "--seconds",
+        type=float,
+        nargs=2,
+        default=default.seconds,
+        metavar=("MIN", "MAX"),
+        help="length of the clips (1.5 3)",
     )
     parser.add_argument(
-        "--snr-db", type=float, nargs=2, default=default.snr_db, metavar=("MIN", "MAX"), help="sound over background noise (5 30)"
+        "--snr-db",
+        type=float,
+        nargs=2,
+        default=default.snr_db,
+        metavar=("MIN", "MAX"),
+        help="sound over background noise (10 35)",
     )
     parser.add_argument(
-        "--classes", nargs="+", default=default.classes, metavar="CLASS", help=f"some of: {', '.join(CLASSES)} (default: all)"
+        "--classes",
+        nargs="+",
+        default=default.classes,
+        metavar="CLASS",
+        help=f"some of: {', '.join(CLASSES)} (default: all)",
     )
     parser.add_argument("--force", action="store_true", help="replace a data set of other settings in OUT")
 
@@ -198,5 +230,6 @@ def run(args: argparse.Namespace) -> int:
     made = synthesise(config, args.out, force=args.force, progress=sys.stderr.isatty())
     counts = ", ".join(f"{config.clips_of(split) * len(config.classes)} {split}" for split in SPLITS)
     state = "made" if made else "already there"
-    print(f"{args.out}: {len(config.classes)} classes, clips: {counts} ({state}); manifests {', '.join(f'{s}.jsonl' for s in SPLITS)}")
+    print(f"{args.out}: {len(config.classes)} classes, clips: {counts} ({state})")
+    print("manifests:", ", ".join(str(args.out / f"{split}.jsonl") for split in SPLITS))
     return 0

@@ -16,7 +16,16 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 def test_report_has_operators_versions_and_compilers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for expected in ("MultiResConv", "fbank", "PyTorch", "GPU driver", "C++ compiler", "CUDA compiler", "numpy", "soundfile"):
+    for expected in (
+        "MultiResConv",
+        "fbank",
+        "PyTorch",
+        "GPU driver",
+        "C++ compiler",
+        "CUDA compiler",
+        "numpy",
+        "soundfile",
+    ):
         assert expected in out
 
 
@@ -34,7 +43,9 @@ def test_missing_things_are_named_with_their_remedy(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert main(["doctor"]) == 0
-    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split(maxsplit=1)) == 2)
+    rows = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split(maxsplit=1)) == 2
+    )
     assert rows["soxr"] == "missing: pip install 'cat-kernels[train]'"
     assert rows["transformers"] == "missing: pip install 'cat-kernels[clap]'"
     assert rows["C++"] == "compiler   none (c++ not found)"
