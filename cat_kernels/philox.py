@@ -13,6 +13,8 @@ Words are unsigned 32-bit numbers held in int64 tensors, because PyTorch has few
 import torch
 from torch import Tensor
 
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
 WORD = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIER_A, MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -35,7 +37,7 @@ def philox_words(
     c1: int | Tensor = 0,
     c2: int | Tensor = 0,
     c3: int | Tensor = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Words:
     """Four random 32-bit words for every counter (c0, c1, c2, c3).
 
     seed: 64-bit key, an int or a 0-dim int64 tensor (low word = k0, high word = k1).
@@ -101,7 +103,7 @@ def randn4x(seed: int | Tensor, counter: Tensor) -> Tensor:
     return torch.stack((n0, n1, n2, n3), dim=-1)
 
 
-def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
+def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Words:
     for _ in range(ROUNDS):
         # The int64 product of two 32-bit words may wrap; all of its 64 bits are right all the same.
         product_a, product_b = c0 * MULTIPLIER_A, c2 * MULTIPLIER_B

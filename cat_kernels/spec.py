@@ -60,7 +60,7 @@ class BadInput:
 class LargeSample:
     """A call on tensors of more than a given number of elements, checked on a small part.
 
-    inputs: of the large call. small: inputs of a call whose result must equal `part(large result)`, bit for bit.
+    inputs: of the large call. small: inputs of a call whose result must equal `part(large result)`, up to rounding.
     differentiable: inputs whose gradients are compared as well; `grad_parts` cuts the large gradients, in that order.
     """
 

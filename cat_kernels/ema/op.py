@@ -94,8 +94,9 @@ def _check_decay(decay: float | Tensor, template: Tensor) -> Tensor:
 
 
 def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
-    pairs = [(t, s) for t, s in zip(teacher, student, strict=True)]
-    student = [s if s.dtype == t.dtype else s.to(t.dtype) for t, s in pairs]
+    if not teacher:
+        return
+    student = [s if s.dtype == t.dtype else s.to(t.dtype) for t, s in zip(teacher, student, strict=True)]
     if decay.device.type == "cpu":
         torch._foreach_lerp_(teacher, student, 1.0 - float(decay))
     else:

@@ -36,6 +36,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample.with_inputs(f"{name}, sum", reduction="sum")
         if name == "plain":
             yield sample.with_inputs("low-precision targets", targets=inputs["targets"].to(dtype))
+            unread = inputs["pred"].masked_fill(~inputs["mask"][..., None], float("nan"))
+            yield sample.with_inputs("NaN where nothing is masked", pred=unread)
 
 
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:

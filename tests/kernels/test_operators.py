@@ -67,6 +67,18 @@ def test_parity(spec, dtype, device):
 
 
 @every_device
+@every_spec
+def test_float64(spec, device):
+    """float64 inputs are computed in float64 throughout."""
+    for sample in spec.samples(device, torch.float64):
+        sample = S.to_float64(sample)
+        incoming = S.incoming_gradients(S.run(spec, spec.operator, sample).outputs) if sample.differentiable else None
+        actual, expected = (S.run(spec, f, sample, incoming) for f in (spec.operator, spec.reference))
+        for a, e in zip(actual.outputs + actual.grads, expected.outputs + expected.grads, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10, msg=lambda m, name=sample.name: f"{name}: {m}")
+
+
+@every_device
 @every_dtype
 @every_spec
 def test_awkward_inputs(spec, dtype, device):
@@ -199,10 +211,13 @@ def test_second_derivatives_are_right_or_refused(spec, device):
 @every_device
 @registered_specs
 def test_opcheck(spec, device):
-    sample = first_sample(spec, device)
-    sample = replace(sample, inputs=S.fresh(replace(sample, inputs=S.clone_tensors(dict(sample.inputs)))))
-    for overload, arguments in spec.overload_calls(sample):
-        torch.library.opcheck(overload, arguments)
+    samples = [sample for dtype in (torch.float32, torch.bfloat16) for sample in spec.samples(device, dtype)]
+    for i, sample in enumerate(samples):
+        sample = replace(sample, inputs=S.fresh(replace(sample, inputs=S.clone_tensors(dict(sample.inputs)))))
+        # Schemas (aliases, mutation) and fake results on every sample; the rest, which compiles, on the first.
+        checks = {} if i == 0 else {"test_utils": ("test_schema", "test_faketensor")}
+        for overload, arguments in spec.overload_calls(sample):
+            torch.library.opcheck(overload, arguments, **checks)
 
 
 def run_compiled(spec, compiled, sample):
@@ -352,6 +367,13 @@ def test_the_tolerance_rule_notices_small_errors():
 # --- large tensors and GPUs -------------------------------------------------------------------------------------------
 
 
+def ramp(out):
+    """An incoming gradient that takes no memory: the same ramp over the last dimension at every place."""
+    if out.ndim == 0:
+        return torch.ones_like(out)
+    return torch.linspace(-1, 1, out.shape[-1], device=out.device).to(out.dtype).expand(out.shape)
+
+
 @pytest.mark.parametrize(
     ("device", "elements"),
     [pytest.param(CPU, 1 << 16, id="cpu"), pytest.param(CUDA, 1 << 31, id="cuda", marks=ON_GPU)],
@@ -371,16 +393,15 @@ def test_large_tensors(spec, device, elements):
             grads = []
             if large.differentiable:
                 leaves = S.floats([inputs[name] for name in large.differentiable])
-                ones = [torch.ones((), dtype=out.dtype, device=device).expand(out.shape) for out in outputs]
-                grads = list(torch.autograd.grad(outputs, leaves, ones))
+                grads = list(torch.autograd.grad(outputs, leaves, [ramp(out) for out in outputs]))
             results.append((outputs, grads))
         (outputs, grads), (small_outputs, small_grads) = results
         largest = max(t.numel() for t in S.floats(dict(large.inputs)) + outputs)
         assert largest > elements
         for actual, expected in zip([large.part(out) for out in outputs], small_outputs, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-        parts = [part(grad) for part, grad in zip(large.grad_parts, grads, strict=True)]
-        assert_same(parts, small_grads, f"{large.name}, gradients")
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        for part, grad, expected in zip(large.grad_parts, grads, small_grads, strict=True):
+            torch.testing.assert_close(part(grad), expected)
 
 
 @pytest.mark.gpu
@@ -418,6 +439,7 @@ def test_cuda_graph_replays_with_new_inputs(spec):
     tensors = S.floats(inputs)
     with torch.no_grad():
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             spec.operator(**inputs)
         torch.cuda.current_stream().wait_stream(stream)
