@@ -54,7 +54,12 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
     a twentieth of the run) in full ink; several runs show their running means only. A panel a quantity.
     """
     present = [part for part in PARTS if any(_values(rows, part).any() for rows in runs.values())]
-    drawing, axes = figure(4.2 * (len(present) + 1), 3.6, columns=len(present) + 1)
+    panels = len(present) + 1
+    columns = 2 if panels <= 4 else 3
+    drawing, grid = figure(4.6 * columns, 3.4 * -(-panels // columns), rows=-(-panels // columns), columns=columns)
+    axes = grid.reshape(-1)[:panels]
+    for unused in grid.reshape(-1)[panels:]:
+        unused.set_visible(False)
     for axis, part in zip(axes, present, strict=False):
         for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
             _curve(axis, rows, part, colour, label=name, raw=len(runs) == 1)
@@ -74,7 +79,7 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
         axis.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
         _legend_below(drawing, axes[0])
-    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[-1].legend(frameon=False, fontsize=8, loc="best")
     return save(drawing, path)
 
 
@@ -147,7 +152,7 @@ def write_patches(
     """A spectrogram, and below it what the student sees of it under each of the first `max_masks` masks."""
     frames, bins = spec_TF.shape
     shown = visible_MK[:max_masks]
-    drawing, axes = figure(10, 1.0 + 1.9 * (1 + len(shown)), rows=1 + len(shown), sharex=True, squeeze=False)
+    drawing, axes = figure(9, 1.0 + 1.9 * (1 + len(shown)), rows=1 + len(shown), sharex=True, squeeze=False)
     extent = (0.0, frames * frame_shift_ms / 1000, -0.5, bins - 0.5)
     low, high = np.percentile(spec_TF, [1, 99.8])
     for axis, visible_K in zip(axes[:, 0], [None, *shown], strict=True):
@@ -169,6 +174,10 @@ def write_patches(
         axis.spines[["top", "right"]].set_visible(False)
     patches = (frames // patch_size) * (bins // patch_size)
     axes[0, 0].set_title(title, fontsize=10, loc="left")
+    padding = trailing_padding(spec_TF)
+    if padding:
+        middle = (frames - padding / 2) * frame_shift_ms / 1000
+        axes[0, 0].text(middle, bins / 2, "padding", rotation=90, ha="center", va="center", fontsize=9, color="#444444")
     for m, axis in enumerate(axes[1:, 0]):
         count = shown.shape[1]
         axis.set_title(
@@ -179,6 +188,12 @@ def write_patches(
     axes[-1, 0].set_xlabel("time (s)")
     drawing.colorbar(image, ax=axes[:, 0].tolist(), label="normalised log-mel energy", shrink=0.6, pad=0.01)
     return save(drawing, path)
+
+
+def trailing_padding(spec_TF: np.ndarray) -> int:
+    """Frames at the end that are one constant: zeros put in before the normalisation, which makes them bright."""
+    real = np.flatnonzero((spec_TF != spec_TF[-1, 0]).any(axis=1))
+    return 0 if len(real) == 0 else len(spec_TF) - 1 - int(real[-1])
 
 
 def visible_grid(visible_K: np.ndarray, frames: int, bins: int, patch_size: int) -> np.ndarray:

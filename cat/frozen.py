@@ -168,11 +168,12 @@ class LogMelStatistics:
 
 
 class RandomProjection:
-    """Control for representation regularisation: R s / |R s|, s = `LogMelStatistics` (2 F) and R (dim, 2 F) drawn once
-    from N(0, 1) with `seed`.
+    """Control for representation regularisation: R s / |R s|, with R (dim, 2 F) drawn once from N(0, 1) with `seed`
+    and s = `LogMelStatistics`, its means and its deviations each less their average over the bins.
 
-    It has CLAP's width (512) and CLAP's scale (unit length) and knows about the clip only what its average spectrum
-    says, so a gain over it is what the external encoder's learning is worth.
+    It has CLAP's width (512) and CLAP's scale (unit length), and knows about the clip only the shape of its average
+    spectrum, not the level: a gain over it is what the external encoder's learning is worth. (With the averages left
+    in, the mean embedding has 58 % of the energy on the sounds of ``cat-audio synth``; without them 32 %.)
     """
 
     def __init__(self, dim: int = 512, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
@@ -186,7 +187,9 @@ class RandomProjection:
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return nn.functional.normalize(self.statistics(waveform, lengths) @ self.matrix.T, dim=1)
+        halves_B2F = self.statistics(waveform, lengths).unflatten(1, (2, -1))
+        shape_BS = (halves_B2F - halves_B2F.mean(dim=2, keepdim=True)).flatten(1)
+        return nn.functional.normalize(shape_BS @ self.matrix.T, dim=1)
 
 
 class ClapEncoder:

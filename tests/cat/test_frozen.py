@@ -126,6 +126,7 @@ def test_random_projection_is_fixed_by_its_seed():
     assert torch.equal(embedding, build_encoder("random:1")(waveform))
     assert not torch.allclose(embedding, build_encoder("random")(waveform), atol=1e-3)
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))
+    assert (RandomProjection(seed=1)(2 * waveform) * embedding).sum(1).min() > 0.99  # it does not tell the level
 
 
 def test_clap_reads_a_local_directory(clap_directory):
