@@ -1,7 +1,7 @@
 """Peak memory of one call, above what stood before it.
 
-On a GPU the caching allocator counts it. On a CPU the operating system does, in a fresh process for every candidate: memory
-that an earlier one freed would otherwise hide what the next one takes. That process is this module run as a script.
+On a GPU the caching allocator counts it. On a CPU the operating system does, in a fresh process for every candidate:
+memory that an earlier one freed would otherwise hide what the next one takes. That process is this module as a script.
 """
 
 from __future__ import annotations

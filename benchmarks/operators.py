@@ -2,16 +2,15 @@
 
     python -m benchmarks.operators
 
-For each: time and peak memory at base width (2 clips on a CPU, 96 on a GPU), the share of the copy bandwidth that its
-least bytes make of its time, and what an eager call costs on the host. The stem has a benchmark of its own; here only its
-call is timed.
+For each: time and peak memory at base width (2 clips on a CPU, 96 on a GPU), the share of its time that moving its
+least bytes at copy bandwidth takes, and what an eager call costs on the host. The stem has a benchmark of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,11 +98,7 @@ def measure(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> No
         bandwidth = s.ceilings.get("copy_GBps")
         floor = bytes_moved / (bandwidth * 1e9) * 1e3 if bytes_moved and bandwidth else None
         for name in PROVIDERS:
-            work = {
-                "bytes": bytes_moved,
-                "floor_ms": floor,
-                "overhead_us": overhead[name] if mode == "forward" else None,
-            }
+            work = {"bytes": bytes_moved, "floor_ms": floor, "overhead_us": overhead[name]}
             results.add(
                 key,
                 name,
@@ -134,10 +129,15 @@ def peak(
         return None
 
 
-def run(s: Settings) -> Results:
+def run(s: Settings, only: Sequence[str] | None = None) -> Results:
     results = Results()
     skipped_dtypes(s, results)
+    unknown = set(only or ()) - {spec.name for spec in specification.specs()}
+    if unknown:
+        raise SystemExit(f"--only: unknown operator {sorted(unknown)[0]!r}; known: {_names()}")
     for spec in specification.specs():
+        if only is not None and spec.name not in only:
+            continue
         for dtype in s.dtypes:
             if DTYPES[dtype] not in spec.dtypes:
                 continue
@@ -145,6 +145,10 @@ def run(s: Settings) -> Results:
             s.saver(results)()
             release()
     return results
+
+
+def _names() -> str:
+    return ", ".join(spec.name for spec in specification.specs())
 
 
 def one(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:
@@ -166,16 +170,16 @@ def guarded(call: Callable[[], None], spec: OperatorSpec, dtype: str, s: Setting
 
 
 def main() -> int:
-    s = Settings.of(
-        arguments(__doc__.splitlines()[0]).parse_args(), clips_cpu=2, clips_cuda=96, budget_cpu=2, budget_cuda=1
-    )
-    results = run(s)
-    for row in results.rows:
-        share = f"{100 * row['share_of_floor']:5.1f} % of the copy bandwidth" if row.get("share_of_floor") else ""
-        cost = f"{row['overhead_us']:6.0f} us a call" if row.get("overhead_us") else ""
-        say(
-            f"{row['benchmark']:24} {row['mode']:17} {row['dtype']} {row['provider']:10} {row['median_ms']:9.3f} ms {share} {cost}"
-        )
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--only", help="comma-separated names of operators (default: all)")
+    options = parser.parse_args()
+    only = options.only.split(",") if options.only else None
+    s = Settings.of(options, clips_cpu=2, clips_cuda=96, budget_cpu=2, budget_cuda=0.5)
+    results = run(s, only)
+    for r in results.rows:
+        share = f"{100 * r['share_of_floor']:.1f} % of the copy bandwidth" if r.get("share_of_floor") else ""
+        cost = f"{r['overhead_us']:.0f} us a call" if r["mode"] == "forward" else ""
+        say(f"{r['benchmark']} {r['mode']} {r['dtype']} {r['provider']}: {r['median_ms']:.3f} ms {share} {cost}")
     return finish(results, s, [])
 
 

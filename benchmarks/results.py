@@ -104,6 +104,11 @@ class Results:
     def reject(self, key: Key, provider: str, reason: str) -> None:
         self.rejected.append({**asdict(key), "provider": provider, "reason": reason})
 
+    def forget(self, key: Key) -> None:
+        """Drop rows and comparisons of a key, whoever the provider: they are about to be measured anew."""
+        for rows in (self.rows, self.comparisons):
+            rows[:] = [row for row in rows if any(row[name] != value for name, value in asdict(key).items())]
+
     def compare(
         self, key: Key, baseline: str, provider: str, times: dict[str, list[float]], peaks: dict[str, float | None]
     ) -> None:

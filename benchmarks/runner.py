@@ -1,9 +1,10 @@
-"""What the benchmark scripts share: precisions, the candidates' interface, the parity check, one case from start to rows."""
+"""What the benchmark scripts share: precisions, the candidates' interface, parity, a case from start to rows."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -89,7 +90,7 @@ def release() -> None:
 
 def distance(actual: Groups, reference: Groups) -> float:
     """Largest relative L2 distance of a group of tensors, all its tensors taken as one vector."""
-    worst = 0.0
+    errors = [0.0]
     for name, expected in reference.items():
         difference = norm = 0.0
         for a, e in zip(actual[name], expected, strict=True):
@@ -98,99 +99,115 @@ def distance(actual: Groups, reference: Groups) -> float:
             wide = torch.promote_types(e.dtype, torch.float32)
             difference += float((a.to(wide) - e.to(wide)).square().sum(dtype=torch.float64))
             norm += float(e.to(wide).square().sum(dtype=torch.float64))
-        error = (difference**0.5) / max(norm**0.5, 1e-30)
-        worst = error if not error <= worst else worst  # NaN stays
-    return worst
+        errors.append(difference**0.5 / max(norm**0.5, 1e-30))
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 # ---------------------------------------------------------------- one case
 
 
-def run_case(
-    case: Case,
-    results: Results,
-    device: torch.device,
-    *,
-    budget_s: float,
-    min_rounds: int = 3,
-    save: Callable[[], None] = lambda: None,
-) -> None:
-    """Build, check and time the candidates of a case; what cannot run is rejected with its reason, the others go on."""
-    dtype = case.key.dtype
-    reference = case.reference()
-    alive: dict[str, Provider] = {}
-    parity: dict[str, Parity] = {}
-    peaks: dict[str, float | None] = {}
-    baseline_error = 0.0
-    for name in sorted(case.providers, key=lambda n: n != case.baseline):  # the baseline's error comes first
+class CaseRun:
+    """The candidates of a case, built, checked and timed stage by stage."""
+
+    def __init__(self, case: Case, results: Results, device: torch.device) -> None:
+        self.case, self.results, self.device = case, results, device
+        self.reference = case.reference()
+        self.alive: dict[str, Provider] = {}
+        self.parity: dict[str, Parity] = {}
+        self.peaks: dict[str, float | None] = {}
+
+    def prepare(self, name: str) -> None:
+        """Build and check one candidate; one that cannot run is rejected with its reason."""
         began = time.perf_counter()
         try:
-            provider = case.providers[name]()
-            error = distance(provider.check(), reference)
-            if name == case.baseline:
-                # Its own error is the yardstick; it must still be small, or both could be wrong alike.
-                parity[name] = Parity(error, 8 * FLOOR[dtype])
-                baseline_error = error if parity[name].passed else 0.0
+            provider = self.case.providers[name]()
+            parity = self._parity(name, distance(provider.check(), self.reference))
+            if parity.passed:
+                provider.call()  # what is allocated once is there before memory is counted
+                if self.device.type == "cuda":
+                    self.peaks[name] = memory.peak_cuda(provider.call, self.device)
+                self.alive[name], self.parity[name] = provider, parity
             else:
-                parity[name] = Parity(error, 2 * baseline_error + FLOOR[dtype])
-            provider.call()  # warm-up: what is allocated once is there before memory is counted
-            if case.peak is None:
-                peaks[name] = memory.peak_cuda(provider.call, device) if device.type == "cuda" else None
-            alive[name] = provider
-        except Exception as error_:  # the others go on, and the reason is in the results
-            results.reject(case.key, name, reason(error_))
+                self.results.add(self.case.key, name, [], parity)
+        except Exception as error:  # the others go on
+            self.results.reject(self.case.key, name, reason(error))
         provider = None
-        if name not in alive:
+        if name not in self.alive:
             release()  # not before: the exception's frames hold the candidate's tensors
-        synchronize(device)
-        say(f"  {case.key.benchmark} {case.key.mode} {dtype} {name}: ready in {time.perf_counter() - began:.1f} s")
-    del reference
-    calls = {name: provider.call for name, provider in alive.items() if parity[name].passed}
-    for name in alive:
-        if name not in calls:
-            results.add(case.key, name, [], parity[name])
-    times = _timed(case, results, calls, device, budget_s, min_rounds)
-    persistent = {name: provider.persistent_bytes() / memory.MIB for name, provider in alive.items()}
-    del calls
-    alive.clear()
-    release()
-    if case.peak is not None:
-        for name in times:
+        key = self.case.key
+        say(f"  {key.benchmark} {key.mode} {key.dtype} {name}: ready in {time.perf_counter() - began:.1f} s")
+
+    def _parity(self, name: str, error: float) -> Parity:
+        floor = FLOOR[self.case.key.dtype]
+        if name == self.case.baseline:  # the yardstick must be small itself, or both could be wrong alike
+            return Parity(error, 8 * floor)
+        yardstick = self.parity.get(self.case.baseline)
+        return Parity(error, 2 * yardstick.error + floor if yardstick else floor)
+
+    def measure(self, *, budget_s: float, min_rounds: int) -> None:
+        """Time all that are ready, in turn, and write their rows in place of earlier ones."""
+        if not self.alive:
+            return
+        key, calls = self.case.key, {name: provider.call for name, provider in self.alive.items()}
+        try:
+            times = interleaved(calls, self.device, min_rounds=min_rounds, budget_s=budget_s)
+        except torch.OutOfMemoryError as error:  # together they need more than each alone
+            for name in calls:
+                self.results.reject(key, name, reason(error))
+            return
+        self.results.forget(key)
+        for name, provider in self.alive.items():
+            self.results.add(
+                key,
+                name,
+                times[name],
+                self.parity[name],
+                peak_MiB=self._peak(name),
+                persistent_MiB=provider.persistent_bytes() / memory.MIB,
+                work=self.case.work.get(name),
+            )
+        for name in self.alive:
+            if name != self.case.baseline:
+                self.results.compare(key, self.case.baseline, name, times, self.peaks)
+
+    def _peak(self, name: str) -> float | None:
+        if name not in self.peaks and self.case.peak is not None:
             try:
-                peaks[name] = case.peak(name)
-            except Exception as error_:
-                results.notes.append(reason(error_))
-    for name in times:
-        results.add(
-            case.key,
-            name,
-            times[name],
-            parity[name],
-            peak_MiB=peaks.get(name),
-            persistent_MiB=persistent[name],
-            work=case.work.get(name),
-        )
-        if name != case.baseline:
-            results.compare(case.key, case.baseline, name, times, peaks)
-    save()
+                self.peaks[name] = self.case.peak(name)
+            except Exception as error:
+                self.peaks[name] = None
+                self.results.notes.append(reason(error))
+        return self.peaks.get(name)
 
 
-def _timed(
-    case: Case,
-    results: Results,
-    calls: Mapping[str, Callable[[], object]],
-    device: torch.device,
-    budget_s: float,
-    min_rounds: int,
-) -> dict[str, list[float]]:
-    if not calls:
-        return {}
+def run_case(
+    case: Case, results: Results, settings: Settings, *, stages: Sequence[Sequence[str]] | None = None
+) -> None:
+    """Build, check and time the candidates of a case.
+
+    stages: names, the baseline among the first; after each stage all candidates so far are timed and the results
+        written, so that one that takes too long to compile costs only its own row. Default: one stage.
+    """
     try:
-        return interleaved(calls, device, warmup=1, min_rounds=min_rounds, budget_s=budget_s)
-    except torch.OutOfMemoryError as error:  # together they need more than each alone
-        for name in calls:
-            results.reject(case.key, name, reason(error))
-        return {}
+        running = CaseRun(case, results, settings.device)
+        for stage in stages or [list(case.providers)]:
+            for name in sorted(stage, key=lambda n: n != case.baseline):
+                running.prepare(name)
+            running.measure(budget_s=settings.budget_s, min_rounds=settings.min_rounds)
+            settings.saver(results)()
+    except Exception as error:  # e.g. no memory for the reference
+        results.reject(case.key, "all", reason(error))
+    running = None
+    release()
+
+
+def speedup_line(c: Mapping[str, Any]) -> str:
+    """A comparison in words."""
+    saved = f", peak memory {c['peak_memory_ratio']:.2f} of its" if c["peak_memory_ratio"] else ""
+    return (
+        f"{c['benchmark']} {c['mode']} {c['dtype']} {c['shape']['clips']} clips: {c['provider']} is "
+        f"{c['speedup']:.2f}x {c['baseline']} ({c['speedup_p20']:.2f} to {c['speedup_p80']:.2f}){saved}"
+    )
 
 
 def reason(error: BaseException) -> str:
@@ -226,9 +243,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     add("--budget", type=float, help="seconds of timing a case")
     add("--min-rounds", type=int, default=3, help="rounds at least, whatever the budget (default 3)")
     add("--compiled", action=argparse.BooleanOptionalAction, help="torch.compile candidates too (default: on a GPU)")
-    add(
-        "--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory (CPU: a process a candidate)"
-    )
+    add("--compiler", default="inductor", help="backend of torch.compile (default inductor)")
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, on a CPU too (default)")
     add("--ceilings", type=Path, help="result file with the ceilings of this machine, for the shares of the floor")
     add("--out", type=Path, help="result file to write")
     add("--check", action="store_true", help="exit code 1 when a goal for this device is missed, or a row was rejected")
@@ -249,6 +265,7 @@ class Settings:
     budget_s: float
     min_rounds: int
     compiled: bool
+    compiler: str
     memory: bool
     ceilings: dict[str, Any]
     out: Path | None
@@ -283,6 +300,7 @@ class Settings:
             budget_s=options.budget if options.budget is not None else (budget_cuda if cuda else budget_cpu),
             min_rounds=options.min_rounds,
             compiled=cuda if options.compiled is None else options.compiled,
+            compiler=options.compiler,
             memory=options.memory,
             ceilings=load(options.ceilings)["ceilings"] if options.ceilings else {},
             out=options.out,

@@ -30,6 +30,7 @@ from benchmarks.runner import (
     run_case,
     say,
     skipped_dtypes,
+    speedup_line,
 )
 from cat.masks import MaskConfig, inverse_block_masks
 from cat.model import PRESETS
@@ -63,13 +64,21 @@ def build_stem(preset: str, backend: str) -> MultiResConv:
 class StemProvider:
     """One backend, eager or compiled. ``mode``: "forward" without gradients, or "forward+backward" to all weights."""
 
-    def __init__(self, name: str, shape: dict[str, Any], dtype: str, mode: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: dict[str, Any],
+        dtype: str,
+        mode: str,
+        device: torch.device,
+        compiler: str = "inductor",
+    ) -> None:
         self.device, self.dtype, self.mode = device, dtype, mode
         self.stem = build_stem(shape["preset"], name.split()[0]).to(device)
         self.spec_B1TF, self.visible_NK = inputs(shape, device)
         self.cotangent_NKD = cotangent(self.visible_NK, self.stem.embed_dim)
         if "compiled" in name:
-            self.stem.compile(dynamic=False)
+            self.stem.compile(dynamic=False, backend=compiler)
 
     def call(self) -> object:
         with torch.set_grad_enabled(self.mode != "forward"), autocast(self.dtype, self.device):
@@ -170,7 +179,9 @@ def case(shape: dict[str, Any], dtype: str, mode: str, names: tuple[str, ...], s
         )
     return Case(
         key=Key(benchmark="stem", mode=mode, dtype=dtype, shape=shape),
-        providers={name: lambda name=name: StemProvider(name, shape, dtype, mode, s.device) for name in names},
+        providers={
+            name: lambda name=name: StemProvider(name, shape, dtype, mode, s.device, s.compiler) for name in names
+        },
         baseline="dense" if "dense" in names else names[0],
         reference=lambda: reference(shape, mode, s.device),
         work=work,
@@ -182,24 +193,17 @@ def run(s: Settings) -> Results:
     results = Results()
     skipped_dtypes(s, results)
     names = PROVIDERS + (COMPILED if s.compiled else ())
+    shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
     for dtype in s.dtypes:
-        shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
         clips = largest_batch(shape, lambda sh, dtype=dtype: fits(sh, dtype, s.device), s.device)
+        compared = {**shape, "clips": clips}
+        run_case(case(compared, dtype, "forward", PROVIDERS, s), results, s)
+        # The compiler is asked for the training pass only: compiling takes longer than all else here.
+        names, stages = (PROVIDERS + COMPILED, [PROVIDERS, COMPILED]) if s.compiled else (PROVIDERS, None)
+        run_case(case(compared, dtype, "forward+backward", names, s), results, s, stages=stages)
         if clips != s.clips:
             results.notes.append(f"stem {dtype}: the dense stem has no memory for {s.clips} clips; compared at {clips}")
-        for mode in ("forward", "forward+backward"):
-            run_case(
-                case({**shape, "clips": clips}, dtype, mode, names, s),
-                results, s.device, budget_s=s.budget_s, min_rounds=s.min_rounds, save=s.saver(results),
-            )  # fmt: skip
-            release()
-        if clips != s.clips:
-            visible = tuple(name for name in names if name.startswith("visible"))
-            run_case(
-                case(shape, dtype, "forward+backward", visible, s),
-                results, s.device, budget_s=s.budget_s, min_rounds=s.min_rounds, save=s.saver(results),
-            )  # fmt: skip
-            release()
+            run_case(case(shape, dtype, "forward+backward", PROVIDERS[1:], s), results, s)
     return results
 
 
@@ -208,8 +212,7 @@ def main() -> int:
     results = run(s)
     goals = []
     for c in results.comparisons:
-        say(f"{c['benchmark']} {c['mode']} {c['dtype']} {c['shape']['clips']} clips: {c['provider']} is {c['speedup']:.2f}x "
-            f"{c['baseline']} ({c['speedup_p20']:.2f} to {c['speedup_p80']:.2f})")  # fmt: skip
+        say(speedup_line(c))
     if s.device.type == "cpu" and s.preset == "base":
         found = results.speedup("stem", "forward+backward", "fp32", "dense", "visible")
         if found is None or found < CPU_GOAL:

@@ -1,8 +1,9 @@
 """Timing: all candidates in one run, in turn, so that a slow spell of the machine hits them alike.
 
 A round calls every candidate once, in an order that rotates from round to round. Before each call the caches are swept
-(inputs of one call must not be found in them by the next), which on a GPU also lets the host run ahead, so that launches are
-hidden where the work is long enough. A ratio is taken pair by pair: both times of a pair come from the same round.
+(inputs of one call must not be found in them by the next), which on a GPU also lets the host run ahead, so that
+launches are hidden where the work is long enough. A ratio is taken pair by pair: both times of a pair come from one
+round.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _round_cuda(calls: Mapping[str, Callable[[], object]], order: list[str], swe
 
 
 def overhead_us(call: Callable[[], object], device: torch.device, *, calls: int = 200) -> float:
-    """Host microseconds a call takes on inputs so small that nothing but the call itself costs: median of five batches."""
+    """Host microseconds of a call, to be made on inputs so small that only the call costs: median of five batches."""
     for _ in range(20):
         call()
     batches = []

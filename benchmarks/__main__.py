@@ -1,0 +1,52 @@
+"""The CPU benchmarks, ``make bench``: stem, step and operators in under six minutes, one result file, tables.
+
+    python -m benchmarks                    # results into benchmarks/results/<machine>-<date>.json
+    python -m benchmarks --out FILE
+
+Exit code 1 when a goal is missed (stem 4.5x and step 1.8x the dense formulation), or a parity check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import tables
+from benchmarks.pieces import Piece, run_pieces
+from benchmarks.results import Results, default_path, load
+from benchmarks.runner import say
+
+PIECES = [
+    Piece("ceilings", "ceilings", ("--device", "cpu"), 60),
+    Piece("stem", "stem", ("--device", "cpu", "--check", "--budget", "15"), 240),
+    Piece("step", "step", ("--device", "cpu", "--check", "--budget", "60"), 420),
+    Piece("operators", "operators", ("--device", "cpu", "--check", "--budget", "1", "--no-memory"), 180),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>-<date>.json)")
+    options = parser.parse_args()
+    device = torch.device("cpu")
+    path = options.out or default_path(device)
+    results = Results()
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        with open(scratch / "log.txt", "w") as log:
+            run_pieces(PIECES, results, scratch, log)
+        incomplete = [piece for piece in results.pieces if piece["status"] != "ok"]
+        if incomplete:
+            say((scratch / "log.txt").read_text())
+    results.write(path, device)
+    say("\n" + tables.summary(load(path)))
+    say(f"\nwritten to {path}")
+    return 1 if incomplete else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Write the tables of the result files into the documentation; nothing there is typed by hand.
+
+    python -m benchmarks.report            # benchmarks/README.md and docs/*.md
+    python -m benchmarks.report --check    # exit code 1 where a table is out of date, nothing written
+
+A document asks for a table with a pair of markers, what stands between them is replaced:
+
+    <!-- benchmark: step -->
+    <!-- end of benchmark -->
+
+Names: stem, step, operators, multiply-adds. Every machine's newest file in benchmarks/results gives one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS, ROOT, load, write_atomic
+from benchmarks.tables import TABLES, machine_name, origin
+
+MARKED = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- end of benchmark -->)", re.DOTALL)
+NOTHING = "No results yet.\n"
+
+
+def newest(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """The newest result file of every machine, GPUs first."""
+    by_machine: dict[str, dict[str, Any]] = {}
+    for data in sorted((load(path) for path in directory.glob("*.json")), key=lambda data: data["date"]):
+        by_machine[machine_name(data)] = data
+    return sorted(by_machine.values(), key=lambda data: (data["machine"]["gpu"] is None, machine_name(data)))
+
+
+def section(name: str, results: list[dict[str, Any]]) -> str:
+    """The tables of one name, a machine after the other."""
+    if name not in TABLES:
+        raise ValueError(f"<!-- benchmark: {name} -->: unknown table; expected one of {', '.join(TABLES)}")
+    parts = []
+    for data in results:
+        table = TABLES[name](data)
+        if table.rows:
+            parts.append(f"{table.markdown()}\n\n{origin(data)}.\n")
+        if name == "multiply-adds" and parts:
+            break  # the same on every machine
+    return "\n".join(parts) or NOTHING
+
+
+def filled(text: str, results: list[dict[str, Any]]) -> str:
+    """A document with its tables made anew."""
+    return MARKED.sub(lambda found: found[1] + section(found["name"], results) + found[3], text)
+
+
+def documents() -> list[Path]:
+    found = [ROOT / "benchmarks" / "README.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [path for path in found if path.exists() and MARKED.search(path.read_text())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is out of date")
+    options = parser.parse_args()
+    results, stale = newest(), []
+    for path in documents():
+        text = path.read_text()
+        made = filled(text, results)
+        if made != text:
+            stale.append(path)
+            if not options.check:
+                write_atomic(path, made)
+    done = "out of date, run python -m benchmarks.report" if options.check else "written"
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {done}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

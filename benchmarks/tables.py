@@ -1,0 +1,164 @@
+"""Tables of a result file, for the terminal and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Data = dict[str, Any]  # a result file
+
+
+@dataclass(frozen=True)
+class Table:
+    """Title, header and rows of text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        cells = [
+            "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
+        return "\n".join([self.title, *(line.rstrip() for line in cells)])
+
+    def markdown(self) -> str:
+        rule = ["---" if i == 0 else "---:" for i in range(len(self.header))]
+        lines = ["| " + " | ".join(line) + " |" for line in (self.header, rule, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines])
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def machine_name(data: Data) -> str:
+    machine = data["machine"]
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+
+
+def origin(data: Data) -> str:
+    """Where and with what the numbers were measured, in a line."""
+    versions, machine = data["versions"], data["machine"]
+    parts = [machine_name(data), f"torch {versions['torch']}"]
+    parts += [f"Triton {versions['triton']}"] if versions["triton"] and machine["gpu"] else []
+    parts += [f"driver {machine['driver']}"] if machine["driver"] else []
+    parts += [data["date"][:10]]
+    parts += [f"commit {data['commit']}"] if data["commit"] else []
+    return ", ".join(parts)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _gib(row: dict[str, Any]) -> str:
+    return "" if row["peak_MiB"] is None else f"{row['peak_MiB'] / 1024:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _speedups(data: Data) -> dict[str, dict[str, Any]]:
+    return {_identity(c): c for c in data["comparisons"]}
+
+
+def _identity(row: dict[str, Any]) -> str:
+    shape = sorted(row["shape"].items())
+    return f"{row['benchmark']}|{row['mode']}|{row['dtype']}|{shape}|{row['provider']}"
+
+
+def _model_table(data: Data, benchmark: str, title: str) -> Table:
+    speedups = _speedups(data)
+    header = ["candidate", "pass", "precision", "clips", "ms", "20 to 80 %", "speed-up", "peak GiB", "of matrix rate"]
+    rows = []
+    for r in (row for row in data["rows"] if row["benchmark"] == benchmark):
+        c = speedups.get(_identity(r))
+        rows.append([
+            r["provider"], r["mode"], r["dtype"], str(r["shape"]["clips"]), _ms(r["median_ms"]),
+            f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{c['speedup']:.2f}x {c['baseline']}" if c else "",
+            _gib(r), _percent(r.get("share_of_floor")),
+        ])  # fmt: skip
+    return Table(title, header, rows)
+
+
+def stem_table(data: Data) -> Table:
+    return _model_table(data, "stem", "Stem")
+
+
+def step_table(data: Data) -> Table:
+    return _model_table(data, "step", "Pre-training step")
+
+
+def operators_table(data: Data) -> Table:
+    """A line an operator, pass and precision; the reference's time beside the operator's."""
+    rows_by = {_identity(r): r for r in data["rows"]}
+    header = ["operator", "pass", "precision", "ms", "reference ms", "speed-up", "of copy bandwidth", "us a call"]
+    rows = []
+    for c in (c for c in data["comparisons"] if c["provider"] == "operator"):
+        r, reference = rows_by[_identity(c)], rows_by[_identity({**c, "provider": "reference"})]
+        rows.append([
+            c["benchmark"], c["mode"], c["dtype"], _ms(r["median_ms"]), _ms(reference["median_ms"]),
+            f"{c['speedup']:.2f}x", _percent(r.get("share_of_floor")),
+            f"{r['overhead_us']:.0f}" if c["mode"] == "forward" else "",
+        ])  # fmt: skip
+    return Table("Operators", header, rows)
+
+
+PARTS = {
+    "student_stem": "student's stem",
+    "student": "student, stem included",
+    "decoder": "decoder",
+    "teacher": "teacher",
+    "unused_pass": "unused pass of the stem",
+    "step": "whole step with backward",
+}
+
+
+def multiply_adds_table(data: Data) -> Table:
+    """Of the first model counted; all precisions and devices do the same."""
+    if not data["multiply_adds"]:
+        return Table("Multiply-adds", ["forward, unless said"], [])
+    title, counts = next(iter(data["multiply_adds"].items()))
+    pair = ("visible", "dense")
+    rows = [[words, *(f"{counts[name][part] / 1e9:.1f}" for name in pair)] for part, words in PARTS.items()]
+    return Table(f"Multiply-adds ({title})", ["forward, unless said", *(f"{name}, G" for name in pair)], rows)
+
+
+TABLES: dict[str, Callable[[Data], Table]] = {
+    "stem": stem_table,
+    "step": step_table,
+    "operators": operators_table,
+    "multiply-adds": multiply_adds_table,
+}
+
+
+def tables(data: Data) -> Iterable[Table]:
+    """Those that have rows."""
+    return [table for table in (make(data) for make in TABLES.values()) if table.rows]
+
+
+def rejected_lines(data: Data) -> list[str]:
+    return [f"{r['benchmark']} {r['mode']} {r['dtype']} {r['provider']}: {r['reason']}" for r in data["rejected"]]
+
+
+def summary(data: Data) -> str:
+    """The end of a run's output: short, the largest numbers first."""
+    lines = [origin(data)]
+    copy = data["ceilings"].get("copy_GBps")
+    if copy:
+        rates = [f"{name.split('_')[1]} {value:.3g}" for name, value in data["ceilings"].items() if "matmul" in name]
+        lines.append(f"copy {copy:.4g} GB/s, matrix product TFLOP/s: {', '.join(rates)}")
+    if data["tests"]:
+        lines.append(f"tests: {', '.join(f'{count} {what}' for what, count in data['tests'].items() if count)}")
+    for table in tables(data):
+        lines += ["", table.text()]
+    problems = [f"{p['name']}: {p['status']}, {p['reason']}" for p in data["pieces"] if p["status"] != "ok"]
+    for title, found in (("notes", data["notes"]), ("rejected", rejected_lines(data)), ("not complete", problems)):
+        lines += ["", f"{title}:", *(f"  {line}" for line in dict.fromkeys(found))] if found else []
+    return "\n".join(lines)

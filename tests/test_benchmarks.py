@@ -1,0 +1,320 @@
+"""The benchmarks: the arithmetic of results, parity that rejects, reports, and the GPU suite's path on the CPU."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import memory, pieces, report
+from benchmarks.flops import multiply_adds
+from benchmarks.pieces import run_limited
+from benchmarks.results import Key, Parity, Results, load
+from benchmarks.runner import Case, Settings, distance, run_case
+from benchmarks.step import count
+from benchmarks.timing import Quantiles, interleaved, ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+KEY = Key(benchmark="stem", mode="forward", dtype="fp32", shape={"clips": 2})
+
+
+def settings(**changes):
+    fixed = Settings(
+        device=CPU, dtypes=["fp32"], preset="tiny", clips=1, masks=2, frames=64, threads=1, budget_s=0.0, min_rounds=3,
+        compiled=False, compiler="inductor", memory=False, ceilings={}, out=None, check=False,
+    )  # fmt: skip
+    return dataclasses.replace(fixed, **changes)
+
+
+# ---------------------------------------------------------------- timing
+
+
+def test_ratio_is_taken_pair_by_pair():
+    # Means and medians of each would give other numbers.
+    found = ratio([10.0, 40.0, 90.0], [5.0, 10.0, 10.0])
+    assert found == Quantiles(4.0, pytest.approx(2.8), pytest.approx(7.0))
+
+
+def test_quantiles_of_few_values_are_their_range():
+    assert Quantiles.of([3.0, 1.0]) == Quantiles(2.0, 1.0, 3.0)
+    with pytest.raises(ValueError, match="no values"):
+        Quantiles.of([])
+
+
+def test_every_candidate_is_called_once_a_round_in_rotating_order():
+    calls: list[str] = []
+    names = ("a", "b", "c")
+    times = interleaved({n: lambda n=n: calls.append(n) for n in names}, CPU, warmup=1, min_rounds=3, budget_s=0)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == [names, names, ("b", "c", "a"), ("c", "a", "b")]
+    assert {n: len(t) for n, t in times.items()} == dict.fromkeys(names, 3)
+
+
+def test_interleaved_measures_time():
+    times = interleaved({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, CPU, min_rounds=3, budget_s=0)
+    assert min(times["slow"]) >= 20
+    assert Quantiles.of(times["fast"]).median < 10
+
+
+@pytest.mark.gpu
+def test_events_measure_the_device_not_the_host():
+    device = torch.device("cuda")
+    a = torch.randn(8192, 8192, device=device)
+    times = interleaved({"one": lambda: a @ a, "four": lambda: a @ a @ a @ a @ a}, device, min_rounds=5, budget_s=0)
+    assert 3 < ratio(times["four"], times["one"]).median < 5
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_resident_memory_counts_what_is_freed_again():
+    torch.ones(1 << 20)
+    assert 60 < memory.peak_resident(lambda: torch.ones(64 << 18)) < 80  # 64 MiB
+    assert memory.peak_resident(lambda: None) < 10
+
+
+@pytest.mark.gpu
+def test_peak_cuda_memory_counts_what_is_freed_again():
+    assert memory.peak_cuda(lambda: torch.ones(64 << 18, device="cuda"), torch.device("cuda")) == pytest.approx(64)
+
+
+def test_memory_process_reports_its_error():
+    with pytest.raises(RuntimeError, match="'nonsense'"):
+        memory.peak_in_fresh_process("stem", {"name": "visible", "shape": {"preset": "nonsense"}, "dtype": "fp32",
+                                              "mode": "forward"}, threads=1)  # fmt: skip
+
+
+# ---------------------------------------------------------------- multiply-adds
+
+
+def test_multiply_adds_of_a_grouped_convolution_with_backward():
+    with torch.device("meta"):
+        conv, x = nn.Conv2d(32, 64, 3, padding=1, groups=4), torch.empty(2, 32, 10, 12, requires_grad=True)
+    forward = 2 * 64 * 10 * 12 * (32 // 4) * 9
+    assert multiply_adds(lambda: conv(x)) == forward
+    assert multiply_adds(lambda: conv(x).sum().backward()) == 3 * forward
+
+
+def test_multiply_adds_of_the_base_step():
+    # The paper's model on one clip: 229 G against 451 G, which allows a speed-up of 1.96.
+    shape = {"preset": "base", "clips": 1, "masks": 4, "frames": 1024}
+    visible, dense = count(shape, "visible"), count(shape, "dense")
+    assert visible["student_stem"] / 1e9 == pytest.approx(16.6, rel=0.01)
+    assert dense["student_stem"] / 1e9 == pytest.approx(83.5, rel=0.01)
+    assert visible["step"] / 1e9 == pytest.approx(231, rel=0.02)
+    assert dense["step"] / 1e9 == pytest.approx(453, rel=0.02)
+
+
+# ---------------------------------------------------------------- results and parity
+
+
+class Constant:
+    """A candidate whose result is a number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def call(self):
+        return self.value
+
+    def check(self):
+        return {"tokens": [torch.full((4,), self.value)]}
+
+    def persistent_bytes(self):
+        return 1 << 20
+
+
+def constant_case(**values: float) -> Case:
+    return Case(
+        key=KEY,
+        providers={name: lambda value=value: Constant(value) for name, value in values.items()},
+        baseline="dense",
+        reference=lambda: {"tokens": [torch.ones(4)]},
+        work={"visible": {"floor_ms": 1e-9}},
+    )
+
+
+def test_a_row_counts_only_with_parity(tmp_path):
+    results = Results()
+    out = tmp_path / "result.json"
+    run_case(constant_case(dense=1.0, visible=1.00001, wrong=1.1, nan=float("nan")), results, settings(out=out))
+    assert [row["provider"] for row in results.rows] == ["dense", "visible"]
+    assert [c["provider"] for c in results.comparisons] == ["visible"]
+    assert {r["provider"]: r["reason"] for r in results.rejected} == {
+        "wrong": "parity: error 0.1, allowed 2e-05",
+        "nan": "parity: error nan, allowed 2e-05",
+    }
+    row = load(out)["rows"][1]
+    assert row["rounds"] == 3
+    assert row["persistent_MiB"] == 1
+    assert row["share_of_floor"] == pytest.approx(1e-9 / row["median_ms"])
+    assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+
+
+def test_a_candidate_that_fails_costs_only_its_row():
+    results, case = Results(), constant_case(dense=1.0, visible=1.0)
+
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    case.providers["compiled"] = fail
+    run_case(case, results, settings(), stages=[["dense", "visible"], ["compiled"]])
+    assert [row["provider"] for row in results.rows] == ["dense", "visible"]  # once, though timed in two stages
+    assert [(r["provider"], r["reason"]) for r in results.rejected] == [("compiled", "out of memory")]
+
+
+def test_a_wrong_baseline_is_no_yardstick():
+    results = Results()
+    run_case(constant_case(dense=2.0, visible=1.5), results, settings())
+    assert not results.rows
+    assert {r["provider"] for r in results.rejected} == {"dense", "visible"}
+
+
+def test_distance_is_the_worst_group_as_one_vector():
+    reference = {"tokens": [torch.ones(4)], "gradients": [torch.full((3,), 100.0), torch.zeros(1)]}
+    actual = {"tokens": [torch.ones(4)], "gradients": [torch.full((3,), 100.0), torch.ones(1)]}
+    assert distance(actual, reference) == pytest.approx(1 / (3**0.5 * 100))
+    actual["tokens"][0][0] = float("nan")
+    assert math.isnan(distance(actual, reference))
+    with pytest.raises(ValueError, match="tokens: shape"):
+        distance({**actual, "tokens": [torch.ones(3)]}, reference)
+
+
+def test_a_result_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "result.json"
+    results = Results()
+    results.add(KEY, "dense", [1.0, 2.0, 3.0], Parity(0.0, 1.0))
+    results.write(path, CPU)
+    before = path.read_text()
+    results.notes.append(object())  # no JSON
+    with pytest.raises(TypeError):
+        results.write(path, CPU)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("{}", "no result file of format 1")])
+def test_other_files_are_no_results(tmp_path, text, message):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+# ---------------------------------------------------------------- reports
+
+
+def measured(directory: Path, name: str, date: str, gpu: str | None, milliseconds: float) -> None:
+    results = Results()
+    for provider, factor in (("dense", 5.0), ("visible", 1.0)):
+        results.add(KEY, provider, [factor * milliseconds] * 3, Parity(0.0, 1.0), peak_MiB=512.0)
+    results.compare(KEY, "dense", "visible", {"dense": [5.0], "visible": [1.0]}, {})
+    data = results.as_dict(CPU) | {"date": date, "commit": "abc"}
+    data["machine"]["gpu"] = gpu
+    (directory / name).write_text(json.dumps(data))
+
+
+def test_report_takes_every_machines_newest_file(tmp_path):
+    measured(tmp_path, "z.json", "2030-01-01T00:00:00Z", None, 11.0)
+    measured(tmp_path, "a.json", "2030-01-02T00:00:00Z", None, 22.0)
+    measured(tmp_path, "g.json", "2029-01-01T00:00:00Z", "Some GPU", 3.0)
+    document = "before\n<!-- benchmark: stem -->\nold\n<!-- end of benchmark -->\nafter\n"
+    made = report.filled(document, report.newest(tmp_path))
+    assert made.startswith("before\n<!-- benchmark: stem -->\n**Stem**\n")
+    assert made.endswith("<!-- end of benchmark -->\nafter\n")
+    assert "old" not in made
+    assert "| visible | forward | fp32 | 2 | 22 | 22 to 22 | 5.00x dense | 0.50 |" in made
+    assert "| 11 |" not in made
+    assert made.index("Some GPU") < made.index("2030-01-02")
+    assert report.filled(made, report.newest(tmp_path)) == made
+
+
+def test_report_names_an_unknown_table():
+    with pytest.raises(ValueError, match="unknown table; expected one of stem, step"):
+        report.filled("<!-- benchmark: speed -->\n<!-- end of benchmark -->", [])
+
+
+def test_documented_tables_are_those_of_the_result_files():
+    results = report.newest()
+    stale = [path for path in report.documents() if report.filled(path.read_text(), results) != path.read_text()]
+    assert not stale, "run python -m benchmarks.report"
+
+
+# ---------------------------------------------------------------- pieces and the suite
+
+
+def test_a_piece_that_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "LEAST_S", 1.0)
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with open(tmp_path / "log.txt", "w") as log:
+        record = run_limited("hangs", [sys.executable, "-c", code], 3.0, log)
+    assert record["status"] == "timed out"
+    child = int((tmp_path / "log.txt").read_text().split()[-1])
+    for _ in itertools.repeat(None, 50):
+        if not alive(child):
+            break
+        time.sleep(0.1)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_piece_that_fails_tells_why(tmp_path):
+    with open(tmp_path / "log.txt", "w") as log:
+        failed = run_limited("fails", [sys.executable, "-c", "raise SystemExit('no such thing')"], 60.0, log)
+        late = run_limited("late", [sys.executable, "-c", ""], 1.0, log)
+    assert (failed["status"], failed["reason"]) == ("failed", "exit code 1: no such thing")
+    assert (late["status"], late["reason"]) == ("not run", "no time was left")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_suite_without_a_gpu_says_so(tmp_path):
+    done = run_suite("--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stdout.strip().splitlines()[0].startswith("No CUDA device is visible to PyTorch here")
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_suite_path_on_the_cpu(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    done = run_suite("--device", "cpu", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        "results.json", "log.txt", "stem.png", "step.png", "operators.png",
+    }  # fmt: skip
+    data = load(out / "results.json")
+    assert [piece["name"] for piece in data["pieces"]] == ["ceilings", "tests", "stem fp32", "step fp32", "operators"]
+    assert all(piece["status"] == "ok" for piece in data["pieces"])
+    found = {(row["benchmark"], row["mode"], row["provider"]) for row in data["rows"]}
+    passes = itertools.product(("dense", "visible", "dense compiled", "visible compiled"), ("forward+backward",))
+    assert found >= {("stem", mode, provider) for provider, mode in passes}
+    assert found >= {("step", "step", "dense"), ("step", "step", "visible"), ("gather_tokens", "forward", "operator")}
+    assert data["ceilings"]["copy_GBps"] > 0
+    assert done.stdout.index("Pre-training step") > done.stdout.index("operators  ")  # the tables come last
+
+
+def run_suite(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.suite", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
