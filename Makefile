@@ -24,9 +24,9 @@ help: ## list the targets
 # The steps are the commands a user would type.
 quickstart: $(INSTALLED) ## synthesise sounds, pre-train a tiny model, probe it against an untrained twin (minutes)
 	$(BIN)/cat-audio synth $(DATA) --seed 0
-	rm -rf $(RUN)
-	$(BIN)/cat-audio pretrain recipes/quickstart.yaml
-	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl --untrained-twin
+	$(BIN)/cat-audio pretrain recipes/quickstart.yaml --overwrite
+	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
+	    --require-better --figures
 
 test: $(INSTALLED) ## run the tests; those marked gpu only where there is one
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)

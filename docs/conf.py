@@ -1,0 +1,29 @@
+"""Sphinx configuration: `make docs`."""
+
+from typing import Any
+
+import cat_kernels
+
+project = "cat-kernels"
+author = "The cat-kernels authors"
+version = release = cat_kernels.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["build"]
+suppress_warnings = ["myst.xref_missing"]  # links to files of the repository outside docs/
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+html_theme = "furo"
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _keep_lines)
+
+
+def _keep_lines(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Docstrings here are plain text to be read in the source: shown line for line, not parsed as markup."""
+    lines[:] = ["::", "", *(f"   {line}" for line in lines), ""]
