@@ -13,7 +13,7 @@ Words are unsigned 32-bit numbers held in int64 tensors, because PyTorch has few
 import torch
 from torch import Tensor
 
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 WORD = 0xFFFFFFFF
 ROUNDS = 10
@@ -25,9 +25,10 @@ UNIFORM_SCALE = 4.6566127342e-10
 SMALLEST_UNIFORM = 1.0e-7  # keeps log() finite; bounds a normal by 5.68
 TWO_PI = 6.283185307179586
 
-# Counters a pass of `normal` works on: on the CPU the ten or so int64 temporaries then stay in the L2 cache, on an
-# accelerator they take at most some 1.5 GB.
-CHUNK_CPU = 1 << 15
+# Counters a pass of `normal` works on. On the CPU: the ten or so int64 temporaries stay in the L2 cache, and a pass is
+# below the 32,768 elements from which PyTorch spreads most operations over threads; a hundred operations this short
+# would mostly wait for each other. On an accelerator: temporaries of some 1.5 GB.
+CHUNK_CPU = 32_000
 CHUNK_ACCELERATOR = 1 << 24
 
 
@@ -37,7 +38,7 @@ def philox_words(
     c1: int | Tensor = 0,
     c2: int | Tensor = 0,
     c3: int | Tensor = 0,
-) -> Words:
+) -> Four:
     """Four random 32-bit words for every counter (c0, c1, c2, c3).
 
     seed: 64-bit key, an int or a 0-dim int64 tensor (low word = k0, high word = k1).
@@ -60,15 +61,15 @@ def split_words(counter: Tensor) -> tuple[Tensor, Tensor]:
 
 def uniform(words: Tensor) -> Tensor:
     """float32 in [0, 1) from 32-bit words, as Triton's `uint_to_uniform_float`: the sign bit is folded, not used."""
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
-    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * UNIFORM_SCALE
+    # As a signed number, x < 0 becomes -x - 1; of the unsigned word that is the smaller of x and its complement.
+    return torch.minimum(words, WORD - words).to(torch.float32).mul_(UNIFORM_SCALE)
 
 
 def box_muller(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals from two float32 uniforms, as Triton's `pair_uniform_to_normal`."""
-    radius = torch.sqrt(-2.0 * torch.log(u1.clamp_min(SMALLEST_UNIFORM)))
+    radius = torch.log(u1.clamp_min(SMALLEST_UNIFORM)).mul_(-2.0).sqrt_()
     angle = TWO_PI * u2
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    return torch.cos(angle).mul_(radius), torch.sin(angle).mul_(radius)
 
 
 def normal(rng: Tensor, count: int) -> Tensor:
@@ -83,33 +84,37 @@ def normal(rng: Tensor, count: int) -> Tensor:
 
 
 def fill_normal_(out: Tensor, rng: Tensor, sigma: float = 1.0) -> Tensor:
-    """Fill the 1-D tensor `out` with sigma * `normal(rng, out.numel())`, rounded to its dtype; returns it."""
-    count = out.numel()
-    step = 4 * (CHUNK_CPU if rng.device.type == "cpu" else CHUNK_ACCELERATOR)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        counter = torch.arange(start // 4, (stop + 3) // 4, dtype=torch.int64, device=rng.device) + rng[1]
-        noise = randn4x(rng[0], counter).view(-1)[: stop - start]
-        out[start:stop] = noise if sigma == 1.0 else noise * sigma
+    """Fill the contiguous 1-D tensor `out` with sigma * `normal(rng, out.numel())`, rounded to its dtype; return it."""
+    seed, offset = rng[0], rng[1]
+    whole, rest = divmod(out.numel(), 4)
+    lanes_C4 = out[: 4 * whole].view(whole, 4)
+    step = CHUNK_CPU if rng.device.type == "cpu" else CHUNK_ACCELERATOR
+    for start in range(0, whole, step):
+        stop = min(start + step, whole)
+        counter = torch.arange(start, stop, dtype=torch.int64, device=rng.device) + offset
+        for lane, noise in enumerate(randn4x(seed, counter)):
+            torch.mul(noise, sigma, out=lanes_C4[start:stop, lane])
+    if rest:
+        last = torch.stack(randn4x(seed, offset + whole))
+        torch.mul(last[:rest], sigma, out=out[4 * whole :])
     return out
 
 
-def randn4x(seed: int | Tensor, counter: Tensor) -> Tensor:
-    """`tl.randn4x(seed, counter)`: float32 (..., 4) standard normals for 64-bit counters, int64 (...)."""
+def randn4x(seed: int | Tensor, counter: Tensor) -> Four:
+    """`tl.randn4x(seed, counter)`: four tensors of float32 standard normals for 64-bit counters (int64)."""
     low, high = split_words(counter)
     w0, w1, w2, w3 = philox_words(seed, low, high)
-    n0, n1 = box_muller(uniform(w0), uniform(w1))
-    n2, n3 = box_muller(uniform(w2), uniform(w3))
-    return torch.stack((n0, n1, n2, n3), dim=-1)
+    return *box_muller(uniform(w0), uniform(w1)), *box_muller(uniform(w2), uniform(w3))
 
 
-def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Words:
+def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Four:
     for _ in range(ROUNDS):
-        # The int64 product of two 32-bit words may wrap; all of its 64 bits are right all the same.
+        # The int64 product of two 32-bit words may wrap; all of its 64 bits are right all the same. In place, because
+        # memory traffic is what this costs.
         product_a, product_b = c0 * MULTIPLIER_A, c2 * MULTIPLIER_B
-        c0 = ((product_b >> 32) & WORD) ^ c1 ^ k0
-        c2 = ((product_a >> 32) & WORD) ^ c3 ^ k1
-        c1, c3 = product_b & WORD, product_a & WORD
+        c0 = (product_b >> 32).bitwise_and_(WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (product_a >> 32).bitwise_and_(WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = product_b.bitwise_and_(WORD), product_a.bitwise_and_(WORD)
         k0, k1 = (k0 + KEY_STEP_A) & WORD, (k1 + KEY_STEP_B) & WORD
     return c0, c1, c2, c3
 

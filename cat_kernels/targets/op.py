@@ -72,8 +72,9 @@ def _accumulator(layers: Sequence[Tensor], partial: Tensor | None) -> torch.dtyp
 
 def _instance_norm_parts(x_BLD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x - mean over L (a new tensor) and the inverse deviation (B, 1, D)."""
-    variance, mean = torch.var_mean(x_BLD, dim=1, correction=0, keepdim=True)
-    return x_BLD - mean, torch.rsqrt(variance + eps)
+    # Two passes rather than var_mean: over a dimension that is not the last, that is several times slower on the CPU.
+    centred = x_BLD - x_BLD.mean(1, keepdim=True)
+    return centred, torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
 
 
 def _sum(layers: Sequence[Tensor], partial: Tensor | None, eps: float) -> Tensor:
