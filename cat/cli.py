@@ -17,6 +17,7 @@ from cat_kernels import __version__
 COMMANDS = {
     "pretrain": ("cat.pretrain", "pre-train a model by a recipe, or go on with a run"),
     "probe": ("cat.probe", "kNN and linear probes of an encoder on labelled audio"),
+    "experiment": ("cat.experiments", "the first experiments to run, each with a verdict"),
     "embed": ("cat.embed", "write an encoder's embeddings of a data set's clips"),
     "convert": ("cat.convert", "turn a released checkpoint into one of ours"),
     "synth": ("cat.synth", "make a labelled data set of synthetic sound events"),
