@@ -1,0 +1,126 @@
+"""The first experiments, on a model and a data set small enough for a test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from cat import experiments
+from cat.data import Clip, Manifest, write_manifest
+
+SMALL = (
+    "model.channels=[8,16]",
+    "model.embed_dim=192",
+    "model.depth=2",
+    "model.num_heads=3",
+    "model.decoder_dim=64",
+    "model.decoder_layers=1",
+    "features.frames=32",
+    "masks.num_masks=2",
+    "data.num_workers=0",
+    "run.threads=1",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two kinds of sound, hiss and rumble, in three splits."""
+    root = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("valid", 6), ("test", 6)):
+        clips = []
+        for i in range(count):
+            noise = rng.normal(size=6000)
+            wave = np.diff(noise, n=2, prepend=[0, 0]) if i % 2 else np.convolve(noise, np.ones(40))[:6000]
+            wave *= rng.uniform(0.02, 0.1) / wave.std()
+            soundfile.write(root / f"{split}{i}.wav", wave, 16000)
+            clips.append(Clip(f"{split}{i}.wav", labels=("hiss" if i % 2 else "rumble",)))
+        write_manifest(Manifest(tuple(clips), root), root / f"{split}.jsonl")
+    return root
+
+
+def command(name, data, out, *overrides):
+    parser = argparse.ArgumentParser()
+    experiments.add_arguments(parser)
+    words = [name, *SMALL, *overrides, "--data", str(data), "--out", str(out), "--quiet"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return experiments.run(parser.parse_args(words))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_overfit_falls_by_ninety_percent(data, tmp_path, capsys):
+    assert command("overfit", data, tmp_path, "data.batch_size=2", "optim.lr=3e-3") == 0
+    said = capsys.readouterr().out
+    assert "PASS: the regression loss fell by 9" in said
+    result = json.loads((tmp_path / "overfit" / "result.json").read_text())
+    curve = [row["regression"] for row in result["values"]["curve"]]
+    assert result["passed"]
+    assert curve[-1] <= 0.1 * curve[0]
+    assert (
+        result["values"]["curve"][0]["target_std"] == result["values"]["curve"][-1]["target_std"]
+    )  # targets stood still
+    assert (tmp_path / "overfit" / "figures" / "loss.png").is_file()
+
+
+def test_overfit_fails_when_the_loss_does_not_fall_enough(data, tmp_path, capsys):
+    assert command("overfit", data, tmp_path, "optim.steps=3", "optim.warmup_steps=0") == 1
+    assert "FAIL: the regression loss fell by" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "overfit" / "result.json").read_text())["passed"]
+
+
+def test_regularisation_teaches_the_embedding(data, tmp_path, capsys):
+    steps = ("optim.steps=50", "optim.warmup_steps=5", "data.batch_size=6", "optim.lr=2e-3")
+    assert command("regularisation", data, tmp_path, *steps) == 0
+    result = json.loads((tmp_path / "regularisation" / "result.json").read_text())
+    assert result["values"]["encoder"] == "random:0"
+    assert result["values"]["last"] < 0.9 * result["values"]["constant_prediction"]
+    assert [row[0] for row in result["rows"]] == [
+        "without",
+        "with random:0",
+        "untrained",
+        "log-mel mean + std",
+        "chance",
+    ]
+    without, with_ = result["rows"][:2]
+    assert float(without[4]) == 0.0  # no L_r without it
+    assert float(with_[4]) < float(with_[3])
+    assert "with random:0 against without: kNN probe" in capsys.readouterr().out
+
+
+def test_regularisation_that_learns_nothing_fails(data, tmp_path):
+    steps = ("optim.steps=2", "optim.warmup_steps=0", "data.batch_size=6", "optim.lr=1e-8")
+    assert command("regularisation", data, tmp_path, *steps) == 1
+
+
+def test_constant_loss_is_that_of_the_mean_embedding(tmp_path):
+    rows = np.array([[1.0, 0, 0, 0], [-1, 0, 0, 0], [1, 2, 0, 0], [-1, -2, 0, 0]], np.float32)
+    np.save(tmp_path / "e.npy", rows)
+    assert experiments._constant_loss(tmp_path / "e.npy") == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
+
+
+def test_resolutions_compares_two_stems(data, tmp_path, capsys):
+    steps = ("optim.steps=20", "optim.warmup_steps=2", "data.batch_size=4")
+    assert command("resolutions", data, tmp_path, *steps) == 0
+    said = capsys.readouterr().out
+    assert "{4, 8, 16} against {16}: kNN probe" in said
+    result = json.loads((tmp_path / "resolutions" / "result.json").read_text())
+    names = ["{16}", "{4, 8, 16}", "{16}, untrained", "{4, 8, 16}, untrained", "log-mel mean + std", "chance"]
+    assert [row[0] for row in result["rows"]] == names
+    assert all(fall > 0 for fall in result["values"]["falls"].values())
+    for figure in ("loss.png", "embeddings.png"):
+        assert (tmp_path / "resolutions" / "figures" / figure).is_file()
+
+
+def test_recipe_of_an_experiment_can_be_overridden(tmp_path):
+    config = experiments.experiment_config("overfit", tmp_path, ["optim.lr=0.5", "model.preset=small"])
+    assert (config.optim.lr, config.model.embed_dim, config.data.batch_size) == (0.5, 384, 4)
+    with pytest.raises(ValueError, match=r"unknown key .optim\.leer."):
+        experiments.experiment_config("overfit", tmp_path, ["optim.leer=1"])
