@@ -56,7 +56,7 @@ def mean_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def classes_without_positives(targets: np.ndarray, classes: Sequence[str]) -> list[str]:
-    return [name for name, any_positive in zip(classes, targets.any(axis=0), strict=True) if not any_positive]
+    return [name for name, column in zip(classes, targets.T, strict=True) if not column.any()]
 
 
 def chance(train: Split, test: Split, *, multi_label: bool) -> float:

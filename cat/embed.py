@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,17 +89,22 @@ def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: ob
 class _Waveforms(Dataset[tuple[int, np.ndarray | Skipped]]):
     def __init__(self, manifest: Manifest, encoder: FrozenEncoder) -> None:
         self.manifest, self.sample_rate = manifest, encoder.sample_rate
-        self.limits = {
-            "min_samples": getattr(encoder, "min_samples", 1),
-            "max_samples": getattr(encoder, "max_samples", None),
-        }
+        self.min_samples: int = getattr(encoder, "min_samples", 1)
+        self.max_samples: int | None = getattr(encoder, "max_samples", None)
 
     def __len__(self) -> int:
         return len(self.manifest.clips)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | Skipped]:
         try:
-            return index, read_audio(self.manifest.path(index), self.sample_rate, start=0.5, **self.limits)
+            samples = read_audio(
+                self.manifest.path(index),
+                self.sample_rate,
+                max_samples=self.max_samples,
+                start=0.5,
+                min_samples=self.min_samples,
+            )
+            return index, samples
         except AudioError as error:
             return index, Skipped(index, error.path, error.reason)
 
@@ -118,10 +123,10 @@ def _collate(
 
 def _waveforms(
     manifest: Manifest, encoder: FrozenEncoder, batch_size: int, num_workers: int
-) -> DataLoader[tuple[list[int], Tensor, Tensor, list[Skipped]]]:
+) -> Iterable[tuple[list[int], Tensor, Tensor, list[Skipped]]]:
     return DataLoader(
         _Waveforms(manifest, encoder), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
-    )  # type: ignore[arg-type]
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -61,8 +61,13 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
     for unused in grid.reshape(-1)[panels:]:
         unused.set_visible(False)
     for axis, part in zip(axes, present, strict=False):
-        for colour, (name, rows) in zip(COLOURS, runs.items(), strict=False):
-            _curve(axis, rows, part, colour, label=name, raw=len(runs) == 1)
+        shown = [_values(rows, part) for rows in runs.values()]
+        for colour, (name, rows), values in zip(COLOURS, runs.items(), shown, strict=False):
+            if values.any():  # a run without this part has zeros
+                _curve(axis, rows, part, colour, label=name, raw=len(runs) == 1)
+        positive = np.concatenate([values[values > 0] for values in shown])
+        if len(positive) and positive.max() > 30 * positive.min():
+            axis.set_yscale("log")
         axis.set_title(PARTS[part], fontsize=10)
         axis.set_ylabel("loss")
     for line, (name, rows) in zip(COLOURS, runs.items(), strict=False):
@@ -128,6 +133,8 @@ def _write_run_patches(path: Path, config: Any) -> Path:
         )
     )
     clip = load_manifest(config.data.train).clips[int(batch.clips[0])]
+    if batch.visible is None:
+        raise ValueError(f"{path.parent.parent}: the run's configuration draws no masks.")
     title = f"{Path(clip.path).name}" + (f" ({', '.join(clip.labels)})" if clip.labels else "")
     return write_patches(
         path,
@@ -219,13 +226,12 @@ def write_projection(
         first = np.array([clip[0] if clip else "" for clip in labels])
         for c, label in enumerate(classes):
             mine = first == label
-            # another marker for every round of the colours, so that more than ten classes stay apart
             axis.scatter(
                 *points[mine].T,
-                s=26,
+                s=30,
                 color=COLOURS[c % len(COLOURS)],
-                marker=MARKERS[c // len(COLOURS) % len(MARKERS)],
-                label=label,
+                marker=MARKERS[(c + c // len(COLOURS)) % len(MARKERS)],  # twenty classes and more stay apart
+                label=label.replace("_", " "),
                 linewidths=0.4,
                 edgecolors="white",
             )
@@ -258,9 +264,9 @@ def project(rows: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
 
 
 def nearest_neighbour_agreement(rows: np.ndarray, labels: Sequence[Sequence[str]]) -> float:
-    """Share of clips whose nearest other clip, by cosine of the centred embeddings, has a label in common."""
-    centred = rows - rows.mean(axis=0)
-    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    """Share of clips whose nearest other clip, by cosine of the standardised embeddings, has a label in common."""
+    scaled = (rows - rows.mean(axis=0)) / np.maximum(rows.std(axis=0), 1e-12)
+    unit = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
     sets = [set(clip) for clip in labels]

@@ -146,13 +146,19 @@ class CatEncoder:
 class LogMelStatistics:
     """Mean and standard deviation over time of every log-mel bin: (B, 2 F). No learning at all: the honest floor.
 
-    Runs over the whole clip, real frames only, on features normalised as for AudioSet.
+    Runs over the whole clip, or the middle `max_samples` of it, real frames only. `features`: AudioSet's by default.
     """
 
-    def __init__(self, features: FeatureConfig | None = None, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        features: FeatureConfig | None = None,
+        *,
+        max_samples: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.features, self.device = features or FeatureConfig(), torch.device(device)
         self.name, self.sample_rate, self.dim = "logmel", self.features.sample_rate, 2 * self.features.mel_bins
-        self.min_samples = self.features.frame_length
+        self.min_samples, self.max_samples = self.features.frame_length, max_samples
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -239,9 +245,8 @@ def _load_clap(path: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()  # it would list every tensor of the text tower as unexpected
     try:
         extractor = AutoFeatureExtractor.from_pretrained(path)
-        model, found = ClapAudioModelWithProjection.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True
-        )
+        load: Any = ClapAudioModelWithProjection.from_pretrained
+        model, found = load(path, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"CLAP {path!r} could not be loaded. Give a local directory with config.json, preprocessor_config.json and "

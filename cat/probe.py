@@ -228,7 +228,13 @@ def run(args: argparse.Namespace) -> int:
         if not isinstance(encoder, CatEncoder):
             raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
         encoders["untrained twin"] = encoder.untrained_twin(args.seed)
-    encoders["log-mel mean + std"] = LogMelStatistics(device=device)
+    encoders["log-mel mean + std"] = (
+        LogMelStatistics(
+            encoder.features, max_samples=encoder.max_samples, device=device
+        )  # hears what the encoder does
+        if isinstance(encoder, CatEncoder)
+        else LogMelStatistics(device=device)
+    )
 
     probes = [p for p in PROBES if getattr(args, p)] or list(PROBES)
     manifests = {split: load_manifest(getattr(args, split)) for split in SPLITS}
