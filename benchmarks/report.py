@@ -5,10 +5,11 @@
 
 A document asks for a table with a pair of markers, what stands between them is replaced:
 
-    <!-- benchmark: step -->
-    <!-- end of benchmark -->
+    <!-- benchmark:begin step -->
+    <!-- benchmark:end -->
 
-Names: stem, step, operators, multiply-adds. Every machine's newest file in benchmarks/results gives one table.
+Names: headline (also where there is no name), stem, step, operators, multiply-adds. Every machine's newest file in
+benchmarks/results gives one table.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from typing import Any
 from benchmarks.results import RESULTS, ROOT, load, write_atomic
 from benchmarks.tables import TABLES, machine_name, origin
 
-MARKED = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- end of benchmark -->)", re.DOTALL)
-NOTHING = "No results yet.\n"
+MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w-]*) -->\n).*?(<!-- benchmark:end -->)", re.DOTALL)
 
 
 def newest(directory: Path = RESULTS) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def newest(directory: Path = RESULTS) -> list[dict[str, Any]]:
 def section(name: str, results: list[dict[str, Any]]) -> str:
     """The tables of one name, a machine after the other."""
     if name not in TABLES:
-        raise ValueError(f"<!-- benchmark: {name} -->: unknown table; expected one of {', '.join(TABLES)}")
+        raise ValueError(f"<!-- benchmark:begin {name} -->: unknown table; expected one of {', '.join(TABLES)}")
     parts = []
     for data in results:
         table = TABLES[name](data)
@@ -45,12 +45,12 @@ def section(name: str, results: list[dict[str, Any]]) -> str:
             parts.append(f"{table.markdown()}\n\n{origin(data)}.\n")
         if name == "multiply-adds" and parts:
             break  # the same on every machine
-    return "\n".join(parts) or NOTHING
+    return "\n".join(parts)
 
 
 def filled(text: str, results: list[dict[str, Any]]) -> str:
     """A document with its tables made anew."""
-    return MARKED.sub(lambda found: found[1] + section(found["name"], results) + found[3], text)
+    return MARKED.sub(lambda found: found[1] + section(found["name"] or "headline", results) + found[3], text)
 
 
 def documents() -> list[Path]:

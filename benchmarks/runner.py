@@ -22,8 +22,8 @@ from benchmarks.timing import interleaved
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Parity: distance to the float32 reference <= 2 * that of the plain dense candidate in the same precision + this floor.
-# The floor of fp32 is a tenth of what golden tensors are held to; the others are four roundings.
-FLOOR = {"fp32": 2e-5, "bf16": 4 * 2.0**-7, "fp16": 4 * 2.0**-10}
+# The floor of fp32 is half of what golden tensors are held to; the others are four roundings.
+FLOOR = {"fp32": 1e-4, "bf16": 4 * 2.0**-7, "fp16": 4 * 2.0**-10}
 
 Groups = dict[str, list[Tensor]]  # what is compared, e.g. {"tokens": [...], "gradients": [...]}
 
@@ -123,8 +123,8 @@ class CaseRun:
             provider = self.case.providers[name]()
             parity = self._parity(name, distance(provider.check(), self.reference))
             if parity.passed:
-                provider.call()  # what is allocated once is there before memory is counted
                 if self.device.type == "cuda":
+                    provider.call()  # what is allocated once is there before memory is counted
                     self.peaks[name] = memory.peak_cuda(provider.call, self.device)
                 self.alive[name], self.parity[name] = provider, parity
             else:
@@ -151,7 +151,7 @@ class CaseRun:
         key, calls = self.case.key, {name: provider.call for name, provider in self.alive.items()}
         try:
             times = interleaved(calls, self.device, min_rounds=min_rounds, budget_s=budget_s)
-        except torch.OutOfMemoryError as error:  # together they need more than each alone
+        except RuntimeError as error:  # e.g. together they need more than each alone
             for name in calls:
                 self.results.reject(key, name, reason(error))
             return

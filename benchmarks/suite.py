@@ -46,7 +46,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         found += [Piece(f"stem {dtype}", "stem", (*on, "--dtypes", dtype, "--budget", "2"), 80)]
         found += [Piece(f"step {dtype}", "step", (*on, "--dtypes", dtype, "--budget", "3"), 110)]
         if dtype == "bf16":
-            found += [Piece("operators", "operators", on, 75)]
+            found += [Piece("operators", "operators", (*on, "--dtypes", "bf16,fp32"), 90)]
     return found
 
 

@@ -130,7 +130,25 @@ def multiply_adds_table(data: Data) -> Table:
     return Table(f"Multiply-adds ({title})", ["forward, unless said", *(f"{name}, G" for name in pair)], rows)
 
 
+def headline_table(data: Data) -> Table:
+    """Visible-only against dense, in time and peak memory: what the repository's front page shows."""
+    rows_by = {_identity(r): r for r in data["rows"]}
+    header = ["visible patches only, against dense", "ms", "dense, ms", "speed-up", "peak GiB", "dense, GiB"]
+    rows = []
+    for c in data["comparisons"]:
+        if c["mode"] in ("forward+backward", "step") and (c["provider"], c["baseline"]) == ("visible", "dense"):
+            r, dense = rows_by[_identity(c)], rows_by[_identity({**c, "provider": "dense"})]
+            what = "stem, forward + backward" if c["benchmark"] == "stem" else "whole pre-training step"
+            shape = c["shape"]
+            rows.append([
+                f"{what}, {shape['preset']}, {c['dtype']}, clips: {shape['clips']}, masks: {shape['masks']}",
+                _ms(r["median_ms"]), _ms(dense["median_ms"]), f"{c['speedup']:.2f}x", _gib(r), _gib(dense),
+            ])  # fmt: skip
+    return Table("Speed", header, rows)
+
+
 TABLES: dict[str, Callable[[Data], Table]] = {
+    "headline": headline_table,
     "stem": stem_table,
     "step": step_table,
     "operators": operators_table,
@@ -139,8 +157,9 @@ TABLES: dict[str, Callable[[Data], Table]] = {
 
 
 def tables(data: Data) -> Iterable[Table]:
-    """Those that have rows."""
-    return [table for table in (make(data) for make in TABLES.values()) if table.rows]
+    """Those that have rows, without the headline, which repeats them."""
+    made = [make(data) for name, make in TABLES.items() if name != "headline"]
+    return [table for table in made if table.rows]
 
 
 def rejected_lines(data: Data) -> list[str]:

@@ -150,8 +150,8 @@ def test_a_row_counts_only_with_parity(tmp_path):
     assert [row["provider"] for row in results.rows] == ["dense", "visible"]
     assert [c["provider"] for c in results.comparisons] == ["visible"]
     assert {r["provider"]: r["reason"] for r in results.rejected} == {
-        "wrong": "parity: error 0.1, allowed 2e-05",
-        "nan": "parity: error nan, allowed 2e-05",
+        "wrong": "parity: error 0.1, allowed 0.0001",
+        "nan": "parity: error nan, allowed 0.0001",
     }
     row = load(out)["rows"][1]
     assert row["rounds"] == 3
@@ -227,10 +227,10 @@ def test_report_takes_every_machines_newest_file(tmp_path):
     measured(tmp_path, "z.json", "2030-01-01T00:00:00Z", None, 11.0)
     measured(tmp_path, "a.json", "2030-01-02T00:00:00Z", None, 22.0)
     measured(tmp_path, "g.json", "2029-01-01T00:00:00Z", "Some GPU", 3.0)
-    document = "before\n<!-- benchmark: stem -->\nold\n<!-- end of benchmark -->\nafter\n"
+    document = "before\n<!-- benchmark:begin stem -->\nold\n<!-- benchmark:end -->\nafter\n"
     made = report.filled(document, report.newest(tmp_path))
-    assert made.startswith("before\n<!-- benchmark: stem -->\n**Stem**\n")
-    assert made.endswith("<!-- end of benchmark -->\nafter\n")
+    assert made.startswith("before\n<!-- benchmark:begin stem -->\n**Stem**\n")
+    assert made.endswith("<!-- benchmark:end -->\nafter\n")
     assert "old" not in made
     assert "| visible | forward | fp32 | 2 | 22 | 22 to 22 | 5.00x dense | 0.50 |" in made
     assert "| 11 |" not in made
@@ -239,8 +239,8 @@ def test_report_takes_every_machines_newest_file(tmp_path):
 
 
 def test_report_names_an_unknown_table():
-    with pytest.raises(ValueError, match="unknown table; expected one of stem, step"):
-        report.filled("<!-- benchmark: speed -->\n<!-- end of benchmark -->", [])
+    with pytest.raises(ValueError, match="unknown table; expected one of headline, stem, step"):
+        report.filled("<!-- benchmark:begin speed -->\n<!-- benchmark:end -->", [])
 
 
 def test_documented_tables_are_those_of_the_result_files():
