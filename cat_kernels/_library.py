@@ -1,7 +1,8 @@
 """The `cat_kernels` operator library and the one way an operator enters it.
 
-Built on `Library.define` and `Library.impl`: an eager call then costs about half of what `torch.library.custom_op`
-costs. `benchmarks/` measures it.
+Built on `Library.define` and `Library.impl`, for a low cost of an eager call. Measured on one CPU core with PyTorch
+2.13, for an operator that clones eight floats: 17 us where no gradient is recorded (`torch.library.custom_op`: 31 us),
+76 us where one is (61 us, saving nothing): PyTorch then fills in arguments' defaults in Python, 3 to 17 us of it.
 """
 
 from collections.abc import Callable, Mapping
