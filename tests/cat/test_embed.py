@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from cat import embed
 from cat.data import Clip, Manifest, load_manifest, open_embeddings, read_audio, write_manifest
 from cat.frozen import LogMelStatistics, RandomProjection
+
+soundfile = pytest.importorskip("soundfile")
 
 
 def write_tone(path: Path, hertz: float, seconds: float = 0.4, rate: int = 16000) -> None:
@@ -69,7 +70,9 @@ def test_workers_give_the_same_file(folder):
 
 
 def test_nothing_is_written_when_too_many_clips_fail(folder):
-    with pytest.raises(embed.TooManySkipped, match=r"3 of 7 clips got no embedding, more than the allowed share of 0.1"):
+    with pytest.raises(
+        embed.TooManySkipped, match=r"3 of 7 clips got no embedding, more than the allowed share of 0.1"
+    ):
         embed.run(
             arguments(folder / "clips.jsonl", "--encoder", "logmel", "-o", folder / "x.npy", "--max-failed-share", 0.1)
         )

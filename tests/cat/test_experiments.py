@@ -7,11 +7,15 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from cat import experiments
 from cat.data import Clip, Manifest, write_manifest
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("yaml")
 
 SMALL = (
     "model.channels=[8,16]",

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-from PIL import Image
 
 from cat import figures
 from cat.config import from_mapping, write_yaml
 from cat.data import load_manifest, pretrain_batches
 from cat.recipe import SECTION_PRESETS, PretrainConfig
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("matplotlib")
+pytest.importorskip("yaml")
+Image = pytest.importorskip("PIL.Image")
 
 
 def is_picture(path: Path, *, wider_than: int = 600) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from cat import classifiers, probe
@@ -16,6 +15,9 @@ from cat.classifiers import Split, chance, knn_probe, linear_probe, mean_average
 from cat.data import Clip, FeatureConfig, Manifest, write_manifest
 from cat.frozen import CatEncoder, LogMelStatistics
 from cat.model import Encoder, ModelConfig
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("sklearn")
 
 TINY = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_dim=16, decoder_layers=1)
 
@@ -119,7 +121,8 @@ def tiny(seed: int = 0) -> CatEncoder:
 def test_report_has_honest_rows(data):
     encoder = tiny()
     report = probe.run_probe(
-        {"trained": encoder, "untrained twin": encoder.untrained_twin(1), "log-mel": LogMelStatistics()}, manifests(data)
+        {"trained": encoder, "untrained twin": encoder.untrained_twin(1), "log-mel": LogMelStatistics()},
+        manifests(data),
     )
     assert [row.name for row in report.rows] == ["trained", "untrained twin", "log-mel", "chance"]
     assert report.counts == {"train": 24, "valid": 12, "test": 12}
