@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,12 @@ class MultiResConv(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
+
+    def levels(self) -> list[tuple[Embed, Sequence[ConvBlock], nn.Conv2d | None]]:
+        """Embedding, conv blocks and side output of each resolution, finest first; the last has only the embedding."""
+        stages = [*self.stages, ()]
+        sides = [*self.sides, None]
+        return [cast(Any, level) for level in zip(self.embeds, stages, sides, strict=True)]
 
     def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
         """Tokens of all patches, or of the visible ones.

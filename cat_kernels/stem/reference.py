@@ -53,18 +53,16 @@ def multires_conv_dense(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tenso
         visible_mask = visible_mask.scatter(1, visible_NK, 1.0).reshape(N, 1, H, W)
 
     x, tokens = spec_BCTF, None
-    for i, embed in enumerate(stem.embeds):
+    for (embed, blocks, side), r in zip(stem.levels(), stem.resolutions, strict=True):
         x = layer_norm_2d(embed.proj(x), embed.norm)
-        if i == len(stem.resolutions) - 1:
+        if side is None:
             break
-        scale = P // stem.resolutions[i]
         m = None
         if visible_mask is not None:
-            m = visible_mask.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-        for block in stem.stages[i]:
+            m = visible_mask.repeat_interleave(P // r, dim=2).repeat_interleave(P // r, dim=3)
+        for block in blocks:
             x = conv_block(block, x, m)
-        side = stem.sides[i](x)
-        tokens = side if tokens is None else tokens + side
+        tokens = side(x) if tokens is None else tokens + side(x)
 
     last = stem.proj(x.flatten(2).transpose(1, 2))
     tokens_BLD = last if tokens is None else last + tokens.flatten(2).transpose(1, 2)

@@ -67,16 +67,16 @@ def multires_conv_visible(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Ten
 
     factors = strides(stem.resolutions)
     tokens = None
-    for i, embed in enumerate(stem.embeds):
+    for i, (embed, blocks, side) in enumerate(stem.levels()):
         x = embed.norm(patch_linear(x, embed.proj, (factors[i],)))
-        if i == len(stem.resolutions) - 1:
+        if side is None:
             break
         coarser = factors[:i:-1]  # k_{n-1} .. k_{i+1}
         halo = halo_rows(visible_NK, (H, W), coarser, stem.kernel_size // 2)
         order = block_order(coarser, x.device)
-        for block in stem.stages[i]:
+        for block in blocks:
             x = conv_block(block, x, halo, order)
-        side = patch_linear(x, stem.sides[i], coarser)
-        tokens = side if tokens is None else tokens + side
+        side_tokens = patch_linear(x, side, coarser)
+        tokens = side_tokens if tokens is None else tokens + side_tokens
     last = stem.proj(x)
     return (last if tokens is None else last + tokens).unflatten(0, (N, K))
