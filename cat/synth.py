@@ -51,7 +51,7 @@ class SynthConfig:
     clips_per_class: int = 48  # in train
     eval_clips_per_class: int = 16  # in valid, and again in test
     seed: int = 0
-    seconds: tuple[float, float] = (1.5, 3.0)
+    seconds: tuple[float, float] = (1.0, 2.0)
     snr_db: tuple[float, float] = (10.0, 35.0)
     classes: tuple[str, ...] = field(default_factory=lambda: tuple(CLASSES))
 
@@ -198,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=default.seconds,
         metavar=("MIN", "MAX"),
-        help="length of the clips (1.5 3)",
+        help="length of the clips (1 2)",
     )
     parser.add_argument(
         "--snr-db",
