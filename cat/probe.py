@@ -165,7 +165,7 @@ def format_report(report: Report) -> str:
         cells = []
         for probe in probes:
             result = row.results.get(probe)
-            chosen = f" ({result.setting}={result.value:g})" if result else ""
+            chosen = f" ({result.setting})" if result else ""
             cells.append(f"{100 * row.scores[probe]:.1f} %{chosen}")
         lines.append([row.name, str(row.dim or ""), *cells])
     widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]

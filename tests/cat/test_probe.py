@@ -41,7 +41,7 @@ def test_probes_learn_what_is_there_and_only_that(fit, multi_label):
     floor = chance(train, test, multi_label=multi_label)
     assert result.score > 0.85
     assert result.valid_score == max(result.tried.values())
-    assert f"{result.value:g}" in result.tried
+    assert result.tried[result.setting] == result.valid_score
 
     shuffled = Split(train.features, np.random.default_rng(9).permutation(train.targets))
     assert fit(shuffled, valid, test, multi_label=multi_label).score < floor + 0.25
@@ -67,7 +67,7 @@ def test_knn_by_hand():
     test = Split(np.array([[1.0, -0.1], [0.1, 2.0]], np.float32), np.eye(2, dtype=bool)[[0, 1]])
     result = knn_probe(train, test, test, multi_label=False)
     assert result.score == 1.0
-    assert result.value == 1  # the smallest of equals
+    assert result.setting == "k=1, standardised"  # the simplest of equals
 
 
 def test_class_that_training_lacks_counts_as_error():
