@@ -383,7 +383,11 @@ def experiment_config(name: str, data: Path, overrides: Sequence[str] = ()) -> P
 def _made_data(folder: Path) -> Path:
     from cat.synth import SynthConfig, synthesise
 
-    synthesise(SynthConfig(clips_per_class=20, eval_clips_per_class=10), folder, progress=sys.stderr.isatty())
+    config, show = SynthConfig(clips_per_class=20, eval_clips_per_class=10), sys.stderr.isatty()
+    try:
+        synthesise(config, folder, progress=show)
+    except FileExistsError:  # made by another version of synth; what synth did not make is left alone, and raises again
+        synthesise(config, folder, force=True, progress=show)
     return folder
 
 

@@ -18,7 +18,7 @@ from cat.metrics import read_rows
 EXTRA = "figures need matplotlib and scikit-learn: pip install 'cat-kernels[train]'"
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, and four more for larger label sets.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#444444", "#9467BD", "#7FBC41")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 PARTS = {
     "loss": "total, as optimised",
     "regression": "regression of masked patches (L_p)",
@@ -216,8 +216,8 @@ def write_projection(
     """Embeddings in two dimensions, a panel an encoder, coloured by label.
 
     `embeddings` maps a panel's title to ((n, d) array, the n clips' labels); of several labels the first is shown.
-    PCA to at most 50 dimensions, then t-SNE; below ten clips PCA alone. The title says how many clips have a nearest
-    neighbour (cosine, in the full width) that shares a label: positions in a t-SNE picture are not to be measured.
+    Whitened PCA to at most 50 dimensions, then t-SNE; below ten clips PCA alone. The title says how many clips have a
+    nearest neighbour (cosine, before t-SNE) that shares a label: distances in a t-SNE picture are not to be measured.
     """
     classes = sorted({labels[0] for _, every in embeddings.values() for labels in every if labels})
     drawing, axes = figure(5.2 * len(embeddings), 5.4, columns=len(embeddings), squeeze=False)
@@ -235,8 +235,8 @@ def write_projection(
                 linewidths=0.4,
                 edgecolors="white",
             )
-        agreement = nearest_neighbour_agreement(rows, labels)
-        axis.set_title(f"{name}\n{agreement:.0%} of nearest neighbours share the label", fontsize=10)
+        agreement = nearest_neighbour_agreement(whitened(rows), labels)
+        axis.set_title(f"{name}\n{100 * agreement:.0f} % of nearest neighbours share the label", fontsize=10)
         axis.set_xlabel(f"{method} 1 (no unit)")
         axis.set_ylabel(f"{method} 2 (no unit)")
         axis.set_xticks([])
@@ -246,27 +246,37 @@ def write_projection(
 
 
 def project(rows: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
-    """(n, d) -> ((n, 2), name of the method). Columns are standardised first."""
+    """(n, d) -> ((n, 2), name of the method), from `whitened` features."""
     try:
-        from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
-        from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError(EXTRA) from error
     if len(rows) < 2:
         raise ValueError(f"a projection needs at least two embeddings, got {len(rows)}.")
-    scaled = StandardScaler().fit_transform(rows)
-    reduced = PCA(min(50, *scaled.shape), random_state=seed).fit_transform(scaled)
+    reduced = whitened(rows)
     if len(rows) < 10:
         return reduced[:, :2], "PCA"
     perplexity = min(30.0, (len(rows) - 1) / 3)
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced), "t-SNE"
 
 
+def whitened(rows: np.ndarray, dimensions: int = 50) -> np.ndarray:
+    """The leading principal components of the standardised columns, each of deviation 1: (n, at most `dimensions`).
+
+    Without it one direction that every clip of an encoder shares, loudness say, stretches the picture to a line.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    scaled = StandardScaler().fit_transform(rows)
+    return PCA(min(dimensions, scaled.shape[1], max(1, len(rows) - 1)), whiten=True, svd_solver="full").fit_transform(
+        scaled
+    )
+
+
 def nearest_neighbour_agreement(rows: np.ndarray, labels: Sequence[Sequence[str]]) -> float:
-    """Share of clips whose nearest other clip, by cosine of the standardised embeddings, has a label in common."""
-    scaled = (rows - rows.mean(axis=0)) / np.maximum(rows.std(axis=0), 1e-12)
-    unit = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
+    """Share of clips whose nearest other clip, by cosine of the rows, has a label in common."""
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
     sets = [set(clip) for clip in labels]

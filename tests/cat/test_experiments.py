@@ -123,6 +123,24 @@ def test_resolutions_compares_two_stems(data, tmp_path, capsys):
         assert (tmp_path / "resolutions" / "figures" / figure).is_file()
 
 
+def test_data_of_an_older_version_is_made_again_and_other_files_are_not_touched(tmp_path, monkeypatch):
+    from cat import synth
+
+    few = synth.SynthConfig(clips_per_class=1, eval_clips_per_class=1, classes=("rain", "bell"))
+    monkeypatch.setattr(synth, "SynthConfig", lambda **_: few)
+    folder = experiments._made_data(tmp_path / "data")
+    monkeypatch.setattr(synth, "VERSION", synth.VERSION + 1)
+    before = (folder / "train.jsonl").stat().st_ino
+    assert experiments._made_data(folder) == folder
+    assert (folder / "train.jsonl").stat().st_ino != before
+    assert experiments._made_data(folder) == folder  # made: left alone
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("keep")
+    with pytest.raises(FileExistsError):
+        experiments._made_data(tmp_path / "mine")
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "keep"
+
+
 def test_recipe_of_an_experiment_can_be_overridden(tmp_path):
     config = experiments.experiment_config("overfit", tmp_path, ["optim.lr=0.5", "model.preset=small"])
     assert (config.optim.lr, config.model.embed_dim, config.data.batch_size) == (0.5, 384, 4)

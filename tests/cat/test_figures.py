@@ -114,10 +114,11 @@ def embeddings(clips: int, classes: int) -> tuple[np.ndarray, list[tuple[str, ..
 
 
 def test_projection_keeps_clusters_apart():
-    rows, labels = embeddings(60, 3)
+    rows, labels = embeddings(60, 6)
     points, method = figures.project(rows)
     assert method == "t-SNE"
-    assert figures.nearest_neighbour_agreement(points, labels) > 0.9
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(60)
+    assert np.mean([labels[i] == labels[j] for i, j in enumerate(distance.argmin(axis=1))]) > 0.85
     few, method = figures.project(rows[:5])
     assert (few.shape, method) == ((5, 2), "PCA")
     with pytest.raises(ValueError, match="at least two"):
