@@ -1,6 +1,11 @@
-"""Shared by all tests: a test marked `gpu` is skipped where there is no CUDA device."""
+"""Shared by all tests: one thread, and a test marked `gpu` is skipped where there is no CUDA device."""
 
+import os
 from collections.abc import Iterable
+
+# Tests are small: a second thread gains nothing and, where the cores are busy, waits at every operation (measured on
+# two shared cores: parity of the stem 7 s with one thread, 99 s with two). Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
