@@ -248,8 +248,8 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
             content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError(
-                f"{path} cannot be read without executing code it holds; it mentions {sorted(foreign)}. If you trust it, "
-                "save its weights alone where it came from: torch.save({'model': checkpoint['model']}, ...)"
+                f"{path} cannot be read without executing code it holds; it mentions {sorted(foreign)}. If you trust "
+                "it, save its weights alone where it came from: torch.save({'model': checkpoint['model']}, ...)"
             ) from None
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict):
