@@ -23,7 +23,7 @@ help: ## list the targets
 
 # The steps are the commands a user would type.
 quickstart: $(INSTALLED) ## synthesise sounds, pre-train a tiny model, probe it against an untrained twin (minutes)
-	$(BIN)/cat-audio synth $(DATA) --seed 0
+	$(BIN)/cat-audio synth $(DATA) --seed 0 --force
 	$(BIN)/cat-audio pretrain recipes/quickstart.yaml --overwrite
 	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
 	    --require-better --figures
