@@ -4,9 +4,10 @@
 ``regularisation``  the same run with and without representation regularisation
 ``resolutions``     a stem with patches only, {16}, against the multi-resolution one, {4, 8, 16}
 
-All use the tiny model and the sounds of ``cat-audio synth``, and take one to three minutes on two CPU cores. Their
-runs, embeddings, curves and ``result.json`` go to OUT/NAME. A single seed on a small synthetic data set shows that
-the parts work and which way they pull; it does not measure what the paper measures on AudioSet.
+All use the tiny model and the sounds of ``cat-audio synth``. On two CPU cores ``overfit`` takes half a minute and the
+other two, which train and probe two models each, several minutes. Their runs, embeddings, curves and ``result.json`` go
+to OUT/NAME. A single seed on a small synthetic data set shows that the parts work and which way they pull; it does not
+measure what the paper measures on AudioSet.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ overfit          one batch, fixed masks, fixed targets: the regression loss must
 regularisation   the same run with and without representation regularisation
 resolutions      a stem with patches only, {16}, against the multi-resolution one, {4, 8, 16}
 
-Exit code 0 when the verdict is PASS. OUT/NAME gets result.json, figures and the runs. Each takes one to three minutes
-on two CPU cores with the tiny model; model.preset=small and the like ask for more.
+Exit code 0 when the verdict is PASS. OUT/NAME gets result.json, figures and the runs. With the tiny model overfit
+takes half a minute on two CPU cores, the others several; model.preset=small and the like ask for more.
 """
 
 RECIPE: dict[str, Any] = {
