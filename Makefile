@@ -10,6 +10,7 @@ OUT ?= gpu-suite
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_DOCS := $(VENV)/.installed-docs
 DATA := data/quickstart
 RUN := runs/quickstart
@@ -40,7 +41,7 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## benchmarks on this machine
+bench: $(INSTALLED_BENCH) ## benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
 # Installs nothing: for a bare machine with a GPU, run by the Python it is given.
@@ -56,7 +57,8 @@ clean: ## remove the virtual environment, build leftovers and what quickstart ma
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is younger than all that decides what is installed, so a second run costs nothing.
+# The stamp is younger than all that decides what is installed, so a second run costs nothing. torchaudio has a folder of
+# its own: the tests read one of its files, and where PyTorch has no CUDA it breaks those that import it (transformers).
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "cat-kernels needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -65,6 +67,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	    rm -rf $(VENV); exit 1; }
 	@echo "Installing into $(VENV); the first time takes minutes."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,test,clap]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps --upgrade \
+	    --target $(VENV)/others torchaudio
+	@touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(INSTALLED_DOCS): $(INSTALLED)
