@@ -133,7 +133,7 @@ def _write_run_patches(path: Path, config: Any) -> Path:
         )
     )
     clip = load_manifest(config.data.train).clips[int(batch.clips[0])]
-    if batch.visible is None:
+    if batch.spec is None or batch.visible is None:
         raise ValueError(f"{path.parent.parent}: the run's configuration draws no masks.")
     title = f"{Path(clip.path).name}" + (f" ({', '.join(clip.labels)})" if clip.labels else "")
     return write_patches(

@@ -133,11 +133,26 @@ def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
     return "bf16" if name == "bf16" else "fp32"
 
 
+def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
+    """Where ``data.features`` has the log-mel made: on the run's device ("gpu", whatever it is) or by data workers."""
+    if name == "auto":
+        return "gpu" if device.type == "cuda" else "cpu"
+    return "gpu" if name == "gpu" else "cpu"
+
+
 # ---------------------------------------------------------------- resuming
 
 # Keys that leave a run's numbers alone (or change them by rounding only). data.train and data.valid may move, but the
 # clips must be the same: their fingerprints are compared. run.precision is compared as resolved.
-_FREE = {"data.train", "data.valid", "data.num_workers", "data.prefetch", "data.max_failed_share", "model.stem_backend"}
+_FREE = {
+    "data.train",
+    "data.valid",
+    "data.num_workers",
+    "data.prefetch",
+    "data.features",
+    "data.max_failed_share",
+    "model.stem_backend",
+}
 _BOUND_IN_RUN = {"run.seed"}
 
 

@@ -37,7 +37,7 @@ from cat.optim import (
     set_learning_rate,
     trainable,
 )
-from cat.recipe import PretrainConfig, check_same_run, pick_device, pick_precision
+from cat.recipe import PretrainConfig, check_same_run, pick_device, pick_features, pick_precision
 from cat.signals import StopSignals
 
 LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")  # in the order of PretrainOutput
@@ -77,6 +77,7 @@ class Trainer:
         self.config, self.run_dir, self.manifest, self.valid = config, run_dir, manifest, valid
         self.device = pick_device(config.run.device)
         self.precision = pick_precision(config.run.precision, self.device)
+        self.features = pick_features(config.data.features, self.device)
         self.step = 0
         self.checkpoint: Path | None = None
         self.model = self._build_model().to(self.device)
@@ -140,6 +141,7 @@ class Trainer:
             "device": self.device.type,
             "precision": self.precision,
             "compile": self.config.run.compile,
+            "features": self.features,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
 
@@ -207,13 +209,14 @@ class Trainer:
             start_step=self.step,
             num_steps=end - self.step,
             manifest=self.manifest,
+            waveforms=self.features == "gpu",
         )
 
     def _update(self, batch: Batch) -> None:
         """One optimiser step. Nothing here waits for the device."""
         lr, decay = learning_rate(self.config.optim, self.step), ema_decay(self.config.ema, self.step + 1)
         set_learning_rate(self.optimizer, lr)
-        output = self._losses(batch.to(self.device), self.step * NOISE_PER_STEP)
+        output = self._losses(batch, self.step * NOISE_PER_STEP)
         output.loss.backward()
         grad_norm = clip_gradients(self.parameters.values(), self.config.optim.clip_norm)
         self.optimizer.step()
@@ -225,6 +228,7 @@ class Trainer:
         self._rows.append({"lr": lr, "ema_decay": decay})
 
     def _losses(self, batch: Batch, noise_offset: int) -> PretrainOutput:
+        batch = batch.to(self.device).with_features(self.config.features)
         self._rng[1].fill_(noise_offset)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self._forward(batch.spec, batch.visible, batch.embedding, rng=self._rng)
@@ -280,11 +284,12 @@ class Trainer:
         config, clips = self.config, 0
         total = torch.zeros(len(LOSSES), device=self.device)
         self.model.eval()
-        for batch in eval_batches(valid, config.features, config.data.batch_size, config.data.num_workers):
+        data, waveforms = config.data, self.features == "gpu"
+        for batch in eval_batches(valid, config.features, data.batch_size, data.num_workers, waveforms=waveforms):
             self.failures.add(batch.failures, self.step, split="valid")
             visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
-            on_device = dataclasses.replace(batch, visible=visible).to(self.device)
-            output = self._losses(on_device, EVAL_NOISE + batch.step * NOISE_PER_STEP)
+            batch = dataclasses.replace(batch, visible=visible)
+            output = self._losses(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP)
             total += torch.stack([value.float() for value in output]) * len(batch.clips)
             clips += len(batch.clips)
         self.model.train()

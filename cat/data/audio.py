@@ -1,4 +1,4 @@
-"""Audio files to mono float32 waveforms, reading no more of a file than is used."""
+"""Audio files to mono waveforms, reading no more of a file than is used."""
 
 from __future__ import annotations
 
@@ -35,11 +35,15 @@ def read_audio(
     max_samples: int | None = None,
     start: float = 0.0,
     min_samples: int = 1,
+    allow_int16: bool = False,
 ) -> np.ndarray:
     """The clip at ``sample_rate`` Hz as float32 (n,) in [-1, 1]: the channels' mean, then resampled.
 
     With ``max_samples`` a longer clip is cropped to that many samples, and only they are read. ``start`` in [0, 1] says
     where the crop begins, as a share of the positions there are: 0 the beginning, 0.5 the centre, 1 the end.
+
+    With ``allow_int16`` a mono file of 16-bit samples at ``sample_rate`` comes as int16, as its samples are stored: the
+    same clip times 2^15, at half the bytes.
 
     Raises AudioError, with the reason, for a file that is missing, unreadable, empty or cut off, has NaN or infinite
     samples, or has fewer than ``min_samples`` samples at ``sample_rate``.
@@ -54,7 +58,7 @@ def read_audio(
         raise AudioError(path, "empty: 0 bytes")
     try:
         with soundfile.SoundFile(path) as file:
-            return _read_open(file, path, sample_rate, max_samples, start, min_samples)
+            return _read_open(file, path, sample_rate, max_samples, start, min_samples, allow_int16)
     except (soundfile.SoundFileError, OSError) as error:
         reason = str(error).removeprefix(f"Error opening {str(path)!r}: ")
         if reason.startswith("File does not exist"):  # libsndfile's words for an .mp3 without MPEG audio in it
@@ -63,7 +67,13 @@ def read_audio(
 
 
 def _read_open(
-    file, path: Path, sample_rate: int, max_samples: int | None, start: float, min_samples: int
+    file,
+    path: Path,
+    sample_rate: int,
+    max_samples: int | None,
+    start: float,
+    min_samples: int,
+    allow_int16: bool,
 ) -> np.ndarray:
     source_rate = file.samplerate
     if file.frames <= 0:
@@ -85,18 +95,19 @@ def _read_open(
     end = min(file.frames, -(-(first + wanted) * source_rate // sample_rate) + margin)
     if begin:
         file.seek(begin)
-    wave = file.read(end - begin, dtype="float32", always_2d=True)
+    as_stored = allow_int16 and file.subtype == "PCM_16" and file.channels == 1 and source_rate == sample_rate
+    wave = file.read(end - begin, dtype="int16" if as_stored else "float32", always_2d=True)
     if len(wave) < end - begin:
         raise AudioError(path, f"cut off: {file.frames} samples announced, {begin + len(wave)} could be decoded")
 
     wave = wave.mean(axis=1) if wave.shape[1] > 1 else wave[:, 0]
-    bad = len(wave) - int(np.count_nonzero(np.isfinite(wave)))
+    bad = 0 if as_stored else len(wave) - int(np.count_nonzero(np.isfinite(wave)))
     if bad:
         raise AudioError(path, f"{bad} of {len(wave)} samples are NaN or infinite")
     if source_rate != sample_rate:
         wave = _import("soxr").resample(wave, source_rate, sample_rate)
     offset = first - begin * sample_rate // source_rate
-    return np.ascontiguousarray(wave[offset : offset + wanted], dtype=np.float32)
+    return np.ascontiguousarray(wave[offset : offset + wanted])
 
 
 def _import(name: str) -> ModuleType:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cat.masks import MaskConfig
 
 CROPS = ("random", "center", "start")
+FEATURES = ("auto", "gpu", "cpu")
 _PERMUTATION, _AUGMENT = 1, 2  # what a stream of random numbers is for
 _GIVE_UP_AFTER = 100  # unreadable clips in a row
 
@@ -46,11 +47,14 @@ class DataConfig:
     crop: str = "random"  # of clips longer than features.frames: "random", "center" or "start"
     roll: bool = False  # rotate the waveform by a random amount
     gain: bool = False  # multiply the waveform by Beta(10, 10) + 0.5
+    features: str = "auto"  # log-mel on the run's device ("gpu"), or by the workers ("cpu"); "auto": "gpu" on a GPU
     max_failed_share: float = 0.01  # stop when more of the distinct clips seen could not be read
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f"data.crop is {self.crop!r}; choose one of {', '.join(CROPS)}")
+        if self.features not in FEATURES:
+            raise ValueError(f"data.features is {self.features!r}; choose one of {', '.join(FEATURES)}")
         for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
@@ -68,15 +72,28 @@ class Failure:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything one step needs. Rows of all fields belong together: clip, labels and embedding never part."""
+    """Everything one step needs. Rows of all fields belong together: clip, labels and embedding never part.
+
+    The clips are spectrograms (``spec``), or waveforms with their ``lengths`` that `with_features` makes those of.
+    """
 
     step: int
-    spec: Tensor  # (B, 1, T, F) float32, normalised
+    spec: Tensor | None  # (B, 1, T, F) float32, normalised
+    waveform: Tensor | None  # (B, n): int16 samples when all clips have such, else float32; zeros behind a clip's end
+    lengths: Tensor | None  # (B,) int64 samples
     visible: Tensor | None  # (N, K) int64 patch indices, pre-training only
     clips: Tensor  # (B,) int64 indices into the manifest
     labels: list[tuple[str, ...]]
     embedding: Tensor | None  # (B, D_e) float32
     failures: list[Failure]  # clips whose place was taken by another one (evaluation: that were left out)
+
+    @torch.no_grad()
+    def with_features(self, config: FeatureConfig) -> Batch:
+        """The batch with spectrograms in place of waveforms, made on the device they lie on; it is not waited for."""
+        if self.waveform is None:
+            return self
+        spec = log_mel(self.waveform, config, self.lengths)
+        return dataclasses.replace(self, spec=spec, waveform=None, lengths=None)
 
     def pin_memory(self) -> Batch:
         """Page-locked tensors, for asynchronous copies to a GPU. The DataLoader calls it."""
@@ -87,12 +104,17 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
         return dataclasses.replace(
             self,
-            spec=function(self.spec),
-            visible=None if self.visible is None else function(self.visible),
+            spec=optional(self.spec),
+            waveform=optional(self.waveform),
+            lengths=optional(self.lengths),
+            visible=optional(self.visible),
             clips=function(self.clips),
-            embedding=None if self.embedding is None else function(self.embedding),
+            embedding=optional(self.embedding),
         )
 
 
@@ -108,13 +130,14 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         *,
         patch_size: int,
         seed: int,
+        waveforms: bool = False,
     ) -> None:
         for name, size in (("frames", features.frames), ("mel_bins", features.mel_bins)):
             if size % patch_size:
                 raise ValueError(f"features.{name} is {size}; it must be a multiple of the patch size, {patch_size}")
         self.manifest, self.data, self.features, self.masks = manifest, data, features, masks
         self.grid = (features.frames // patch_size, features.mel_bins // patch_size)
-        self.seed = seed
+        self.seed, self.waveforms = seed, waveforms
         self.embeddings = open_embeddings(manifest)
         self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -126,16 +149,8 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
             waves.append(wave)
             indices.append(index)
             rows.append(row)
-        clips = torch.tensor(indices, dtype=torch.int64)
-        return Batch(
-            step=step,
-            spec=_spectrograms(waves, self.features),
-            visible=self._draw_masks(step, clips),
-            clips=clips,
-            labels=[self.manifest.clips[index].labels for index in indices],
-            embedding=_stack(rows),
-            failures=failures,
-        )
+        batch = _batch(step, waves, indices, rows, failures, self.manifest, self.features, waveforms=self.waveforms)
+        return dataclasses.replace(batch, visible=self._draw_masks(step, batch.clips))
 
     def _read(self, position: int, failures: list[Failure]) -> tuple[np.ndarray, int, np.ndarray | None]:
         """Waveform, index and embedding of the clip at ``position``, or of the epoch's next one that can be read."""
@@ -163,7 +178,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         wave = _read_clip(self.manifest.path(index), self.features, start)
         if self.data.roll:
             wave = np.roll(wave, int(roll * len(wave)))
-        return wave * np.float32(gain) if self.data.gain else wave
+        return _as_float(wave) * np.float32(gain) if self.data.gain else wave
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """The order of the clips in ``epoch``. Drawing it takes O(n), so that the last ones are kept."""
@@ -185,8 +200,10 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
 class EvalDataset(torch.utils.data.Dataset[Batch]):
     """``dataset[i]`` is clips i*B .. i*B + B - 1 of the manifest, centre-cropped; unreadable ones are left out."""
 
-    def __init__(self, manifest: Manifest, features: FeatureConfig, batch_size: int) -> None:
-        self.manifest, self.features, self.batch_size = manifest, features, batch_size
+    def __init__(
+        self, manifest: Manifest, features: FeatureConfig, batch_size: int, *, waveforms: bool = False
+    ) -> None:
+        self.manifest, self.features, self.batch_size, self.waveforms = manifest, features, batch_size, waveforms
         self.embeddings = open_embeddings(manifest)
 
     def __len__(self) -> int:
@@ -204,21 +221,22 @@ class EvalDataset(torch.utils.data.Dataset[Batch]):
                 continue
             indices.append(index)
             rows.append(row)
-        return Batch(
-            step=number,
-            spec=_spectrograms(waves, self.features),
-            visible=None,
-            clips=torch.tensor(indices, dtype=torch.int64),
-            labels=[self.manifest.clips[index].labels for index in indices],
-            embedding=_stack(rows),
-            failures=failures,
-        )
+        return _batch(number, waves, indices, rows, failures, self.manifest, self.features, waveforms=self.waveforms)
 
 
 def _read_clip(path: Path, features: FeatureConfig, start: float) -> np.ndarray:
     return read_audio(
-        path, features.sample_rate, max_samples=features.samples, start=start, min_samples=features.frame_length
+        path,
+        features.sample_rate,
+        max_samples=features.samples,
+        start=start,
+        min_samples=features.frame_length,
+        allow_int16=True,
     )
+
+
+def _as_float(wave: np.ndarray) -> np.ndarray:
+    return wave * np.float32(2**-15) if wave.dtype == np.int16 else wave
 
 
 def _embedding(store: EmbeddingStore | EmbeddingFiles | None, manifest: Manifest, index: int) -> np.ndarray | None:
@@ -232,20 +250,50 @@ def _stack(rows: list[np.ndarray | None]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(found)) if found else None
 
 
-def _spectrograms(waves: list[np.ndarray], features: FeatureConfig) -> Tensor:
-    """(B, 1, T, F), on one thread: the order in which sums are taken, and so the last bit, depends on the threads."""
-    if not waves:
-        return torch.empty(0, 1, features.frames, features.mel_bins)
-    lengths = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
-    wave_BN = torch.zeros(len(waves), int(lengths.max()))
-    for row, wave in zip(wave_BN, waves, strict=True):
-        row[: len(wave)] = torch.from_numpy(wave)
+def _batch(
+    number: int,
+    waves: list[np.ndarray],
+    indices: list[int],
+    rows: list[np.ndarray | None],
+    failures: list[Failure],
+    manifest: Manifest,
+    features: FeatureConfig,
+    *,
+    waveforms: bool,
+) -> Batch:
+    """The clips that were read: their waveforms, all of one width in every batch, or their spectrograms."""
+    longest = max((len(wave) for wave in waves), default=features.samples)
+    wave_BN, lengths_B = _stack_waves(waves, features.samples if waveforms else longest)
+    batch = Batch(
+        step=number,
+        spec=None,
+        waveform=wave_BN,
+        lengths=lengths_B,
+        visible=None,
+        clips=torch.tensor(indices, dtype=torch.int64),
+        labels=[manifest.clips[index].labels for index in indices],
+        embedding=_stack(rows),
+        failures=failures,
+    )
+    if waveforms:
+        return batch
+    # On one thread: the order in which sums are taken, and so the last bit, depends on the threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return log_mel(wave_BN, features, lengths)
+        return batch.with_features(features)
     finally:
         torch.set_num_threads(threads)
+
+
+def _stack_waves(waves: list[np.ndarray], width: int) -> tuple[Tensor, Tensor]:
+    """(B, width), int16 when all clips are, else float32, with zeros behind each clip's end; and (B,) lengths."""
+    dtype = np.int16 if all(wave.dtype == np.int16 for wave in waves) else np.float32
+    wave_BN = np.zeros((len(waves), width), dtype)
+    for row, wave in zip(wave_BN, waves, strict=True):
+        row[: len(wave)] = wave if dtype == np.int16 else _as_float(wave)
+    lengths_B = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+    return torch.from_numpy(wave_BN), lengths_B
 
 
 def _generator(seed: int, purpose: int, epoch: int, clip: int) -> np.random.Generator:

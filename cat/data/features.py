@@ -96,12 +96,16 @@ def log_mel(waveform: Tensor, config: FeatureConfig, lengths: Tensor | None = No
 
 
 def remove_mean(wave_BN: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The waveform, as float, minus each clip's own mean over its ``lengths`` samples; int16 is scaled by 2^-15."""
+    """The waveform, as float, minus each clip's own mean over its ``lengths`` samples; int16 is scaled by 2^-15.
+
+    The sum is taken in float64: in float32 its last bits would depend on the padding, and so on the rest of the batch,
+    which in a bin that holds nothing but rounding made 8e-5 of the feature.
+    """
     wave_BN = wave_BN.float() / 32768 if wave_BN.dtype == torch.int16 else wave_BN.float()
     if lengths is None:
-        return wave_BN - wave_BN.mean(dim=-1, keepdim=True)
+        return wave_BN - wave_BN.mean(dim=-1, keepdim=True, dtype=torch.float64).float()
     lengths_B1 = lengths.to(wave_BN.device).unsqueeze(-1)
     inside_BN = torch.arange(wave_BN.shape[-1], device=wave_BN.device) < lengths_B1
     wave_BN = torch.where(inside_BN, wave_BN, 0)
-    mean_B1 = wave_BN.sum(dim=-1, keepdim=True) / lengths_B1.clamp(min=1)
-    return torch.where(inside_BN, wave_BN - mean_B1, 0)
+    mean_B1 = wave_BN.sum(dim=-1, keepdim=True, dtype=torch.float64) / lengths_B1.clamp(min=1)
+    return torch.where(inside_BN, wave_BN - mean_B1.float(), 0)

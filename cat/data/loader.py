@@ -31,12 +31,16 @@ def pretrain_batches(
     start_step: int = 0,
     num_steps: int,
     manifest: Manifest | None = None,
+    waveforms: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the steps ``start_step`` .. ``start_step + num_steps - 1``: the same ones in whatever run, process or
     number of workers they are asked for.
 
     A clip that cannot be read gives its place to the next one of the epoch's order that can, with that clip's own
     labels and embedding; it is named in ``Batch.failures``. ``manifest`` saves reading ``data.train`` again.
+
+    With ``waveforms`` (what `DataConfig.features` comes to is the caller's to say) the batches hold waveforms, all of
+    ``features.samples`` samples, in place of spectrograms; `Batch.with_features` makes these on whatever device.
     """
     dataset = PretrainDataset(
         load_manifest(data.train) if manifest is None else manifest,
@@ -45,19 +49,25 @@ def pretrain_batches(
         masks,
         patch_size=patch_size,
         seed=seed,
+        waveforms=waveforms,
     )
     return iter(_loader(dataset, range(start_step, start_step + num_steps), data.num_workers, data.prefetch))
 
 
 def eval_batches(
-    manifest: Manifest, features: FeatureConfig, batch_size: int = 32, num_workers: int = 0
+    manifest: Manifest,
+    features: FeatureConfig,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    *,
+    waveforms: bool = False,
 ) -> Iterator[Batch]:
     """All clips once, in order, cropped at the centre or padded; the last batch may be smaller.
 
     A clip that cannot be read is left out and named in ``Batch.failures`` (``Batch.clips`` says which ones are there);
-    no batch is empty. RuntimeError if not one clip can be read.
+    no batch is empty. RuntimeError if not one clip can be read. ``waveforms`` as in `pretrain_batches`.
     """
-    dataset = EvalDataset(manifest, features, batch_size)
+    dataset = EvalDataset(manifest, features, batch_size, waveforms=waveforms)
     ready: Batch | None = None
     failures: list[Failure] = []
     for batch in _loader(dataset, range(len(dataset)), num_workers, prefetch=2):

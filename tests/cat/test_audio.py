@@ -37,6 +37,27 @@ def test_formats(tmp_path, suffix):
     np.testing.assert_allclose(read[middle], wave[middle, 0], atol=1e-4 if lossless else 3e-2)
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_sixteen_bits_as_they_are_stored(tmp_path, suffix, start):
+    path = write(tmp_path / f"a.{suffix}", chirp(RATE), subtype="PCM_16")
+    options = {"max_samples": 5000, "start": start}
+    stored = read_audio(path, RATE, allow_int16=True, **options)
+    assert stored.dtype == np.int16
+    np.testing.assert_array_equal(stored / np.float32(32768), read_audio(path, RATE, **options))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate", "channels", "subtype"),
+    [("wav", 16000, 2, "PCM_16"), ("wav", 44100, 1, "PCM_16"), ("wav", 16000, 1, "PCM_24"), ("ogg", 16000, 1, None)],
+)
+def test_what_is_not_sixteen_bits_comes_as_float(tmp_path, suffix, rate, channels, subtype):
+    path = write(tmp_path / f"a.{suffix}", chirp(rate, rate, channels), rate, subtype=subtype)
+    read = read_audio(path, RATE, allow_int16=True)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, read_audio(path, RATE))
+
+
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 22051, 32000, 44100, 48000])
 def test_resampling_gives_the_same_tone(tmp_path, rate):
     read = read_audio(write(tmp_path / "a.wav", chirp(rate, rate), rate), RATE)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 from cat.config import (
     ConfigError,
@@ -19,7 +20,7 @@ from cat.config import (
     to_mapping,
     write_yaml,
 )
-from cat.recipe import PretrainConfig, check_same_run, load_recipe, pick_device
+from cat.recipe import PretrainConfig, check_same_run, load_recipe, pick_device, pick_features
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -189,7 +190,8 @@ def test_sections_that_do_not_fit_each_other():
 def test_resuming_allows_what_leaves_the_numbers_alone(tmp_path):
     base = REPOSITORY / "recipes" / "base.yaml"
     saved = to_mapping(load_recipe(base, ["data.train=a"]))
-    same = ["data.train=b", "data.num_workers=0", "run.log_every=7", "run.device=cpu", "run.stop_at=9"]
+    same = ["data.train=b", "data.num_workers=0", "data.features=gpu"]
+    same += ["run.log_every=7", "run.device=cpu", "run.stop_at=9"]
     check_same_run(saved, load_recipe(base, same), tmp_path)
     for change in ("optim.lr=1", "optim.steps=500_000", "run.seed=1", "masks.num_masks=2", "data.batch_size=1"):
         with pytest.raises(ConfigError, match=change.split("=")[0].replace(".", r"\.")):
@@ -201,3 +203,16 @@ def test_devices():
     for name in ("tpu", "cuda:99"):
         with pytest.raises(ConfigError, match=rf"run\.device is '{name}'"):
             pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "picked"),
+    [("auto", "cuda", "gpu"), ("auto", "cpu", "cpu"), ("gpu", "cpu", "gpu"), ("cpu", "cuda:1", "cpu")],
+)
+def test_where_features_are_made(name, device, picked):
+    assert pick_features(name, torch.device(device)) == picked
+
+
+def test_a_place_for_features_that_does_not_exist():
+    with pytest.raises(ConfigError, match=r"data\.features is 'tpu'; choose one of auto, gpu, cpu"):
+        load_recipe(REPOSITORY / "recipes" / "base.yaml", ["data.features=tpu"])

@@ -141,6 +141,33 @@ def test_data_workers_change_nothing(tmp_path, recipe, uninterrupted):
     assert numbers(tmp_path / "run") == [row for row in numbers(uninterrupted) if row["step"] <= 8]
 
 
+def test_features_in_the_training_process_change_rounding_only(tmp_path, recipe, uninterrupted):
+    pretrain(load_recipe(recipe, ["data.features=gpu", "run.stop_at=6"]), tmp_path / "run", progress=False)
+    found, expected = numbers(tmp_path / "run"), [row for row in numbers(uninterrupted) if row["step"] <= 6]
+    found = [row for row in found if (row["kind"], row["step"]) != ("valid", 6)]  # for the checkpoint at 6
+    assert [(row["kind"], row["step"]) for row in found] == [(row["kind"], row["step"]) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_step_with_features_on_the_gpu_waits_for_nothing(tmp_path, recipe, monkeypatch):
+    update, mode = trainer.Trainer._update, torch.cuda.get_sync_debug_mode()
+
+    def watched(self, batch):
+        # The first steps make tables, FFT plans and the optimiser's moments.
+        torch.cuda.set_sync_debug_mode("error" if self.step >= 2 else mode)
+        try:
+            update(self, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    monkeypatch.setattr(trainer.Trainer, "_update", watched)
+    config = load_recipe(recipe, ["run.device=cuda", "data.valid=null", "run.stop_at=6"])
+    assert trainer.Trainer(config, tmp_path, load_manifest(config.data.train)).features == "gpu"
+    assert pretrain(config, tmp_path / "run", progress=False).step == 6
+
+
 def test_seed_changes_everything(tmp_path, recipe, uninterrupted):
     pretrain(load_recipe(recipe, ["run.seed=1", "run.stop_at=1"]), tmp_path / "run", progress=False)
     assert numbers(tmp_path / "run")[0]["loss"] != numbers(uninterrupted)[0]["loss"]
@@ -265,6 +292,24 @@ def test_stop_at_and_go_on(tmp_path, recipe, uninterrupted):
     assert rows == numbers(uninterrupted)
     # and once more, when there is nothing left to do
     assert pretrain(load_recipe(recipe), run_dir, resume=True, progress=False).step == 24
+
+
+def test_features_may_be_made_elsewhere_when_resuming(tmp_path, recipe, capsys):
+    changes = ["data.valid=null", "optim.steps=6", "run.checkpoint_every=2"]
+    runs = {name: load_recipe(recipe, [*changes, f"data.features={name}"]) for name in ("cpu", "gpu")}
+    for stop_at in (3, None):  # a run that goes on where it was is the run that was not stopped, bit for bit
+        config = dataclasses.replace(runs["gpu"], run=dataclasses.replace(runs["gpu"].run, stop_at=stop_at))
+        pretrain(config, tmp_path / "gpu", resume=True)
+    assert "features was" not in capsys.readouterr().err
+    pretrain(runs["gpu"], tmp_path / "whole", progress=False)
+    assert_same_run(tmp_path / "gpu", tmp_path / "whole")
+
+    config = dataclasses.replace(runs["cpu"], run=dataclasses.replace(runs["cpu"].run, stop_at=3))
+    pretrain(config, tmp_path / "cpu", progress=False)
+    pretrain(runs["gpu"], tmp_path / "cpu", resume=True)
+    assert "features was cpu and is now gpu: losses will agree up to rounding" in capsys.readouterr().err
+    for row, other in zip(numbers(tmp_path / "cpu"), numbers(tmp_path / "whole"), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_resuming_without_a_checkpoint_starts(tmp_path, recipe, capsys):
