@@ -1,7 +1,7 @@
 """Build script: drives CMake, and goes without the extension where nothing can compile it.
 
-All metadata lives in pyproject.toml. Environment variables, all documented in docs/install.md:
-CAT_KERNELS_EXTENSION and CAT_KERNELS_CUDA (auto, on, off), CMAKE_CUDA_ARCHITECTURES, MAX_JOBS, CMAKE_ARGS, CXX, CUDACXX.
+All metadata lives in pyproject.toml. The environment variables are explained in docs/install.md:
+CAT_KERNELS_EXTENSION, CAT_KERNELS_CUDA, CMAKE_CUDA_ARCHITECTURES, MAX_JOBS, CMAKE_ARGS, CXX, CUDACXX.
 """
 
 import functools
@@ -107,8 +107,8 @@ def configure(folder: Path, build_type: str) -> None:
     """Anew each time: the cache may name the tools of an isolated build that is gone. Object files are kept."""
     for leftover in folder.glob("CMakeFiles/[0-9]*"):
         shutil.rmtree(leftover)
-    for leftover in ("CMakeCache.txt", "error.txt"):
-        (folder / leftover).unlink(missing_ok=True)
+    for name in ("CMakeCache.txt", "error.txt"):
+        (folder / name).unlink(missing_ok=True)
     command = [cmake(), "-S", str(ROOT), "-B", str(folder), *generator()]
     command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_BUILD_TYPE={build_type}"]
     command += [f"-DCAT_KERNELS_CUDA={switch('CAT_KERNELS_CUDA')}"]
@@ -117,7 +117,8 @@ def configure(folder: Path, build_type: str) -> None:
     done = run([*command, *shlex.split(os.environ.get("CMAKE_ARGS", ""))])
     if done.returncode:
         told = folder / "error.txt"  # ours, one sentence; CMake wraps it in a report
-        raise SystemExit(told.read_text().strip() if told.exists() else f"{done.stdout}\nCMake failed, see above; {WITHOUT}.")
+        said = told.read_text().strip() if told.exists() else f"{done.stdout}\nCMake failed, see above; {WITHOUT}."
+        raise SystemExit(said)
     print(done.stdout, flush=True)
 
 
@@ -136,7 +137,7 @@ def compile_(folder: Path) -> None:
 class Build(build):
     """The extension first, so that what stops it is not below a hundred lines about copied files."""
 
-    sub_commands = [("build_ext", None), *(command for command in build.sub_commands if command[0] != "build_ext")]
+    sub_commands = (("build_ext", None), *(command for command in build.sub_commands if command[0] != "build_ext"))
 
 
 class BuildExtension(build_ext):
