@@ -11,12 +11,13 @@ from cat_kernels.backends import explain
 from cat_kernels.ema import ema_update_
 from cat_kernels.gather import gather_tokens
 from cat_kernels.loss import masked_regression_loss
-from cat_kernels.mel import fbank
+from cat_kernels.mel import LogMelFbank, fbank
 from cat_kernels.restore import restore_tokens
 from cat_kernels.stem import MultiResConv
 from cat_kernels.targets import average_targets
 
 __all__ = [
+    "LogMelFbank",
     "MultiResConv",
     "__version__",
     "average_targets",

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cat_kernels import extension
+
 # Looked up, not imported: importing Triton takes long and, without a GPU, may fail.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -23,7 +25,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "average_targets": ("torch",),
     "masked_regression_loss": ("torch",),
     "ema_update_": ("torch",),
-    "fbank": ("torch",),
+    "fbank": ("native", "torch"),
 }
 
 
@@ -59,6 +61,7 @@ BACKENDS: dict[str, Backend] = {
     "torch": Backend("torch", "PyTorch operations", _runs_anywhere),
     "visible": Backend("visible", "PyTorch operations on the visible patches only (exact)", _runs_anywhere),
     "dense": Backend("dense", "PyTorch operations on all positions (the formula)", _runs_anywhere),
+    "native": Backend("native", "C++ on CPU tensors, CUDA on CUDA tensors (the extension)", extension.why_not),
     "triton": Backend("triton", "Triton kernels", _why_not_triton),
 }
 
@@ -174,6 +177,7 @@ def _versions() -> dict[str, str]:
         "PyTorch": torch.__version__,
         "CUDA": torch.version.cuda or "not in this PyTorch",
         "Triton": triton,
+        "extension": extension.describe(),
         "GPU": gpus,
         "CPU threads": str(torch.get_num_threads()),
     }

@@ -1,9 +1,11 @@
-"""`fbank`: public function, checks and registration. The implementation today is the reference, batched over clips."""
+"""`fbank`: public function, checks and registration. Its implementations are the extension and the reference."""
 
 # Shapes: B clips, n samples, T frames, F mel bins.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from cat_kernels._checks import check_device
 from cat_kernels._library import register
+from cat_kernels.backends import BackendError
+from cat_kernels.mel.native import fbank_native, why_not_native
 from cat_kernels.mel.reference import WINDOWS, FbankSettings, fbank_backward_reference, fbank_reference
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.float64)
@@ -57,17 +61,20 @@ def fbank(
         mean, std: normalise to ``(x - mean) / (2 std)``; both or neither.
         scale: factor on the waveform (2^15 for models trained on integer samples).
         dtype: of the result: float32 (the default, float64 for float64 input), float16, bfloat16 or float64.
-        backend: "auto" or "torch".
+        backend: "native" (the C++/CUDA extension, float32 arithmetic), "torch", or "auto": native where it can run.
 
     Returns:
         (B, T, F), or (T, F) for a waveform (n,). Pad frames of a ragged batch are 0 before the normalisation. The floor
         is log(2^-23) = -15.942385. NaN in a frame makes that frame NaN.
 
-    Differentiable once with respect to a floating-point waveform; the spectra are computed again in the backward.
+    Differentiable once with respect to a floating-point waveform: the backward is PyTorch's on every backend, and
+    computes the spectra again. On a GPU nothing waits, and the call can be captured in a CUDA graph once it has been
+    made before with the same settings.
 
     Raises:
         ValueError: fewer samples than one frame takes, wrong rank, settings that contradict each other.
         TypeError: dtypes other than those above.
+        BackendError: a backend asked for by name that cannot run here, or cannot compute this.
     """
     settings = FbankSettings(
         sample_rate,
@@ -80,6 +87,10 @@ def fbank(
     )
     _check_settings(settings, target_length, mean, std, dtype)
     _check_waveform(waveform, lengths, settings)
+    dtype = _output_dtype(waveform.dtype) if dtype is None else dtype
+    reason = why_not_native(settings, waveform, dtype)
+    if backend == "native" and reason is not None:
+        raise BackendError(f"backend='native' cannot run fbank: {reason}")
     wave_BN = waveform.unsqueeze(0) if waveform.ndim == 1 else waveform
     spec_BTF = _fbank(
         wave_BN,
@@ -97,7 +108,7 @@ def fbank(
         mean,
         std,
         scale,
-        _output_dtype(waveform.dtype) if dtype is None else dtype,
+        dtype,
         backend=backend,
     )
     return spec_BTF.squeeze(0) if waveform.ndim == 1 else spec_BTF
@@ -112,6 +123,17 @@ _SETTINGS = (
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
 
 
+def _fbank_native(waveform: Tensor, lengths: Tensor | None, *arguments: Any) -> Tensor:
+    *settings, dtype = arguments
+    table, rest = _unpack(settings)
+    if why_not_native(table, waveform, dtype) is not None:
+        return _fbank_torch(waveform, lengths, *arguments)
+    _check_lengths(lengths, waveform.shape[1], table)
+    target_length = rest.pop("target_length")
+    frames = _frames(waveform.shape[1], table) if target_length is None else target_length
+    return fbank_native(waveform, lengths, table, frames, dtype, **rest)
+
+
 def _fbank_torch(waveform: Tensor, lengths: Tensor | None, *arguments: Any) -> Tensor:
     *settings, dtype = arguments
     table, rest = _unpack(settings)
@@ -124,6 +146,10 @@ def _fbank_backward_torch(grad_BTF: Tensor, waveform: Tensor, lengths: Tensor | 
     return fbank_backward_reference(grad_BTF, waveform, lengths, table, **rest)
 
 
+def _frames(samples: int, settings: FbankSettings) -> int:
+    return 1 + (samples - settings.frame_length) // settings.frame_shift
+
+
 def _unpack(arguments: Sequence[Any]) -> tuple[FbankSettings, dict[str, Any]]:
     names = ("preemphasis", "remove_dc", "target_length", "mean", "std", "scale")
     return FbankSettings(*arguments[:7]), dict(zip(names, arguments[7:], strict=True))
@@ -132,9 +158,8 @@ def _unpack(arguments: Sequence[Any]) -> tuple[FbankSettings, dict[str, Any]]:
 def _fbank_fake(waveform: Tensor, lengths: Tensor | None, *arguments: Any) -> Tensor:
     *settings, dtype = arguments
     table, rest = _unpack(settings)
-    frames = rest["target_length"]
-    if frames is None:
-        frames = 1 + (waveform.shape[1] - table.frame_length) // table.frame_shift
+    target_length = rest["target_length"]
+    frames = _frames(waveform.shape[1], table) if target_length is None else target_length
     return waveform.new_empty((waveform.shape[0], frames, table.num_mel_bins), dtype=dtype)
 
 
@@ -157,13 +182,13 @@ def _backward(ctx: Any, grad_BTF: Tensor) -> tuple[Tensor | None, ...]:
 _fbank_backward = register(
     "fbank",
     f'fbank_backward(Tensor grad, Tensor waveform, Tensor? lengths, {_SETTINGS}, *, str backend="auto") -> Tensor',
-    {"torch": _fbank_backward_torch},
+    {"native": _fbank_backward_torch, "torch": _fbank_backward_torch},
     fake=_fbank_backward_fake,
 )
 _fbank = register(
     "fbank",
     f'fbank(Tensor waveform, Tensor? lengths, {_SETTINGS}, ScalarType dtype, *, str backend="auto") -> Tensor',
-    {"torch": _fbank_torch},
+    {"native": _fbank_native, "torch": _fbank_torch},
     fake=_fbank_fake,
     setup_context=_save_for_backward,
     backward=_backward,
@@ -171,6 +196,18 @@ _fbank = register(
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_options(**options: Any) -> None:
+    """Raises what `fbank` would raise for these keyword arguments, whatever the waveform."""
+    try:
+        bound = inspect.signature(fbank).bind(None, None, **options)
+    except TypeError as error:
+        raise TypeError(f"fbank: {error}; see help(cat_kernels.fbank) for its options") from None
+    bound.apply_defaults()
+    given = bound.arguments
+    settings = FbankSettings(**{f.name: given[f.name] for f in dataclasses.fields(FbankSettings)})
+    _check_settings(settings, given["target_length"], given["mean"], given["std"], given["dtype"])
 
 
 def _output_dtype(dtype: torch.dtype) -> torch.dtype:
