@@ -3,7 +3,8 @@
     python -m benchmarks.operators
 
 For each: time and peak memory at base width (2 clips on a CPU, 96 on a GPU), the share of its time that moving its
-least bytes at copy bandwidth takes, and what an eager call costs on the host. The stem has a benchmark of its own.
+least bytes at copy bandwidth takes, and what an eager call costs on the host. Stem and fbank have benchmarks of their
+own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.timing import interleaved, overhead_us
 from cat_kernels import spec as specification
 from cat_kernels.spec import OperatorSpec, Sample
 
-OWN_BENCHMARK = ("MultiResConv",)
+OWN_BENCHMARK = {"MultiResConv": "stem", "fbank": "fbank"}
 PROVIDERS = ("reference", "operator")
 
 
@@ -154,7 +155,8 @@ def _names() -> str:
 def one(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:
     if spec.name in OWN_BENCHMARK or spec.benchmark is None:
         cost = host_overhead(spec, "operator", s.device)
-        results.notes.append(f"{spec.name}: a call takes {cost:.0f} us on the host; its times are the stem benchmark's")
+        where = f"; its times are those of benchmarks.{OWN_BENCHMARK[spec.name]}" if spec.name in OWN_BENCHMARK else ""
+        results.notes.append(f"{spec.name}: a call takes {cost:.0f} us on the host{where}")
         return
     measure(spec, dtype, s, results)
 

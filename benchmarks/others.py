@@ -10,6 +10,7 @@ Shapes: B clips, n samples, T frames, F mel bins.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -36,6 +37,14 @@ def why_not(package: str) -> str | None:
     """None where ``package`` ("torchaudio", "kaldi-native-fbank", "librosa") can be used, otherwise what to install."""
     found = _kaldi_py() if package == "torchaudio" else importlib.util.find_spec(_MODULES[package])
     return None if found else f"{package} is not installed; {_REMEDIES[package]}"
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, wherever it is kept."""
+    for path in (sys.path, [str(OTHERS)]):
+        for found in importlib.metadata.distributions(name=package, path=path):
+            return found.version
+    return None
 
 
 # ---------------------------------------------------------------- torchaudio
@@ -141,28 +150,49 @@ def kaldi_fbank(
 
 
 def librosa_log_mel(wave_BN: Any, *, sample_rate: int = 16000, num_mel_bins: int = 128) -> Any:
-    """(B, n) array -> (B, F, T) array: the nearest that librosa has, by its own defaults another definition.
+    """(B, n) array -> (B, T, F) array: the nearest that librosa has, with numbers other than Kaldi's.
 
     Frames of 25 ms every 10 in an FFT of the next power of two, HTK's mel scale from 20 Hz, the logarithm of the power.
-    No pre-emphasis, no mean removed from a frame, triangles linear in Hz, a periodic window in the middle of its FFT:
-    the numbers differ from Kaldi's.
+    But no pre-emphasis, no mean removed from a frame, triangles linear in Hz, a periodic window amid the FFT's zeros.
     """
     import librosa
     import numpy
 
-    length, shift = sample_rate * 25 // 1000, sample_rate // 100
+    length = sample_rate * 25 // 1000
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Empty filters")  # Kaldi's definition has them as well
         power_BFT = librosa.feature.melspectrogram(
             y=wave_BN,
             sr=sample_rate,
-            n_fft=1 << (length - 1).bit_length(),
+            n_fft=fft_length(length),
             win_length=length,
-            hop_length=shift,
-            n_mels=num_mel_bins,
-            fmin=20.0,
-            htk=True,
-            norm=None,
+            hop_length=sample_rate // 100,
             center=False,
+            **_librosa_mel(sample_rate, num_mel_bins),
         )
-    return numpy.log(numpy.maximum(power_BFT, 2.0**-23))
+    return numpy.log(numpy.maximum(power_BFT, 2.0**-23)).swapaxes(1, 2)
+
+
+def librosa_formula(wave_BN: Tensor, *, sample_rate: int = 16000, num_mel_bins: int = 128) -> Tensor:
+    """`librosa_log_mel` in PyTorch, from librosa's table of triangles: what it must give."""
+    import librosa
+
+    length = sample_rate * 25 // 1000
+    points = fft_length(length)
+    before = (points - length) // 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Empty filters")
+        table = librosa.filters.mel(sr=sample_rate, n_fft=points, **_librosa_mel(sample_rate, num_mel_bins))
+    window = torch.hann_window(length, periodic=True, dtype=wave_BN.dtype)
+    window = torch.nn.functional.pad(window, (before, points - length - before))
+    power_BTN = torch.fft.rfft(wave_BN.unfold(1, points, sample_rate // 100) * window).abs().square()
+    return (power_BTN @ torch.as_tensor(table).to(wave_BN.dtype).T).clamp(min=2.0**-23).log()
+
+
+def _librosa_mel(sample_rate: int, num_mel_bins: int) -> dict[str, Any]:
+    return {"n_mels": num_mel_bins, "fmin": 20.0, "fmax": sample_rate / 2, "htk": True, "norm": None}
+
+
+def fft_length(samples: int) -> int:
+    """The next power of two."""
+    return 1 << (samples - 1).bit_length()

@@ -58,6 +58,7 @@ def tell(record: dict[str, Any]) -> None:
     say(f"{record['name']:<24} {record['status']:<10} {record['seconds']:6.1f} s{detail}")
 
 
+SKIPPED = 77  # exit code of a piece that cannot run here; its last line says why
 LEAST_S = 10.0  # a piece is not begun with less: importing PyTorch takes half of it
 
 
@@ -74,7 +75,9 @@ def run_limited(name: str, command: Sequence[str], limit_s: float, log: TextIO) 
     )
     try:
         code = process.wait(timeout=limit_s)
-        if code:
+        if code == SKIPPED:
+            record |= {"status": "skipped", "reason": _last_words(log, mark)}
+        elif code:
             record |= {"status": "failed", "reason": f"exit code {code}: {_last_words(log, mark)}"}
     except subprocess.TimeoutExpired:
         record |= {"status": "timed out", "reason": f"after {limit_s:.0f} s; what it had measured is kept"}

@@ -15,11 +15,21 @@ COLOURS = {
     "visible compiled": "#c4541c",
     "reference": "#9a9a9a",
     "operator": "#c4541c",
+    "torchaudio": "#5f5f5f",
+    "torch": "#9a9a9a",
+    "torch compiled": "#c9c9c9",
+    "kaldi-native-fbank": "#7f9bb3",
+    "librosa": "#a9b88a",
+    "native": "#e8a33d",
+    "native, CUDA graph": "#c4541c",
 }
 
 
 def plot(data: dict[str, Any], directory: Path) -> list[Path]:
-    """Write stem.png, step.png and operators.png, of those that have rows. Raises ImportError without matplotlib."""
+    """Write stem.png, step.png, fbank.png and operators.png, of those that have rows.
+
+    Raises ImportError without matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,12 +44,13 @@ def plot(data: dict[str, Any], directory: Path) -> list[Path]:
 
 def _figures(data: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]]:
     time_and_memory = [("median_ms", "milliseconds"), ("peak_MiB", "peak MiB of a call")]
-    of = {name: [r for r in data["rows"] if r["benchmark"] == name] for name in ("stem", "step")}
+    of = {name: [r for r in data["rows"] if r["benchmark"] == name] for name in ("stem", "step", "fbank", "features")}
     operators = [r for r in data["rows"] if r["benchmark"] not in of]
     time_and_share = [("median_ms", "milliseconds"), ("share_of_floor", "share of the copy bandwidth")]
     return [
         ("stem", of["stem"], time_and_memory),
         ("step", of["step"], time_and_memory),
+        ("fbank", of["fbank"], time_and_share),
         ("operators", operators, time_and_share),
     ]
 
@@ -84,5 +95,5 @@ def _bars(rows: list[dict[str, Any]], panels: list[tuple[str, str]], title: str,
 
 
 def _group(row: dict[str, Any]) -> str:
-    name = "" if row["benchmark"] in ("stem", "step") else f"{row['benchmark']}, "
+    name = "" if row["benchmark"] in ("stem", "step", "fbank") else f"{row['benchmark']}, "
     return f"{name}{row['mode']}, {row['dtype']}, {row['shape']['clips']} clips"

@@ -42,8 +42,8 @@ class Parity:
 class Key:
     """What was measured: rows with equal keys but for the provider can be compared."""
 
-    benchmark: str  # "stem", "step" or an operator
-    mode: str  # "forward", "forward+backward", "step"
+    benchmark: str  # "stem", "step", "fbank", "features" (in a step) or an operator
+    mode: str  # "forward", "forward+backward", "step", "log-mel", "model input"
     dtype: str  # "fp32", "bf16", "fp16"
     shape: dict[str, Any]
 

@@ -95,6 +95,33 @@ def step_table(data: Data) -> Table:
     return _model_table(data, "step", "Pre-training step")
 
 
+def fbank_table(data: Data) -> Table:
+    speedups = _speedups(data)
+    header = ["candidate", "result", "precision", "clips", "ms", "20 to 80 %", "speed-up", "GB/s", "of copy bandwidth"]
+    rows = []
+    for r in (row for row in data["rows"] if row["benchmark"] == "fbank" and row["mode"] in ("log-mel", "model input")):
+        c = speedups.get(_identity(r))
+        rows.append([
+            r["provider"], r["mode"], r["dtype"], str(r["shape"]["clips"]), _ms(r["median_ms"]),
+            f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{c['speedup']:.2f}x {c['baseline']}" if c else "",
+            f"{r['bytes'] / r['median_ms'] / 1e6:.3g}", _percent(r.get("share_of_floor")),
+        ])  # fmt: skip
+    return Table("Log-mel features", header, rows)
+
+
+def features_table(data: Data) -> Table:
+    rows = [
+        [
+            r["provider"], r["shape"]["preset"], str(r["shape"]["clips"]), _ms(r["median_ms"]), _ms(r["step_ms"]),
+            f"{100 * r['share_of_step']:.2g} %",
+        ]
+        for r in data["rows"]
+        if r["benchmark"] == "features"
+    ]  # fmt: skip
+    header = ["features by", "model", "clips", "ms", "pre-training step, ms", "share"]
+    return Table("Features in a pre-training step", header, rows)
+
+
 def operators_table(data: Data) -> Table:
     """A line an operator, pass and precision; the reference's time beside the operator's."""
     rows_by = {_identity(r): r for r in data["rows"]}
@@ -151,6 +178,8 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "headline": headline_table,
     "stem": stem_table,
     "step": step_table,
+    "fbank": fbank_table,
+    "features": features_table,
     "operators": operators_table,
     "multiply-adds": multiply_adds_table,
 }
