@@ -12,6 +12,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_DOCS := $(VENV)/.installed-docs
+# The extension, and what decides what is in it.
+BUILT := $(VENV)/.built
+SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/fbank/*)
 DATA := data/quickstart
 RUN := runs/quickstart
 
@@ -23,13 +26,13 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The steps are the commands a user would type.
-quickstart: $(INSTALLED) ## synthesise sounds, pre-train a tiny model, probe it against an untrained twin (minutes)
+quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it against an untrained twin (minutes)
 	$(BIN)/cat-audio synth $(DATA) --seed 0 --force
 	$(BIN)/cat-audio pretrain recipes/quickstart.yaml --overwrite
 	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
 	    --require-better --figures
 
-test: $(INSTALLED) ## run the tests; those marked gpu only where there is one
+test: $(BUILT) ## run the tests; those marked gpu only where there is one
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff (rules and format), and mypy on both packages
@@ -41,7 +44,7 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED_BENCH) ## benchmarks on this machine
+bench: $(INSTALLED_BENCH) $(BUILT) ## benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
 # Installs nothing: for a bare machine with a GPU, run by the Python it is given.
@@ -54,6 +57,7 @@ docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN)
+	rm -f cat_kernels/_C*.so cat_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -69,6 +73,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,test,clap]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps --upgrade \
 	    --target $(VENV)/others torchaudio
+	@touch $@
+
+# The installation has built the extension; a source that changed since then builds it again, in place.
+$(BUILT): $(SOURCES) | $(INSTALLED)
+	@test -n "$$(find $(SOURCES) -newer $(INSTALLED))" || exit 0; $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)

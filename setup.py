@@ -119,7 +119,7 @@ def configure(folder: Path, build_type: str) -> None:
         told = folder / "error.txt"  # ours, one sentence; CMake wraps it in a report
         said = told.read_text().strip() if told.exists() else f"{done.stdout}\nCMake failed, see above; {WITHOUT}."
         raise SystemExit(said)
-    print(done.stdout, flush=True)
+    print(*re.findall(r"^-- (cat_kernels: .*)", done.stdout, re.MULTILINE), sep="\n", flush=True)
 
 
 def compile_(folder: Path) -> None:
