@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, pieces, report
+import cat_kernels
+from benchmarks import fbank, memory, others, pieces, report, sanitize, suite, tables
 from benchmarks.flops import multiply_adds
 from benchmarks.pieces import run_limited
 from benchmarks.results import Key, Parity, Results, load
 from benchmarks.runner import Case, Settings, distance, run_case
 from benchmarks.step import count
 from benchmarks.timing import Quantiles, interleaved, ratio
+from cat_kernels.mel.reference import FbankSettings, fbank_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -216,6 +218,98 @@ def test_other_files_are_no_results(tmp_path, text, message):
         load(path)
 
 
+# ---------------------------------------------------------------- log-mel features
+
+
+def test_features_are_compared_and_their_share_of_a_step_is_taken(tmp_path):
+    out = tmp_path / "result.json"
+    fbank.run(settings(out=out, ceilings={"copy_GBps": 10.0})).write(out, CPU)
+    data = load(out)
+    assert not data["rejected"]
+    here = [name for name in ("torchaudio", "torch", "native") if fbank.why_not(name, CPU) is None]
+    foreign = [name for name in ("kaldi-native-fbank", "librosa") if fbank.why_not(name, CPU) is None]
+    found = {mode: {r["provider"] for r in data["rows"] if r["mode"] == mode} for mode in ("log-mel", "model input")}
+    assert found == {"log-mel": {*here, *foreign}, "model input": set(here)}
+    for row in data["rows"]:
+        assert row["parity_error"] <= row["parity_limit"] == 1
+        if row["benchmark"] == "features":
+            assert row["share_of_step"] == pytest.approx(row["median_ms"] / row["step_ms"])
+        else:
+            assert row["floor_ms"] == pytest.approx(row["bytes"] / 10e9 * 1e3)
+    text = tables.summary(data)
+    assert text.index("Log-mel features") < text.index("Features in a pre-training step")
+
+
+def test_features_of_a_missing_package_are_a_note(monkeypatch):
+    monkeypatch.setattr(others, "why_not", lambda package: f"{package} is not here")
+    results = Results()
+    fbank.measure("model input", "fp32", settings(), results)
+    assert results.notes == ["fbank: torchaudio not measured: torchaudio is not here"]
+    assert not results.rejected
+    assert {c["baseline"] for c in results.comparisons} <= {"torch"}
+    assert fbank.missed(results, settings()) == ["log-mel features, native against torchaudio's file: 0.00x, goal 3x"]
+
+
+def log_mel():
+    wave = fbank.waveforms(2, 64, CPU)
+    return fbank_reference(wave, None, FbankSettings()), fbank_reference(wave.double(), None, FbankSettings())
+
+
+def test_parity_of_features():
+    actual, expected = log_mel()
+    for good in (actual, list(actual), actual.bfloat16(), actual.half()):
+        assert fbank.parity(good, expected).passed
+    assert fbank.parity((actual + 4.268) / 9.138, (expected + 4.268) / 9.138, std=4.569).passed
+    one_percent = actual + 0.01 * (torch.arange(actual.shape[1]) == 3)[:, None]
+    for wrong in (one_percent, actual + 4e-4, torch.where(actual == actual[0, 0, 9], torch.nan, actual)):
+        assert not fbank.parity(wrong, expected).passed
+    with pytest.raises(ValueError, match=r"shape \(2, 62, 128\), expected \(2, 61, 128\)"):
+        fbank.parity(torch.cat([actual, actual[:, :1]], dim=1), expected)
+
+
+@pytest.mark.gpu
+def test_features_on_a_gpu():
+    device = torch.device("cuda")
+    results = fbank.run(settings(device=device, dtypes=["fp32", "bf16"], compiled=True, compiler="aot_eager"))
+    assert not results.rejected
+    here = {"torch", "torch compiled"} | ({"native", fbank.GRAPH} if fbank.why_not("native", device) is None else set())
+    assert {r["provider"] for r in results.rows} - {"torchaudio"} == here
+
+
+# ---------------------------------------------------------------- sanitizers
+
+
+def test_sanitized_calls_are_calls_that_work():
+    calls = list(sanitize.calls())
+    assert len(calls) >= 10
+    for wave, options in calls:
+        assert cat_kernels.fbank(wave, backend="torch", **options).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "clean"),
+    [
+        (0, "14 calls\n========= ERROR SUMMARY: 0 errors\n", True),
+        (0, "14 calls\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True),
+        (0, "14 calls\n========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n", False),
+        (9, "14 calls\n========= ERROR SUMMARY: 3 errors\n", False),
+        (0, "========= ERROR SUMMARY: 0 errors\n", False),  # not one call was made
+        (0, "14 calls\n", False),
+    ],
+)
+def test_verdict_of_the_sanitizer(code, printed, clean):
+    assert sanitize.verdict("memcheck", code, printed)[0] is clean
+
+
+def test_sanitizer_of_the_toolkit_is_found(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.touch(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert sanitize.find() == str(tool)
+
+
 # ---------------------------------------------------------------- reports
 
 
@@ -292,6 +386,22 @@ def test_a_piece_that_fails_tells_why(tmp_path):
     assert (late["status"], late["reason"]) == ("not run", "no time was left")
 
 
+def test_a_piece_without_its_tool_is_skipped(tmp_path):
+    with open(tmp_path / "log.txt", "w") as log:
+        record = run_limited("tool", [sys.executable, "-c", "print('no such tool'); raise SystemExit(77)"], 60.0, log)
+    assert (record["status"], record["reason"]) == ("skipped", "no such tool")
+
+
+def test_suite_goes_on_without_a_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "BUILD", ("-c", "raise SystemExit('error: no compiler')"))
+    results = Results()
+    with open(tmp_path / "log.txt", "w") as log:
+        suite.run_build(results, log, 60.0)
+    assert [(p["name"], p["status"], p["reason"]) for p in results.pieces] == [
+        ("build", "failed", "exit code 1: error: no compiler")
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_suite_without_a_gpu_says_so(tmp_path):
     done = run_suite("--out", str(tmp_path / "out"))
@@ -305,18 +415,22 @@ def test_suite_without_a_gpu_says_so(tmp_path):
 def test_suite_path_on_the_cpu(tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    done = run_suite("--device", "cpu", "--quick", "--out", str(out))
+    done = run_suite("--device", "cpu", "--quick", "--no-build", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
     assert {path.name for path in out.iterdir()} == {
-        "results.json", "log.txt", "stem.png", "step.png", "operators.png",
+        "results.json", "log.txt", "stem.png", "step.png", "fbank.png", "operators.png",
     }  # fmt: skip
     data = load(out / "results.json")
-    assert [piece["name"] for piece in data["pieces"]] == ["ceilings", "tests", "stem fp32", "step fp32", "operators"]
-    assert all(piece["status"] == "ok" for piece in data["pieces"])
+    status = {piece["name"]: piece["status"] for piece in data["pieces"]}
+    if not torch.cuda.is_available():
+        assert status.pop("memcheck") == "skipped"
+    assert status == dict.fromkeys(status, "ok")
+    assert list(status) == ["ceilings", "tests", "fbank", "stem fp32", "step fp32", "operators"]
     found = {(row["benchmark"], row["mode"], row["provider"]) for row in data["rows"]}
     passes = itertools.product(("dense", "visible", "dense compiled", "visible compiled"), ("forward+backward",))
     assert found >= {("stem", mode, provider) for provider, mode in passes}
     assert found >= {("step", "step", "dense"), ("step", "step", "visible"), ("gather_tokens", "forward", "operator")}
+    assert found >= {("fbank", "log-mel", "torch"), ("features", "model input", "torch")}
     assert data["ceilings"]["copy_GBps"] > 0
     assert done.stdout.index("Pre-training step") > done.stdout.index("operators  ")  # the tables come last
 
