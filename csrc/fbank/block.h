@@ -11,6 +11,8 @@
 // Both programs write every row of the result that is theirs, the rows that only pad included.
 #pragma once
 
+#include <math.h>
+
 #include "tables.h"
 
 namespace cat {
@@ -116,7 +118,8 @@ struct Block400 {
   CAT_HD int64_t blocks_per_clip(int64_t frames) { return (frames + kFrames - 1) / kFrames; }
 };
 
-// x[i] - preemphasis x[i - 1] for the block's samples, and every frame's first and last sample.
+// x[i] - preemphasis x[i - 1] for the block's samples, and every frame's first and last sample. A frame's mean is still
+// in there, so rounding is relative to what emphasis leaves of it: the product must not be rounded before it is taken off.
 template <class Thread>
 CAT_HD void load_block400(const FbankView& tables, const FbankCall& call, const Block400& block, int64_t clip,
                           int64_t first_frame, Thread& thread) {
@@ -133,7 +136,7 @@ CAT_HD void load_block400(const FbankView& tables, const FbankCall& call, const 
     float previous = before >= 0 && before < end ? sample(waveform, call.input, before) * call.scale : 0.0f;
     for (int j = 0; j < 4; ++j) {
       const float current = x[j] * call.scale;
-      block.emphasised[i + j] = current - call.preemphasis * previous;
+      block.emphasised[i + j] = fmaf(-call.preemphasis, previous, current);
       previous = current;
     }
   }
@@ -298,9 +301,12 @@ CAT_HD void general_block(const FbankView& tables, const FbankCall& call, Thread
     return;
   }
   const int64_t begin = clip * call.row_stride + t * shape.frame_shift;
+  // Taken from the frame's first sample on, which the mean's removal undoes: digits that samples with a common offset
+  // differ in would be lost.
+  const float first = call.remove_dc ? sample(call.waveform, call.input, begin) * call.scale : 0.0f;
   float sum = 0;
   for (int i = me; i < length; i += kBlockThreads) {
-    x[i] = sample(call.waveform, call.input, begin + i) * call.scale;
+    x[i] = sample(call.waveform, call.input, begin + i) * call.scale - first;
     sum += x[i];
   }
   sum = block_sum(sum, partial, thread);

@@ -57,10 +57,15 @@ void prepare(const FbankView& tables, const FbankCall& call, Vector* x) {
   const int length = tables.shape.frame_length;
   Vector mean{};
   if (call.remove_dc) {
-    // Summed from the first sample on: a sum of values that share an offset loses the digits that tell them apart.
+    // Everything is taken from the frame's first sample on, which the mean's removal undoes: sums and differences of
+    // values that share an offset lose the digits that tell them apart.
+    const Vector first = x[0];
     Vector sum[4] = {};
-    for (int i = 0; i < length; ++i) sum[i % 4] += x[i] - x[0];
-    mean = x[0] + ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1.0f / length);
+    for (int i = 0; i < length; ++i) {
+      x[i] -= first;
+      sum[i % 4] += x[i];
+    }
+    mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1.0f / length);
   }
   Vector before = x[0] - mean;
   for (int i = 0; i < length; ++i) {
