@@ -122,11 +122,11 @@ def configure(folder: Path, build_type: str) -> None:
     print(*re.findall(r"^-- (cat_kernels: .*)", done.stdout, re.MULTILINE), sep="\n", flush=True)
 
 
-def compile_(folder: Path) -> None:
+def compile_(folder: Path, parallel: int) -> None:
     environment = dict(os.environ)
     # nvcc's architectures in parallel; in the environment, so that another MAX_JOBS compiles nothing again.
-    environment["NVCC_APPEND_FLAGS"] = f"{environment.get('NVCC_APPEND_FLAGS', '')} --threads {jobs()}".strip()
-    done = subprocess.run([cmake(), "--build", str(folder), "--parallel", str(jobs())], env=environment)
+    environment["NVCC_APPEND_FLAGS"] = f"{environment.get('NVCC_APPEND_FLAGS', '')} --threads {parallel}".strip()
+    done = subprocess.run([cmake(), "--build", str(folder), "--parallel", str(parallel)], env=environment)
     if done.returncode:
         raise SystemExit(
             "Compiling csrc/ failed, the compiler's message is above; "
@@ -159,8 +159,9 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         folder = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        parallel = jobs()
         configure(folder, "Debug" if self.debug else "Release")
-        compile_(folder)
+        compile_(folder, parallel)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / MODULE, target)
