@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -25,6 +26,7 @@ PACKAGE = "cat_kernels"
 MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 RECORD = "_build.json"  # what was built and why not more; cat_kernels.explain() reads it
 OLDEST_CMAKE = (3, 20)  # also in CMakeLists.txt
+OLDEST_SETUPTOOLS = 77  # also in pyproject.toml, which older ones do not understand
 WITHOUT = "CAT_KERNELS_EXTENSION=off installs without the extension (PyTorch operations only)"
 
 
@@ -168,6 +170,11 @@ class BuildExtension(build_ext):
         self.record = json.loads((folder / "build.json").read_text())
 
 
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"setuptools {OLDEST_SETUPTOOLS} or newer is needed, this is {setuptools.__version__}; "
+        f"renew it with: {sys.executable} -m pip install --upgrade setuptools"
+    )
 setup(
     # Without it the wheel fits every platform.
     ext_modules=[] if why_no_extension() else [Extension(f"{PACKAGE}._C", sources=[])],
