@@ -11,6 +11,13 @@ namespace cat {
 // Kaldi's floor of the mel energies, the machine epsilon of float.
 constexpr float kEnergyFloor = 1.1920928955078125e-07f;
 
+// x - preemphasis * before, with `kept` = 1 - preemphasis. Neighbouring samples are alike: their difference is exact, and
+// no product of the size of a sample is rounded.
+template <class V>
+CAT_HD V emphasise(V x, V before, float kept) {
+  return (x - before) + before * kept;
+}
+
 template <class V>
 struct Complex {
   V re, im;

@@ -19,6 +19,13 @@ namespace cat {
 
 constexpr int kBlockThreads = 128;
 
+// Loops that are not worth the registers and instructions of being unrolled.
+#ifdef __CUDACC__
+#define CAT_ROLLED _Pragma("unroll 1")
+#else
+#define CAT_ROLLED
+#endif
+
 CAT_HD float log_energy(float energy) {
   const float floored = energy < kEnergyFloor ? kEnergyFloor : energy;  // unlike fmax, lets NaN through
 #ifdef __CUDA_ARCH__
@@ -42,26 +49,6 @@ struct alignas(4 * sizeof(T)) Four {
   T x[4];
 };
 
-template <class T>
-CAT_HD void samples4(const void* waveform, int64_t i, float (&x)[4]) {
-  const Four<T> four = *reinterpret_cast<const Four<T>*>(static_cast<const T*>(waveform) + i);
-  for (int j = 0; j < 4; ++j) x[j] = to_float(four.x[j]);
-}
-
-// Samples i to i + 3; those at `end` and behind are 0.
-CAT_HD void samples4(const void* waveform, Dtype dtype, int64_t i, int64_t end, bool aligned, float (&x)[4]) {
-  if (!aligned || i + 4 > end) {
-    for (int j = 0; j < 4; ++j) x[j] = i + j < end ? sample(waveform, dtype, i + j) : 0.0f;
-    return;
-  }
-  switch (dtype) {
-    case Dtype::float16: return samples4<Half>(waveform, i, x);
-    case Dtype::bfloat16: return samples4<BFloat16>(waveform, i, x);
-    case Dtype::int16: return samples4<int16_t>(waveform, i, x);
-    default: return samples4<float>(waveform, i, x);
-  }
-}
-
 CAT_HD int64_t clip_frames(const FbankCall& call, const FbankShape& shape, int64_t clip) {
   int64_t length = call.samples;
   if (call.lengths) length = call.lengths[clip] < length ? call.lengths[clip] : length;
@@ -79,76 +66,95 @@ struct Block400 {
   static constexpr int kFrame = 400, kPoints = 256, kLanes = 16, kFrames = 32, kAtATime = kBlockThreads / kLanes;
   static constexpr int kRows = 13;   // of 16 points of the 16 x 16; the last is half full, further ones are zero
   static constexpr int kPitch = 17;  // of the transposition, so that rows and columns fall on different banks
+  // From the buffer of one frame to that of the next: 16 banks further, so that the halves of a warp do not meet.
+  static constexpr int kBuffer = 16 * kPitch + 8;
 
   // Shared memory: what a block's threads share, in this order.
-  Complex<float>* buffer;  // (kAtATime, 16 kPitch) of each frame at a time: transposition, then powers
+  Complex<float>* buffer;  // (kAtATime, kBuffer) of each frame at a time: transposition, then powers
   Complex<float>* turn;    // (kPoints / 2)
-  MelWeight* weight;       // (kPoints)
+  float* weight;           // (quads, 16, 4)
+  float* emphasised;       // (span, rounded up to 4)
   float* first;            // (kFrames) of every frame, its first and last sample
   float* last;             // (kFrames)
-  float* emphasised;       // (span, rounded up to 4)
-  int* segment;            // (num_mel_bins + 2)
+  MelSpan* mel;            // (num_mel_bins, rounded up to 16)
 
-  CAT_HD int span(const FbankShape& shape) { return (kFrames - 1) * shape.frame_shift + kFrame; }
+  CAT_HD int span(const FbankShape& shape) { return ((kFrames - 1) * shape.frame_shift + kFrame + 3) / 4 * 4; }
 
-  CAT_HD Block400 at(char* memory, const FbankShape& shape) {
+  CAT_HD Block400 at(char* memory, const FbankView& tables) {
     Block400 block;
     block.buffer = reinterpret_cast<Complex<float>*>(memory);
-    block.turn = block.buffer + kAtATime * 16 * kPitch;
-    block.weight = reinterpret_cast<MelWeight*>(block.turn + kPoints / 2);
-    block.first = reinterpret_cast<float*>(block.weight + kPoints);
+    block.turn = block.buffer + kAtATime * kBuffer;
+    block.weight = reinterpret_cast<float*>(block.turn + kPoints / 2);
+    block.emphasised = block.weight + tables.quads * 64;
+    block.first = block.emphasised + span(tables.shape);
     block.last = block.first + kFrames;
-    block.emphasised = block.last + kFrames;
-    block.segment = reinterpret_cast<int*>(block.emphasised + (span(shape) + 3) / 4 * 4);
+    block.mel = reinterpret_cast<MelSpan*>(block.last + kFrames);
     return block;
   }
 
-  CAT_HD int bytes(const FbankShape& shape) {
-    return kAtATime * 16 * kPitch * 8 + kPoints / 2 * 8 + kPoints * 8 + 2 * kFrames * 4 +
-           (span(shape) + 3) / 4 * 4 * 4 + (shape.num_mel_bins + 2) * 4;
+  CAT_HD int bytes(const FbankView& tables) {
+    return kAtATime * kBuffer * 8 + kPoints / 2 * 8 + tables.quads * 256 + span(tables.shape) * 4 + 2 * kFrames * 4 +
+           (tables.shape.num_mel_bins + 15) / 16 * 64;
   }
 
   // What this program computes; everything else is `general_block`'s. Frames begin at even samples, which are read in
   // pairs, and shared memory is what every GPU has without asking.
-  CAT_HD bool takes(const FbankShape& shape) {
+  CAT_HD bool takes(const FbankView& tables) {
+    const FbankShape& shape = tables.shape;
     return shape.frame_length == kFrame && shape.fft_length == 2 * kPoints && shape.frame_shift % 2 == 0 &&
-           shape.frame_shift <= 512 && bytes(shape) <= 48 * 1024;
+           shape.frame_shift <= 512 && bytes(tables) <= 48 * 1024;
   }
 
   CAT_HD int64_t blocks_per_clip(int64_t frames) { return (frames + kFrames - 1) / kFrames; }
 };
 
 // x[i] - preemphasis x[i - 1] for the block's samples, and every frame's first and last sample. A frame's mean is still
-// in there, so rounding is relative to what emphasis leaves of it: the product must not be rounded before it is taken off.
-template <class Thread>
-CAT_HD void load_block400(const FbankView& tables, const FbankCall& call, const Block400& block, int64_t clip,
-                          int64_t first_frame, Thread& thread) {
+// in there, so rounding is relative to what emphasis leaves of it.
+template <class T, class Thread>
+CAT_HD void load_samples(const FbankView& tables, const FbankCall& call, const Block400& block, int64_t clip,
+                         int64_t first_frame, Thread& thread) {
   const FbankShape& shape = tables.shape;
   const int64_t begin = first_frame * shape.frame_shift;
-  const int64_t row = clip * call.row_stride, end = call.samples;
-  const int size = call.input == Dtype::float32 ? 4 : 2;
-  const char* const waveform = static_cast<const char*>(call.waveform) + row * size;
-  const bool aligned = (reinterpret_cast<uintptr_t>(waveform) + begin * size) % (4 * size) == 0;
-  for (int i = 4 * thread.index(); i < Block400::span(shape); i += 4 * kBlockThreads) {
-    float x[4];
-    samples4(waveform, call.input, begin + i, end, aligned, x);
-    const int64_t before = begin + i - 1;
-    float previous = before >= 0 && before < end ? sample(waveform, call.input, before) * call.scale : 0.0f;
+  const T* const x = static_cast<const T*>(call.waveform) + clip * call.row_stride + begin;
+  const int64_t left = call.samples - begin;
+  const int end = left < Block400::span(shape) ? int(left) : Block400::span(shape);  // what lies behind is taken as 0
+  const float kept = 1 - call.preemphasis;
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % (4 * sizeof(T)) == 0;
+  CAT_ROLLED for (int i = 4 * thread.index(); i < Block400::span(shape); i += 4 * kBlockThreads) {
+    Four<T> four;
+    if (aligned && i + 4 <= end) {
+      four = *reinterpret_cast<const Four<T>*>(x + i);
+    } else {
+      for (int j = 0; j < 4; ++j) four.x[j] = i + j < end ? x[i + j] : T{};
+    }
+    float previous = i <= end && begin + i > 0 ? to_float(x[i - 1]) * call.scale : 0.0f;
     for (int j = 0; j < 4; ++j) {
-      const float current = x[j] * call.scale;
-      block.emphasised[i + j] = fmaf(-call.preemphasis, previous, current);
+      const float current = to_float(four.x[j]) * call.scale;
+      block.emphasised[i + j] = emphasise(current, previous, kept);
       previous = current;
     }
   }
   if (thread.index() < 2 * Block400::kFrames) {
     const int frame = thread.index() % Block400::kFrames;
     const bool is_last = thread.index() >= Block400::kFrames;
-    const int64_t i = begin + frame * shape.frame_shift + (is_last ? Block400::kFrame - 1 : 0);
-    (is_last ? block.last : block.first)[frame] = i < end ? sample(waveform, call.input, i) * call.scale : 0.0f;
+    const int i = frame * shape.frame_shift + (is_last ? Block400::kFrame - 1 : 0);
+    (is_last ? block.last : block.first)[frame] = i < end ? to_float(x[i]) * call.scale : 0.0f;
   }
+}
+
+template <class Thread>
+CAT_HD void load_block400(const FbankView& tables, const FbankCall& call, const Block400& block, int64_t clip,
+                          int64_t first_frame, Thread& thread) {
+  switch (call.input) {
+    case Dtype::float32: load_samples<float>(tables, call, block, clip, first_frame, thread); break;
+    case Dtype::float16: load_samples<Half>(tables, call, block, clip, first_frame, thread); break;
+    case Dtype::bfloat16: load_samples<BFloat16>(tables, call, block, clip, first_frame, thread); break;
+    case Dtype::int16: load_samples<int16_t>(tables, call, block, clip, first_frame, thread); break;
+  }
+  const int triangles = (tables.shape.num_mel_bins + 15) / 16 * 16;
   for (int i = thread.index(); i < Block400::kPoints / 2; i += kBlockThreads) block.turn[i] = tables.turn[i];
-  for (int i = thread.index(); i < Block400::kPoints; i += kBlockThreads) block.weight[i] = tables.weight[i];
-  for (int i = thread.index(); i < shape.num_mel_bins + 2; i += kBlockThreads) block.segment[i] = tables.segment[i];
+  for (int i = thread.index(); i < tables.quads * 64; i += kBlockThreads) block.weight[i] = tables.span_weight[i];
+  for (int i = thread.index(); i < triangles; i += kBlockThreads) block.mel[i] = tables.span[i];
   thread.sync();
 }
 
@@ -162,7 +168,7 @@ CAT_HD void windowed400(const FbankCall& call, const Block400& block, const Comp
   const bool last_row = lane < Block400::kFrame / 2 - 16 * (kRows - 1);
   for (int i = 0; i < kRows; ++i) z[i] = i < kRows - 1 || last_row ? pairs[16 * i + lane] : Complex<float>{0, 0};
   // Nothing is carried over from the sample before the frame.
-  if (lane == 0) z[0].re = block.first[frame] - call.preemphasis * block.first[frame];
+  if (lane == 0) z[0].re = block.first[frame] * (1 - call.preemphasis);
   float offset = 0;
   if (call.remove_dc) {
     float sum = 0;
@@ -192,38 +198,29 @@ CAT_HD void powers400(const Complex<float> (&z)[16], const Complex<float>* turn,
   if (lane == 0) power[128] = 4 * (middle.re * middle.re + middle.im * middle.im);
 }
 
-// Segment by segment, 16 of them at a time, so that each power is read once: triangle f is the rising part of segment f
-// and the falling part of segment f + 1, which the next lane has.
+// A triangle a lane, 16 triangles at a time: as many bins for each of them, so that no lane waits for another.
 template <class Out, class Thread>
 CAT_HD void mel400(const FbankCall& call, const Block400& block, const float* power, int bins, bool inside, Out* row,
                    Thread& thread) {
   const int lane = thread.index() % 16;
-  const float zero = power[0] * 0.0f;  // or not a number, which triangles without a bin must show too
-  float rise_before = zero;
-  for (int first = 0; first <= bins; first += 16) {
-    const int segment = first + lane;
-    float rise = zero, fall = 0;
-    if (segment <= bins) {
-      for (int k = block.segment[segment]; k < block.segment[segment + 1]; ++k) {
-        rise += power[k] * block.weight[k].rise;
-        fall += power[k] * block.weight[k].fall;
-      }
+  const Four<float>* weight = reinterpret_cast<const Four<float>*>(block.weight) + lane;
+  CAT_ROLLED for (int group = 0; group < bins; group += 16) {
+    const int bin = group + lane;
+    const MelSpan span = block.mel[bin];
+    const Four<float>* four = reinterpret_cast<const Four<float>*>(power + span.first);
+    float energy = 0;
+    CAT_ROLLED for (int i = 0; i < span.quads; ++i, ++four, weight += 16) {
+      const Four<float> p = *four, w = *weight;
+      energy += p.x[0] * w.x[0] + p.x[1] * w.x[1] + p.x[2] * w.x[2] + p.x[3] * w.x[3];
     }
-    const float fall_after = thread.from_lane(fall, (lane + 1) % 16);
-    // The last lane's next segment comes in the next turn.
-    const int bin = lane < 15 ? segment : segment - 16;
-    const float energy = (lane < 15 ? rise : rise_before) + fall_after;
-    rise_before = rise;
-    if (row && bin >= 0 && bin < bins) {
-      assign(row[bin], inside ? (log_energy(energy) - call.mean) * call.factor : pad_value(call));
-    }
+    if (row && bin < bins) assign(row[bin], inside ? (log_energy(energy) - call.mean) * call.factor : pad_value(call));
   }
 }
 
 template <class Out, class Thread>
 CAT_HD void block400(const FbankView& tables, const FbankCall& call, Thread& thread) {
   const FbankShape& shape = tables.shape;
-  const Block400 block = Block400::at(thread.shared(), shape);
+  const Block400 block = Block400::at(thread.shared(), tables);
   const int64_t per_clip = Block400::blocks_per_clip(call.frames);
   const int64_t clip = thread.block() / per_clip, first_frame = thread.block() % per_clip * Block400::kFrames;
   const int64_t frames = clip_frames(call, shape, clip);
@@ -237,7 +234,7 @@ CAT_HD void block400(const FbankView& tables, const FbankCall& call, Thread& thr
 
   load_block400(tables, call, block, clip, first_frame, thread);
   const int lane = thread.index() % 16;
-  Complex<float>* const buffer = block.buffer + thread.index() / 16 * 16 * Block400::kPitch;
+  Complex<float>* const buffer = block.buffer + thread.index() / 16 * Block400::kBuffer;
   Complex<float> window[Block400::kRows], twiddle[16];
   for (int i = 0; i < Block400::kRows; ++i) {
     const int k = 16 * i + lane;
@@ -246,7 +243,7 @@ CAT_HD void block400(const FbankView& tables, const FbankCall& call, Thread& thr
   }
   for (int k = 1; k < 16; ++k) twiddle[k] = tables.twiddle16[16 * k + lane];
 
-  for (int frame = thread.index() / 16; frame < Block400::kFrames; frame += Block400::kAtATime) {
+  CAT_ROLLED for (int frame = thread.index() / 16; frame < Block400::kFrames; frame += Block400::kAtATime) {
     Complex<float> z[16];
     windowed400(call, block, window, frame, shape.frame_shift, thread, z);
     dft16<Block400::kRows>(z);
@@ -313,7 +310,7 @@ CAT_HD void general_block(const FbankView& tables, const FbankCall& call, Thread
   const float mean = call.remove_dc ? sum / length : 0.0f;
   for (int i = me; i < 2 * n; i += kBlockThreads) {
     const float before = i < length ? x[i ? i - 1 : 0] - mean : 0.0f;
-    y[i] = i < length ? ((x[i] - mean) - call.preemphasis * before) * tables.window[i] : 0.0f;
+    y[i] = i < length ? emphasise(x[i] - mean, before, 1 - call.preemphasis) * tables.window[i] : 0.0f;
   }
   thread.sync();
 

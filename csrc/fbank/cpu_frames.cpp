@@ -67,10 +67,11 @@ void prepare(const FbankView& tables, const FbankCall& call, Vector* x) {
     }
     mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1.0f / length);
   }
+  const float kept = 1 - call.preemphasis;
   Vector before = x[0] - mean;
   for (int i = 0; i < length; ++i) {
     const Vector centred = x[i] - mean;
-    x[i] = (centred - before * call.preemphasis) * tables.window[i];
+    x[i] = emphasise(centred, before, kept) * tables.window[i];
     before = centred;
   }
 }

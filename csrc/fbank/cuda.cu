@@ -47,7 +47,7 @@ void check(cudaError_t error, const char* what) {
 template <class Out>
 void launch(const FbankView& tables, const FbankCall& call, cudaStream_t stream) {
   const FbankShape& shape = tables.shape;
-  const bool fast = Block400::takes(shape);
+  const bool fast = Block400::takes(tables);
   const int64_t blocks = call.clips * (fast ? Block400::blocks_per_clip(call.frames) : call.frames);
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) {
@@ -55,7 +55,7 @@ void launch(const FbankView& tables, const FbankCall& call, cudaStream_t stream)
                                 " frames are more than one launch computes; split the batch");
   }
   if (fast) {
-    fbank_400<Out><<<unsigned(blocks), kBlockThreads, Block400::bytes(shape), stream>>>(tables, call);
+    fbank_400<Out><<<unsigned(blocks), kBlockThreads, Block400::bytes(tables), stream>>>(tables, call);
   } else {
     fbank_general<Out><<<unsigned(blocks), kBlockThreads, GeneralBlock::bytes(shape), stream>>>(tables, call);
   }

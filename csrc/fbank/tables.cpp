@@ -1,5 +1,6 @@
 #include "tables.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -37,19 +38,21 @@ void check(const FbankShape& shape) {
   }
 }
 
-// Where each table begins, in bytes from the first; all are multiples of 8.
+// Where each table begins, in bytes from the first; all are multiples of 16.
 struct Layout {
-  explicit Layout(const FbankShape& shape) {
+  Layout(const FbankShape& shape, int quads) {
     const size_t n = size_t(shape.fft_length) / 2;
     twiddle = next(0, shape.frame_length * sizeof(float));
     twiddle16 = next(twiddle, n * sizeof(Complex<float>));
     turn = next(twiddle16, n == 256 ? 256 * sizeof(Complex<float>) : 0);
     weight = next(turn, (n / 2 + 1) * sizeof(Complex<float>));
     segment = next(weight, n * sizeof(MelWeight));
-    end = next(segment, (shape.num_mel_bins + 2) * sizeof(int));
+    span = next(segment, (shape.num_mel_bins + 2) * sizeof(int));
+    span_weight = next(span, n == 256 ? (shape.num_mel_bins + 15) / 16 * 16 * sizeof(MelSpan) : 0);
+    end = next(span_weight, size_t(quads) * 64 * sizeof(float));
   }
-  static size_t next(size_t begin, size_t bytes) { return begin + (bytes + 7) / 8 * 8; }
-  size_t twiddle, twiddle16, turn, weight, segment, end;
+  static size_t next(size_t begin, size_t bytes) { return begin + (bytes + 15) / 16 * 16; }
+  size_t twiddle, twiddle16, turn, weight, segment, span, span_weight, end;
 };
 
 struct Mel {
@@ -73,6 +76,36 @@ Mel mel_weights(const FbankShape& shape, double sample_rate, double low_freq, do
   return found;
 }
 
+struct Spans {
+  std::vector<MelSpan> span;
+  std::vector<float> weight;
+};
+
+Spans mel_spans(const Mel& mel, int filters) {
+  const int bins = int(mel.weight.size());
+  Spans found;
+  for (int group = 0; group < filters; group += 16) {
+    const int lanes = std::min(16, filters - group);
+    int quads = 1;
+    for (int f = group; f < group + lanes; ++f) {
+      quads = std::max(quads, (mel.segment[f + 2] + 3) / 4 - mel.segment[f] / 4);
+    }
+    const size_t begin = found.weight.size();
+    found.weight.resize(begin + size_t(quads) * 64);
+    for (int lane = 0; lane < 16; ++lane) {
+      const int f = std::min(group + lane, filters - 1);
+      const int first = std::min(mel.segment[f] / 4 * 4, bins - 4 * quads);
+      found.span.push_back({uint16_t(first), uint16_t(quads)});
+      for (int k = mel.segment[f]; k < mel.segment[f + 2]; ++k) {
+        const int i = k - first;
+        found.weight[begin + size_t(i / 4 * 64 + lane * 4 + i % 4)] =
+            k < mel.segment[f + 1] ? mel.weight[k].rise : mel.weight[k].fall;
+      }
+    }
+  }
+  return found;
+}
+
 template <class T>
 void copy(FbankTables& tables, size_t begin, const std::vector<T>& from) {
   std::memcpy(tables.memory.data() + begin, from.data(), from.size() * sizeof(T));
@@ -81,7 +114,7 @@ void copy(FbankTables& tables, size_t begin, const std::vector<T>& from) {
 }  // namespace
 
 FbankView FbankTables::view(const void* copy) const {
-  const Layout layout(shape);
+  const Layout layout(shape, quads);
   const char* base = static_cast<const char*>(copy);
   return {shape,
           reinterpret_cast<const float*>(base),
@@ -89,7 +122,10 @@ FbankView FbankTables::view(const void* copy) const {
           reinterpret_cast<const Complex<float>*>(base + layout.twiddle16),
           reinterpret_cast<const Complex<float>*>(base + layout.turn),
           reinterpret_cast<const MelWeight*>(base + layout.weight),
-          reinterpret_cast<const int*>(base + layout.segment)};
+          reinterpret_cast<const int*>(base + layout.segment),
+          reinterpret_cast<const MelSpan*>(base + layout.span),
+          reinterpret_cast<const float*>(base + layout.span_weight),
+          quads};
 }
 
 FbankTables fbank_tables(const FbankShape& shape, double sample_rate, double low_freq, double high_freq, Window window) {
@@ -105,14 +141,19 @@ FbankTables fbank_tables(const FbankShape& shape, double sample_rate, double low
   for (long k = 0; k <= n / 2; ++k) turn.push_back(root(k, 2 * n));
   const Mel mels = mel_weights(shape, sample_rate, low_freq, high_freq);
 
-  const Layout layout(shape);
-  FbankTables tables{shape, std::vector<unsigned char>(layout.end)};
+  const Spans spans = n == 256 ? mel_spans(mels, shape.num_mel_bins) : Spans{};
+  const int quads = int(spans.weight.size() / 64);
+
+  const Layout layout(shape, quads);
+  FbankTables tables{shape, quads, std::vector<unsigned char>(layout.end)};
   copy(tables, 0, windows);
   copy(tables, layout.twiddle, twiddle);
   copy(tables, layout.twiddle16, twiddle16);
   copy(tables, layout.turn, turn);
   copy(tables, layout.weight, mels.weight);
   copy(tables, layout.segment, mels.segment);
+  copy(tables, layout.span, spans.span);
+  copy(tables, layout.span_weight, spans.weight);
   return tables;
 }
 

@@ -15,6 +15,12 @@ struct MelWeight {
   float rise, fall;
 };
 
+// The bins of a triangle, for 16 lanes with a triangle each: `quads` times 4 of them from `first` on, a multiple of 4. All
+// 16 have the same number of bins; those that are not their triangle's have no weight.
+struct MelSpan {
+  uint16_t first, quads;
+};
+
 // The tables as a frame's code reads them, in this process's memory or a GPU's. n = fft_length / 2.
 struct FbankView {
   FbankShape shape;
@@ -25,11 +31,16 @@ struct FbankView {
   const MelWeight* weight;          // (n)
   // Segment s holds the bins between mel edges s and s + 1: segment[s] up to segment[s + 1]. Triangle s rises there.
   const int* segment;  // (num_mel_bins + 2)
+  // The same weights, triangle by triangle, 16 triangles at a time. Only where n = 256.
+  const MelSpan* span;       // (num_mel_bins, rounded up to 16)
+  const float* span_weight;  // (quads, 16, 4)
+  int quads;                 // of all groups of 16
 };
 
 // The tables in one block of memory, which may be copied to a GPU as it is.
 struct FbankTables {
   FbankShape shape;
+  int quads;
   std::vector<unsigned char> memory;
 
   FbankView view() const { return view(memory.data()); }

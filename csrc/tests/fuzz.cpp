@@ -55,7 +55,7 @@ template <class Out>
 void run_blocks(const reference::Case& c, bool fast) {
   const cat::FbankTables tables = c.settings.tables();
   const int64_t blocks = c.call.clips * (fast ? cat::Block400::blocks_per_clip(c.call.frames) : c.call.frames);
-  const int bytes = fast ? cat::Block400::bytes(c.settings.shape) : cat::GeneralBlock::bytes(c.settings.shape);
+  const int bytes = fast ? cat::Block400::bytes(tables.view()) : cat::GeneralBlock::bytes(c.settings.shape);
   emulator::Block block(cat::kBlockThreads, size_t(bytes), 0);
   for (int64_t i = 0; i < blocks; ++i) {
     block.run(i, [&](emulator::Thread& thread) {
@@ -80,7 +80,7 @@ int main(int argc, char** argv) {
       reference::check_result(c);
     }
     if (c.settings.shape.fft_length > cat::GeneralBlock::kLargestFft) continue;
-    const bool fast = cat::Block400::takes(c.settings.shape);
+    const bool fast = cat::Block400::takes(c.settings.tables().view());
     c.finish();
     c.name = name + (fast ? ", 400-sample kernel" : ", general kernel");
     if (c.call.dtype == Dtype::float32) run_blocks<float>(c, fast);

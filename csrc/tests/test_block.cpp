@@ -15,7 +15,7 @@ using cat::FbankView;
 template <class Out>
 void run_blocks(const FbankView& tables, const FbankCall& call, bool fast, unsigned seed) {
   const int64_t blocks = call.clips * (fast ? cat::Block400::blocks_per_clip(call.frames) : call.frames);
-  const int bytes = fast ? cat::Block400::bytes(tables.shape) : cat::GeneralBlock::bytes(tables.shape);
+  const int bytes = fast ? cat::Block400::bytes(tables) : cat::GeneralBlock::bytes(tables.shape);
   emulator::Block block(cat::kBlockThreads, size_t(bytes), seed);
   for (int64_t i = 0; i < blocks; ++i) {
     block.run(i, [&](emulator::Thread& thread) {
@@ -63,17 +63,18 @@ void check_nan(bool fast) {
 }
 
 void check_choice() {
-  cat::FbankShape shape{400, 160, 512, 128};
-  CHECK(cat::Block400::takes(shape)) << "the standard shape";
-  CHECK(cat::Block400::bytes(shape) <= 56 * 1024) << "four blocks must fit into 228 KiB";
-  shape.frame_shift = 161;
-  CHECK(!cat::Block400::takes(shape)) << "an odd shift";
-  shape = {400, 400, 512, 128};
-  CHECK(!cat::Block400::takes(shape)) << "too much shared memory";
-  shape = {400, 160, 1024, 128};
-  CHECK(!cat::Block400::takes(shape)) << "another FFT";
-  shape = {4000, 160, cat::GeneralBlock::kLargestFft, 128};
-  CHECK(cat::GeneralBlock::bytes(shape) <= 48 * 1024) << "more than every GPU has";
+  reference::Settings s;
+  const auto takes = [&] { return cat::Block400::takes(s.tables().view()); };
+  CHECK(takes()) << "the standard shape";
+  CHECK(cat::Block400::bytes(s.tables().view()) <= 56 * 1024) << "four blocks must fit into 228 KiB";
+  s.shape.frame_shift = 161;
+  CHECK(!takes()) << "an odd shift";
+  s.shape = {400, 400, 512, 128};
+  CHECK(!takes()) << "too much shared memory";
+  s.shape = {400, 160, 1024, 128};
+  CHECK(!takes()) << "another FFT";
+  s.shape = {4000, 160, cat::GeneralBlock::kLargestFft, 128};
+  CHECK(cat::GeneralBlock::bytes(s.shape) <= 48 * 1024) << "more than every GPU has";
 }
 
 // Lane maps: the lanes' frequencies of a 256-point transform become the powers of 256 bins, each in its place.
@@ -103,33 +104,38 @@ void check_powers() {
   }
 }
 
-// Segment maps: every triangle from the two segments that two lanes have.
-void check_mel(int bins) {
+// Mel spans: the sixteen lanes' triangles, all of the same length, against the definition.
+void check_mel(int bins, double low_freq) {
   reference::Settings settings;
   settings.shape.num_mel_bins = bins;
+  settings.low_freq = low_freq;
   const cat::FbankTables tables = settings.tables();
+  const FbankView view = tables.view();
+  const std::string name = std::to_string(bins) + " bins from " + std::to_string(low_freq) + " Hz";
   std::mt19937 random(0);
   std::uniform_real_distribution<float> uniform(1, 2);
-  std::vector<float> power(256), row(size_t(bins) + 1, -1);
+  alignas(16) float power[256];
   for (float& value : power) value = uniform(random);
+  std::vector<float> row(size_t(bins) + 1, -1);
   cat::Block400 shared{};
-  std::vector<cat::MelWeight> weight(tables.view().weight, tables.view().weight + 256);
-  std::vector<int> segment(tables.view().segment, tables.view().segment + bins + 2);
-  shared.weight = weight.data(), shared.segment = segment.data();
+  std::vector<cat::MelSpan> mel(view.span, view.span + (bins + 15) / 16 * 16);
+  std::vector<float> weight(view.span_weight, view.span_weight + view.quads * 64);
+  shared.weight = weight.data(), shared.mel = mel.data();
+  for (const cat::MelSpan& span : mel) CHECK(span.first + 4 * span.quads <= 256) << name << ": behind the spectrum";
   FbankCall call{};
   call.factor = 1;
   emulator::Block block(cat::kBlockThreads, 0, 4);
   block.run(0, [&](emulator::Thread& thread) {
     float* const to = thread.index() < 16 ? row.data() : nullptr;
-    cat::mel400(call, shared, power.data(), bins, true, to, thread);
+    cat::mel400(call, shared, power, bins, true, to, thread);
   });
   for (int f = 0; f < bins; ++f) {
     double energy = 0;
-    for (int k = 0; k < 256; ++k) energy += power[size_t(k)] / 4 * reference::mel_weight(settings, k, f);
+    for (int k = 0; k < 256; ++k) energy += power[k] / 4 * reference::mel_weight(settings, k, f);
     const double expected = std::log(std::max(energy, double(cat::kEnergyFloor)));
-    CHECK(std::fabs(row[size_t(f)] - expected) < 1e-5) << bins << " bins, bin " << f << ": " << row[size_t(f)];
+    CHECK(std::fabs(row[size_t(f)] - expected) < 1e-5) << name << ", bin " << f << ": " << row[size_t(f)];
   }
-  CHECK(row[size_t(bins)] == -1) << bins << " bins: written behind the row";
+  CHECK(row[size_t(bins)] == -1) << name << ": written behind the row";
 }
 
 }  // namespace
@@ -137,11 +143,14 @@ void check_mel(int bins) {
 int main() {
   check_choice();
   check_powers();
-  for (int bins : {1, 14, 15, 16, 17, 31, 128, 200}) check_mel(bins);
+  for (int bins : {1, 14, 15, 16, 17, 31, 128, 200}) {
+    check_mel(bins, 20);
+    check_mel(bins, 7000);
+  }
   check_nan(true);
   check_nan(false);
   for (const reference::Case& c : reference::cases(cat::GeneralBlock::kLargestFft)) {
-    if (cat::Block400::takes(c.settings.shape)) check_kernel(c, true);
+    if (cat::Block400::takes(c.settings.tables().view())) check_kernel(c, true);
     check_kernel(c, false);
   }
   return check::result("test_block");
