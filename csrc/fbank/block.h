@@ -280,7 +280,9 @@ CAT_HD float block_sum(float value, float* partial, Thread& thread) {
     if (thread.index() < step) partial[thread.index()] += partial[thread.index() + step];
   }
   thread.sync();
-  return partial[0];
+  const float sum = partial[0];
+  thread.sync();
+  return sum;
 }
 
 template <class Out, class Thread>
@@ -298,16 +300,18 @@ CAT_HD void general_block(const FbankView& tables, const FbankCall& call, Thread
     return;
   }
   const int64_t begin = clip * call.row_stride + t * shape.frame_shift;
-  // Taken from the frame's first sample on, which the mean's removal undoes: digits that samples with a common offset
-  // differ in would be lost.
-  const float first = call.remove_dc ? sample(call.waveform, call.input, begin) * call.scale : 0.0f;
-  float sum = 0;
-  for (int i = me; i < length; i += kBlockThreads) {
-    x[i] = sample(call.waveform, call.input, begin + i) * call.scale - first;
-    sum += x[i];
+  for (int i = me; i < length; i += kBlockThreads) x[i] = sample(call.waveform, call.input, begin + i) * call.scale;
+  float mean = 0;
+  if (call.remove_dc) {
+    // Twice: the first mean is rounded at the size of the offset, what it leaves is rounded at the size of the rest.
+    float sum = 0;
+    for (int i = me; i < length; i += kBlockThreads) sum += x[i];
+    const float offset = block_sum(sum, partial, thread) / length;
+    sum = 0;
+    for (int i = me; i < length; i += kBlockThreads) sum += x[i] -= offset;
+    mean = block_sum(sum, partial, thread) / length;
   }
-  sum = block_sum(sum, partial, thread);
-  const float mean = call.remove_dc ? sum / length : 0.0f;
+  thread.sync();
   for (int i = me; i < 2 * n; i += kBlockThreads) {
     const float before = i < length ? x[i ? i - 1 : 0] - mean : 0.0f;
     y[i] = i < length ? emphasise(x[i] - mean, before, 1 - call.preemphasis) * tables.window[i] : 0.0f;

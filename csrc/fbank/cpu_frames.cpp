@@ -52,20 +52,30 @@ void gather(const float* const (&lane)[W], int length, Vector* x) {
   }
 }
 
+// The sum, by sixteens of sixteens: rounding grows with the longest chain of additions.
+Vector sum_of(const Vector* x, int length) {
+  Vector sum{};
+  for (int i = 0; i < length; i += 256) {
+    Vector part{};
+    for (int j = i; j < i + 256 && j < length; j += 16) {
+      Vector few{};
+      for (int k = j; k < j + 16 && k < length; ++k) few += x[k];
+      part += few;
+    }
+    sum += part;
+  }
+  return sum;
+}
+
 // Removes the mean, emphasises and applies the window, in place.
 void prepare(const FbankView& tables, const FbankCall& call, Vector* x) {
   const int length = tables.shape.frame_length;
   Vector mean{};
   if (call.remove_dc) {
-    // Everything is taken from the frame's first sample on, which the mean's removal undoes: sums and differences of
-    // values that share an offset lose the digits that tell them apart.
-    const Vector first = x[0];
-    Vector sum[4] = {};
-    for (int i = 0; i < length; ++i) {
-      x[i] -= first;
-      sum[i % 4] += x[i];
-    }
-    mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1.0f / length);
+    // Twice: the first mean is rounded at the size of the offset, what it leaves is rounded at the size of the rest.
+    const Vector offset = sum_of(x, length) * (1.0f / length);
+    for (int i = 0; i < length; ++i) x[i] -= offset;
+    mean = sum_of(x, length) * (1.0f / length);
   }
   const float kept = 1 - call.preemphasis;
   Vector before = x[0] - mean;

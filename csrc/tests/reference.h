@@ -70,8 +70,9 @@ inline double mel_weight(const Settings& s, int k, int f) {
 }
 
 // Mel energies of a frame, and the rounding error that a float implementation of each is allowed: its square root may
-// be off by 16 eps of the windowed frame's norm, times the root of the triangle's sum, and by 4 eps of itself. With
-// `offset_counts`, the mean that is removed after the emphasis counts towards the norm.
+// be off by 16 eps of the windowed frame's norm, times the root of the triangle's sum, and by 4 eps of itself; also by
+// 1 eps of what the frame's norm is before emphasis takes the low frequencies away, for that is how exact the samples are.
+// With `offset_counts`, the mean that is removed after the emphasis counts towards the norm.
 struct Energies {
   std::vector<double> energy, bound;
 };
@@ -82,11 +83,12 @@ inline Energies energies(const Settings& s, const std::vector<double>& samples, 
   double mean = 0;
   for (double x : samples) mean += x / length;
   Spectrum y(size_t(s.shape.fft_length));
-  double norm = 0;
+  double norm = 0, norm_before = 0;
   for (int i = 0; i < length; ++i) {
     const double offset = remove_dc ? mean : 0, before = samples[size_t(i ? i - 1 : 0)] - offset;
     y[size_t(i)] = (samples[size_t(i)] - offset - preemphasis * before) * window_at(i, length, s.window);
     norm += std::norm(y[size_t(i)]);
+    norm_before += std::pow((samples[size_t(i)] - offset) * window_at(i, length, s.window), 2);
     if (offset_counts) norm += std::pow((1 - preemphasis) * mean * window_at(i, length, s.window), 2);
   }
   const Spectrum X = fft(y);
@@ -99,7 +101,8 @@ inline Energies energies(const Settings& s, const std::vector<double>& samples, 
       row += weight;
     }
     found.energy.push_back(energy);
-    found.bound.push_back(16 * kEps * std::sqrt(norm * row) + 4 * kEps * std::sqrt(energy));
+    const double bound = 16 * std::sqrt(norm * row) + std::sqrt(norm_before * row) + 4 * std::sqrt(energy);
+    found.bound.push_back(kEps * bound);
   }
   return found;
 }
