@@ -42,7 +42,8 @@ SIZES = """
 #include "fbank/block.h"
 int main() {
   const cat::FbankShape shape = {400, 160, 512, 128};
-  std::printf("fbank_400 %d %d\\n", int(cat::kBlockThreads), int(cat::Block400::bytes(shape)));
+  const cat::FbankTables tables = cat::fbank_tables(shape, 16000, 20, 8000, cat::Window::hanning);
+  std::printf("fbank_400 %d %d\\n", int(cat::kBlockThreads), int(cat::Block400::bytes(tables.view())));
   std::printf("fbank_general %d %d\\n", int(cat::kBlockThreads), int(cat::GeneralBlock::bytes(shape)));
 }
 """
@@ -118,7 +119,8 @@ def launch_sizes(nvcc: str) -> dict[str, tuple[int, int]]:
     """Kernel -> threads of a block, bytes of shared memory asked for at the launch: computed by the sources."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "sizes.cu").write_text(SIZES)
-        command = [nvcc, "-std=c++17", f"-I{ROOT / 'csrc'}", f"{folder}/sizes.cu", "-o", f"{folder}/sizes"]
+        sources = [f"{folder}/sizes.cu", str(SOURCE.with_name("tables.cpp"))]
+        command = [nvcc, "-std=c++17", f"-I{ROOT / 'csrc'}", *sources, "-o", f"{folder}/sizes"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc cannot compile what tells the launch sizes:\n{done.stderr}")
