@@ -166,7 +166,10 @@ class BuildExtension(build_ext):
         compile_(folder, parallel)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / MODULE, target)
+        # Not over the old one: a process that has loaded it would crash.
+        part = target.with_name(target.name + ".part")
+        shutil.copyfile(folder / MODULE, part)
+        os.replace(part, target)
         self.record = json.loads((folder / "build.json").read_text())
 
 

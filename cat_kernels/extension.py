@@ -1,4 +1,4 @@
-"""The compiled part of the package, `cat_kernels._C` (csrc/): whether it is there, what is in it, and why it cannot run.
+"""The compiled part of the package, `cat_kernels._C` (csrc/): whether it is there, what is in it, why it cannot run.
 
 It is optional. Operators that have it fall back to PyTorch, and `explain()` says so.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,7 @@ import torch
 BUILD_RECORD = Path(__file__).with_name("_build.json")  # written by setup.py, also where nothing was built
 
 
-@lru_cache(maxsize=1)
+@cache
 def _found() -> tuple[ModuleType | None, str | None]:
     """The module, or the reason why there is none."""
     try:
@@ -24,7 +24,8 @@ def _found() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "cat_kernels._C":
             return None, _broken(error)
-        return None, f"the extension was not built ({_why_not_built()}); see docs/install.md"
+        reason = _recorded("reason") or "in a source tree: pip install -e ."
+        return None, f"the extension was not built ({reason}); see docs/install.md"
     except ImportError as error:
         return None, _broken(error)
 
@@ -33,12 +34,12 @@ def _broken(error: ImportError) -> str:
     return f"the extension cannot be loaded ({error}); build it again: pip install --force-reinstall --no-deps ."
 
 
-def _why_not_built() -> str:
+def _recorded(key: str) -> str | None:
+    """What the build wrote down; None where it did not."""
     try:
-        reason = json.loads(BUILD_RECORD.read_text())["reason"]
+        return json.loads(BUILD_RECORD.read_text())[key]
     except (OSError, ValueError, KeyError):
-        reason = None
-    return reason or "in a source tree: pip install -e ."
+        return None
 
 
 def load() -> ModuleType | None:
@@ -54,13 +55,14 @@ def why_not(device: str) -> str | None:
     if device != "cuda":
         return f"the extension runs on CPU and CUDA tensors, these are on {device}"
     if not module.about()["cuda"]:
-        return "the extension was built without CUDA; install nvcc and build it again (docs/install.md)"
+        reason = _recorded("cuda_reason") or "nvcc was not found"
+        return f"the extension was built without CUDA ({reason}); build it again (docs/install.md)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     return _cuda_problem(torch.cuda.current_device())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_problem(index: int) -> str | None:
     """What keeps the kernels from running on this GPU: a driver that is too old, an architecture not compiled for."""
     module = load()

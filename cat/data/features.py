@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cat_kernels.mel import fbank
+from cat_kernels.mel import FBANK_PRESETS, fbank
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class FeatureConfig:
         return self.frame_length + (self.frames - 1) * self.frame_shift
 
 
+def _preset(name: str) -> FeatureConfig:
+    preset = FBANK_PRESETS[name]
+    return FeatureConfig(frames=preset["target_length"], mean=preset["mean"], std=preset["std"])
+
+
 # Statistics and lengths of the released fine-tuning recipes.
-FEATURE_PRESETS: dict[str, FeatureConfig] = {
-    "audioset": FeatureConfig(),
-    "esc50": FeatureConfig(frames=512, mean=-6.627, std=5.359),
-    "spc2": FeatureConfig(frames=128, mean=-6.846, std=5.565),
-}
+FEATURE_PRESETS: dict[str, FeatureConfig] = {name: _preset(name) for name in ("audioset", "esc50", "spc2")}
 
 
 def log_mel(waveform: Tensor, config: FeatureConfig, lengths: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def fbank_native(
     return spec_BTF
 
 
-@lru_cache(maxsize=None)  # a few kilobytes each
+@cache  # a few kilobytes each
 def _tables(settings: FbankSettings) -> Any:
     module: Any = extension.load()
     return module.FbankTables(
@@ -88,7 +88,7 @@ def _tables(settings: FbankSettings) -> Any:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_tables(settings: FbankSettings, device: torch.device) -> Tensor:
     """The tables on a GPU, copied there once. They are never freed, so that any stream may read them at any time."""
     if torch.cuda.is_current_stream_capturing():

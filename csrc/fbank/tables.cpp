@@ -108,7 +108,7 @@ Spans mel_spans(const Mel& mel, int filters) {
 
 template <class T>
 void copy(FbankTables& tables, size_t begin, const std::vector<T>& from) {
-  std::memcpy(tables.memory.data() + begin, from.data(), from.size() * sizeof(T));
+  if (!from.empty()) std::memcpy(tables.memory.data() + begin, from.data(), from.size() * sizeof(T));
 }
 
 }  // namespace

@@ -351,7 +351,7 @@ def test_features_of_a_gpu_are_those_of_the_workers(files, request):
             found = batch.to("cuda").with_features(FEATURES)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        # Another FFT: bins far below the loudest of their frame are made of rounding (measured on a tone with noise).
+        # Another FFT: bins far below the loudest of their frame are made of rounding.
         torch.testing.assert_close(found.spec.cpu(), expected.spec, rtol=0, atol=1e-3)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat_kernels.mel import FbankSettings, fbank, fbank_reference
+from cat_kernels import backends
+from cat_kernels.mel import FBANK_PRESETS, FbankSettings, LogMelFbank, fbank, fbank_reference
 from cat_kernels.mel.reference import ENERGY_FLOOR, _spectrum, _tables, mel_matrix
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fbank_torchaudio.safetensors"
@@ -21,6 +22,12 @@ def golden():
     return pytest.importorskip("safetensors.torch").load_file(GOLDEN)
 
 
+@pytest.fixture(params=backends.OPERATORS["fbank"])
+def backend(request):
+    reason = backends.why_not("fbank", request.param, "cpu")
+    return request.param if reason is None else pytest.skip(reason)
+
+
 def noise(*shape, seed=0, scale=0.1, dtype=torch.float32):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -29,9 +36,9 @@ def noise(*shape, seed=0, scale=0.1, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_matches_torchaudio(golden, name):
+def test_matches_torchaudio(golden, backend, name):
     expected = golden[f"fbank.{name}"]
-    error = (fbank(golden[f"wave.{name}"]) - expected).abs()
+    error = (fbank(golden[f"wave.{name}"], backend=backend) - expected).abs()
     assert error[expected > expected.max() - 12].max() <= 1e-3
     if name in ("silence", "tiny_1e-6"):
         assert error.max() == 0
@@ -47,7 +54,7 @@ def test_all_golden_clips_are_tested(golden):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_error_bound_against_float64(golden, name):
+def test_error_bound_against_float64(golden, backend, name):
     """|sqrt(E) - sqrt(E_ref)| <= 16 eps ||windowed frame|| sqrt(row sum) + 4 eps sqrt(E)."""
     wave = golden[f"wave.{name}"][None].double()
     settings, eps = FbankSettings(), torch.finfo(torch.float32).eps
@@ -58,7 +65,8 @@ def test_error_bound_against_float64(golden, name):
     norm = ((2 * power.sum(-1) - power[..., 0] - power[..., -1]) / settings.fft_length).sqrt()
     row_sum = mel_matrix(settings, CPU, torch.float64).sum(0)
     bound = 16 * eps * norm[..., None] * row_sum.sqrt() + 4 * eps * expected
-    assert ((fbank(wave.float()).double().exp().sqrt() - expected).abs() <= bound).all()
+    found = fbank(wave.float(), backend=backend).double().exp().sqrt()
+    assert ((found - expected).abs() <= bound).all()
 
 
 def test_float64_stays_float64():
@@ -69,15 +77,15 @@ def test_float64_stays_float64():
 # --- the eight points ------------------------------------------------------------------------------------------------
 
 
-def test_1_clip_mean_is_not_removed_here():
+def test_1_clip_mean_is_not_removed_here(backend):
     wave = noise(1, 800)
-    with_offset, without = (fbank(wave + offset, remove_dc=False) for offset in (0.5, 0.0))
+    with_offset, without = (fbank(wave + offset, remove_dc=False, backend=backend) for offset in (0.5, 0.0))
     assert (with_offset - without).abs().max() > 1
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(400, 1), (559, 1), (560, 2), (160_000, 998)])
-def test_2_only_whole_frames(samples, frames):
-    assert fbank(torch.zeros(samples)).shape == (frames, 128)
+def test_2_only_whole_frames(samples, frames, backend):
+    assert fbank(torch.zeros(samples), backend=backend).shape == (frames, 128)
 
 
 def test_3_frame_mean_preemphasis_window_padding():
@@ -91,9 +99,14 @@ def test_3_frame_mean_preemphasis_window_padding():
     torch.testing.assert_close(fbank(wave), energies.clamp(min=ENERGY_FLOOR).log()[None], rtol=1e-10, atol=1e-10)
 
 
-def test_3_nothing_is_carried_from_frame_to_frame():
+def test_3_nothing_is_carried_from_frame_to_frame(backend):
     wave = noise(1, 4000)
-    torch.testing.assert_close(fbank(wave)[:, 7], fbank(wave[:, 7 * 160 : 7 * 160 + 400])[:, 0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        fbank(wave, backend=backend)[:, 7],
+        fbank(wave[:, 7 * 160 : 7 * 160 + 400], backend=backend)[:, 0],
+        rtol=0,
+        atol=2e-5,
+    )
 
 
 def test_4_power_without_normalisation_and_no_nyquist():
@@ -117,58 +130,62 @@ def test_5_triangles_linear_in_mel_and_the_empty_row():
     assert weights[100, row].item() == pytest.approx(place - row, abs=1e-9)
 
 
-def test_6_floor():
-    assert fbank(torch.zeros(1, 400)).eq(torch.tensor(-15.942385)).all()
+def test_6_floor(backend):
+    assert fbank(torch.zeros(1, 400), backend=backend).eq(torch.tensor(-15.942385)).all()
 
 
-def test_6_nan_comes_through():
+def test_6_nan_comes_through(backend):
     wave = noise(2, 1200)
     wave[0, 500] = math.nan
-    spec = fbank(wave)
+    spec = fbank(wave, backend=backend)
     hit = [t for t in range(6) if 160 * t <= 500 < 160 * t + 400]
     assert spec[0, hit].isnan().all()
     assert spec[0, [t for t in range(6) if t not in hit]].isfinite().all()
     assert spec[1].isfinite().all()
 
 
-def test_7_padding_comes_before_the_normalisation():
+def test_7_padding_comes_before_the_normalisation(backend):
     wave = noise(1, 1040)  # 5 frames
-    plain = fbank(wave)
-    longer = fbank(wave, target_length=8, mean=-4.268, std=4.569)
+    plain = fbank(wave, backend=backend)
+    longer = fbank(wave, target_length=8, mean=-4.268, std=4.569, backend=backend)
     torch.testing.assert_close(longer[:, :5], (plain + 4.268) / (2 * 4.569))
     torch.testing.assert_close(longer[:, 5:], torch.full((1, 3, 128), 4.268 / (2 * 4.569)))
     assert longer[0, 5, 0].item() == pytest.approx(0.467, abs=1e-3)
-    assert fbank(wave, target_length=3).equal(plain[:, :3])
+    assert fbank(wave, target_length=3, backend=backend).equal(plain[:, :3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_8_output_dtypes(dtype):
+def test_8_output_dtypes(dtype, backend):
     wave = noise(2, 1000)
-    torch.testing.assert_close(fbank(wave, dtype=dtype), fbank(wave).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(
+        fbank(wave, dtype=dtype, backend=backend), fbank(wave, backend=backend).to(dtype), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int16])
-def test_8_input_dtypes(dtype):
+def test_8_input_dtypes(dtype, backend):
     wave = (noise(2, 1000) * 32768).round().to(torch.int16)
     scaled = wave.float() / 32768
     given = wave if dtype == torch.int16 else scaled.to(dtype)
-    assert fbank(given).equal(fbank(scaled if dtype == torch.int16 else given.float()))
-    assert fbank(given).dtype == torch.float32
+    assert fbank(given, backend=backend).equal(
+        fbank(scaled if dtype == torch.int16 else given.float(), backend=backend)
+    )
+    assert fbank(given, backend=backend).dtype == torch.float32
 
 
 # --- everything else -------------------------------------------------------------------------------------------------
 
 
-def test_ragged_batch_equals_clip_by_clip():
+def test_ragged_batch_equals_clip_by_clip(backend):
     lengths = torch.tensor([400, 1999, 2000])
     wave = noise(3, 2000)
     for row, length in zip(wave, lengths, strict=True):
         row[length:] = math.nan  # must not be read
     options = {"target_length": 14, "mean": -4.0, "std": 4.5}
-    spec = fbank(wave, lengths, **options)
+    spec = fbank(wave, lengths, **options, backend=backend)
     for b, length in enumerate(lengths.tolist()):
-        torch.testing.assert_close(spec[b], fbank(wave[b, :length], **options), rtol=0, atol=1e-5)
-    assert fbank(wave, lengths)[0, 1:].eq(0).all()
+        torch.testing.assert_close(spec[b], fbank(wave[b, :length], **options, backend=backend), rtol=0, atol=1e-5)
+    assert fbank(wave, lengths, backend=backend)[0, 1:].eq(0).all()
 
 
 def test_ragged_gradient_ignores_what_lies_behind():
@@ -212,22 +229,24 @@ def test_windows():
     torch.testing.assert_close(povey, hann**0.85)
 
 
-def test_scale_and_band():
+def test_scale_and_band(backend):
     wave = noise(1, 800)
-    torch.testing.assert_close(fbank(wave, scale=32768.0), fbank(wave * 32768))
-    assert fbank(wave, high_freq=-400).equal(fbank(wave, high_freq=7600))
+    torch.testing.assert_close(fbank(wave, scale=32768.0, backend=backend), fbank(wave * 32768, backend=backend))
+    assert fbank(wave, high_freq=-400, backend=backend).equal(fbank(wave, high_freq=7600, backend=backend))
     # 22.05 kHz: frames of int(551.25) samples
-    assert fbank(wave, sample_rate=22050).shape == (1, 2, 128)
+    assert fbank(wave, sample_rate=22050, backend=backend).shape == (1, 2, 128)
 
 
-def test_one_clip_empty_batch_and_strides():
+def test_one_clip_empty_batch_and_strides(backend):
     wave = noise(4, 1600)
-    batched = fbank(wave)
-    torch.testing.assert_close(fbank(wave[2]), batched[2], rtol=0, atol=1e-5)
-    assert fbank(wave[:0]).shape == (0, 8, 128)
-    assert fbank(wave[:0], target_length=3).shape == (0, 3, 128)
-    torch.testing.assert_close(fbank(wave.T.contiguous().T), batched, rtol=0, atol=1e-4)
-    torch.testing.assert_close(fbank(wave[:1].expand(3, -1)), batched[:1].expand(3, -1, -1), rtol=0, atol=1e-4)
+    batched = fbank(wave, backend=backend)
+    torch.testing.assert_close(fbank(wave[2], backend=backend), batched[2], rtol=0, atol=1e-5)
+    assert fbank(wave[:0], backend=backend).shape == (0, 8, 128)
+    assert fbank(wave[:0], target_length=3, backend=backend).shape == (0, 3, 128)
+    torch.testing.assert_close(fbank(wave.T.contiguous().T, backend=backend), batched, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        fbank(wave[:1].expand(3, -1), backend=backend), batched[:1].expand(3, -1, -1), rtol=0, atol=1e-4
+    )
     assert batched.is_contiguous()
 
 
@@ -327,3 +346,54 @@ def test_export_and_dynamic_lengths():
     for n in (2000, 3111):
         wave = noise(2, n)
         assert exported(wave).equal(Module()(wave))
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "frames"), [("audioset", 1024), ("esc50", 512), ("spc2", 128)])
+def test_presets(name, frames):
+    wave, preset = noise(1, 20_000), FBANK_PRESETS[name]
+    spec = LogMelFbank(name)(wave)
+    assert spec.shape == (1, frames, 128)
+    plain = fbank(wave)
+    torch.testing.assert_close(spec[:, :123], (plain[:, :123] - preset["mean"]) / (2 * preset["std"]))
+    pad = torch.tensor(-preset["mean"] / (2 * preset["std"]))
+    torch.testing.assert_close(spec[0, 123, 0], plain[0, 123, 0] if frames == 123 else pad)
+
+
+def test_preset_of_beats():
+    """Samples as 16-bit integers, Kaldi's own window, and statistics of those."""
+    wave = noise(2, 4000)
+    expected = (fbank(wave * 2**15, window="povey") - 15.41663) / (2 * 6.55582)
+    torch.testing.assert_close(LogMelFbank("beats")(wave), expected)
+    as_int = (wave * 2**15).round().to(torch.int16)
+    torch.testing.assert_close(LogMelFbank("beats")(as_int), LogMelFbank("beats")(as_int.float() / 2**15))
+
+
+def test_module_is_the_function():
+    wave, lengths = noise(2, 4000), torch.tensor([4000, 1000])
+    module = LogMelFbank("audioset", target_length=30, num_mel_bins=64, dtype=torch.bfloat16)
+    options = {**FBANK_PRESETS["audioset"], "target_length": 30, "num_mel_bins": 64, "dtype": torch.bfloat16}
+    assert module(wave, lengths).equal(fbank(wave, lengths, **options))
+    assert module(wave[0]).shape == (30, 64)
+    assert not list(module.parameters())
+    assert not module.state_dict()
+    assert repr(module) == "LogMelFbank('audioset', target_length=30, num_mel_bins=64, dtype=torch.bfloat16)"
+    assert repr(LogMelFbank(window="povey")) == "LogMelFbank(window='povey')"
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "error", "words"),
+    [
+        ("audiosets", {}, ValueError, ["'audiosets'", "'audioset'", "'beats'"]),
+        (None, {"mel_bins": 64}, TypeError, ["mel_bins", "help"]),
+        ("audioset", {"window": "blackman"}, ValueError, ["'blackman'", "'povey'"]),
+        ("audioset", {"std": None}, ValueError, ["std=None"]),
+        (None, {"dtype": torch.int16}, TypeError, ["int16"]),
+    ],
+)
+def test_bad_modules_are_refused_when_made(preset, options, error, words):
+    with pytest.raises(error) as caught:
+        LogMelFbank(preset, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
