@@ -249,7 +249,7 @@ def test_gpu_gives_what_the_cpu_gives(cuda, name, given, dtype):
 
 
 @pytest.mark.gpu
-def test_gpu_error_bound_against_float64(cuda):
+def test_gpu_bound_against_float64(cuda):
     wave = noise(2, 40_000)
     expected, bound = bound_of(wave, FbankSettings())
     found = fbank(wave.to(cuda), backend="native").cpu().double()
