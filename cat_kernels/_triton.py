@@ -1,0 +1,67 @@
+"""What every Triton kernel of the package shares: the launch guard, tile widths, the precision of a matrix product.
+
+Kernels live in modules that import Triton; this one and they are imported when a kernel is first asked for, never by
+`import cat_kernels`. With TRITON_INTERPRET=1 in the environment they run, slowly, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Element types that kernels read and write; float64 is the reference's.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **meta: Any) -> None:
+    """Run ``kernel`` on ``grid`` programs, on the device and current stream of its first tensor.
+
+    Tensors must be contiguous where the kernel takes no strides; nothing is launched for an empty grid.
+    """
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    if 0 in grid:
+        return
+    guard = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[tuple(grid)](*args, **meta)
+
+
+def padded(width: int) -> int:
+    """The tile that holds ``width`` columns: the next power of two, and at least what a matrix product takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """For `tl.dot` of float32 operands: TF32 only where PyTorch's own products use it. Others ignore it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """One instantiation of a kernel, to be compiled without a GPU: names of arguments to Triton's type strings, the
+    constexpr arguments' values, and the compiler's options (num_warps, num_stages)."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+
+
+# Read once: Triton too decides when it is imported.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`tl.dot` with an accumulator. The interpreter multiplies bfloat16 operands as integers, so it gets float32."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

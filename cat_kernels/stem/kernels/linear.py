@@ -1,0 +1,112 @@
+"""LayerNorm and a linear layer in one pass: y = LN(x) @ weight.T + bias, the normalised rows never in memory.
+
+A tile of rows is read twice, for its statistics and as the operand, the second time from the cache.
+
+Shapes: R rows, c channels in, n channels out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cat_kernels._triton import Ahead, dot, input_precision, launch, padded
+
+
+def config(c: int, n: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles for matrix units: 128 x 128 in half precision, and half of each side in float32."""
+    rows, columns = (64, 64) if dtype == torch.float32 else (128, 128)
+    return {
+        "BLOCK_R": rows,
+        "BLOCK_N": min(columns, padded(n)),
+        "BLOCK_K": min(64, padded(c)),
+        "num_warps": 4 if dtype == torch.float32 else 8,
+        "num_stages": 3,
+    }
+
+
+@triton.jit(do_not_specialize=["R", "eps"])
+def _norm_linear(
+    x_ptr,
+    ln_weight_ptr,
+    ln_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    R,
+    eps,
+    c: tl.constexpr,
+    n: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Column tiles of the same rows are neighbours, so that all but the first find the rows in the cache.
+    tiles_n: tl.constexpr = (n + BLOCK_N - 1) // BLOCK_N
+    rows = tl.program_id(0) // tiles_n * BLOCK_R + tl.arange(0, BLOCK_R)
+    outs = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    row_at = rows.to(tl.int64)[:, None] * c
+    inside = (rows < R)[:, None]
+
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for k in range(0, c, BLOCK_K):
+        x = tl.load(x_ptr + row_at + (k + ks), inside & (k + ks < c), 0.0).to(tl.float32)
+        total += tl.sum(x, 1)
+    mean = total / c
+    squares = tl.zeros((BLOCK_R,), tl.float32)
+    for k in range(0, c, BLOCK_K):
+        x = tl.load(x_ptr + row_at + (k + ks), inside & (k + ks < c), 0.0).to(tl.float32)
+        centred = tl.where(k + ks < c, x - mean[:, None], 0.0)
+        squares += tl.sum(centred * centred, 1)
+    rstd = tl.rsqrt(squares / c + eps)
+
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for k in range(0, c, BLOCK_K):
+        in_k = k + ks < c
+        x = tl.load(x_ptr + row_at + (k + ks), inside & in_k, 0.0).to(tl.float32)
+        ln_weight = tl.load(ln_weight_ptr + k + ks, in_k, 0.0).to(tl.float32)
+        ln_bias = tl.load(ln_bias_ptr + k + ks, in_k, 0.0).to(tl.float32)
+        normed = ((x - mean[:, None]) * rstd[:, None] * ln_weight + ln_bias).to(weight_ptr.dtype.element_ty)
+        weight = tl.load(weight_ptr + outs * c + (k + ks)[:, None], (outs < n) & in_k[:, None], 0.0)
+        acc = dot(normed, weight, acc, PRECISION)
+    acc += tl.load(bias_ptr + outs, outs < n, 0.0).to(tl.float32)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * n + outs, acc, inside & (outs < n))
+
+
+def norm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(R, c) -> (R, n); weight (n, c) in x's dtype."""
+    R, c = x.shape
+    n = weight.shape[0]
+    y = x.new_empty(R, n)
+    options = config(c, n, x.dtype)
+    grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(n, options["BLOCK_N"]),)
+    tensors = (x, ln_weight, ln_bias, weight, bias, y)
+    launch(_norm_linear, grid, *tensors, R, eps, c=c, n=n, PRECISION=input_precision(x.dtype), **options)
+    return y
+
+
+def ahead(dtype: str = "bf16") -> list[Ahead]:
+    """The instantiations of the base model."""
+    found = []
+    for c in (256, 384):
+        options = config(c, c, torch.float32 if dtype == "fp32" else torch.bfloat16)
+        sizes: dict[str, Any] = {name: options.pop(name) for name in ("BLOCK_R", "BLOCK_N", "BLOCK_K")}
+        signature = {
+            "x_ptr": f"*{dtype}",
+            "ln_weight_ptr": "*fp32",
+            "ln_bias_ptr": "*fp32",
+            "weight_ptr": f"*{dtype}",
+            "bias_ptr": "*fp32",
+            "y_ptr": f"*{dtype}",
+            "R": "i32",
+            "eps": "fp32",
+        }
+        constexprs = {"c": c, "n": c, "PRECISION": "ieee", **sizes}
+        found.append(Ahead(f"norm_linear c={c}", _norm_linear, signature, constexprs, options))
+    return found

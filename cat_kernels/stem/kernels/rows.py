@@ -1,0 +1,141 @@
+"""LayerNorm over the channels of every row, and its backward with the residual's gradient added.
+
+    xhat = (x - mean) / sqrt(var + eps),  y = xhat * weight + bias
+    dx = rstd * (u - mean(u) - xhat * mean(u * xhat)) + residual,  u = dy * weight
+
+Shapes: R rows, c channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cat_kernels._triton import Ahead, launch, padded
+
+PROGRAMS = 1024  # that share the rows of a backward: two to eight on every multiprocessor
+
+
+def config(c: int) -> dict[str, int]:
+    """Rows of a tile, so that a tile has about 4096 elements: 32 for each thread of 4 warps."""
+    return {"BLOCK_R": max(1, 4096 // padded(c)), "num_warps": 4, "num_stages": 2}
+
+
+@triton.jit(do_not_specialize=["R", "eps"])
+def _layer_norm(x_ptr, weight_ptr, bias_ptr, y_ptr, R, eps, c: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, C)
+    at = rows.to(tl.int64)[:, None] * c + columns
+    mask = (rows < R)[:, None] & (columns < c)
+    x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+    mean = tl.sum(x, 1) / c
+    centred = tl.where(columns < c, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / c + eps)
+    weight = tl.load(weight_ptr + columns, columns < c, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, columns < c, 0.0).to(tl.float32)
+    tl.store(y_ptr + at, centred * rstd[:, None] * weight + bias, mask)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(R, c) -> (R, c) in x's dtype."""
+    R, c = x.shape
+    y = torch.empty_like(x)
+    options = config(c)
+    grid = (triton.cdiv(R, options["BLOCK_R"]),)
+    launch(_layer_norm, grid, x, weight, bias, y, R, eps, c=c, C=padded(c), **options)
+    return y
+
+
+@triton.jit(do_not_specialize=["R", "eps"])
+def _layer_norm_backward(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    R,
+    eps,
+    c: tl.constexpr,
+    C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    columns = tl.arange(0, C)
+    weight = tl.load(weight_ptr + columns, columns < c, 0.0).to(tl.float32)
+    dweight = tl.zeros((C,), tl.float32)
+    dbias = tl.zeros((C,), tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        at = rows.to(tl.int64)[:, None] * c + columns
+        mask = (rows < R)[:, None] & (columns < c)
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
+        mean = tl.sum(x, 1) / c
+        centred = tl.where(columns < c, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / c + eps)
+        xhat = centred * rstd[:, None]
+        u = grad * weight
+        dx = (u - (tl.sum(u, 1) / c)[:, None] - xhat * (tl.sum(u * xhat, 1) / c)[:, None]) * rstd[:, None]
+        if HAS_RESIDUAL:
+            dx += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx, mask)
+        dweight += tl.sum(grad * xhat, 0)
+        dbias += tl.sum(grad, 0)
+    out = tl.program_id(0) * c + columns
+    tl.store(dweight_ptr + out, dweight, columns < c)
+    tl.store(dbias_ptr + out, dbias, columns < c)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the result, and the input -> dx (R, c) in x's dtype, with ``residual`` (R, c) added; dweight and
+    dbias (c,) float32, summed in a fixed order."""
+    R, c = x.shape
+    options = config(c)
+    programs = min(PROGRAMS, triton.cdiv(R, options["BLOCK_R"]))
+    dx = torch.empty_like(x)
+    dweight, dbias = x.new_empty((2, programs, c), dtype=torch.float32)
+    launch(
+        _layer_norm_backward,
+        (programs,),
+        grad,
+        x,
+        weight,
+        residual if residual is not None else grad,
+        dx,
+        dweight,
+        dbias,
+        R,
+        eps,
+        c=c,
+        C=padded(c),
+        HAS_RESIDUAL=residual is not None,
+        **options,
+    )
+    return dx, dweight.sum(0), dbias.sum(0)
+
+
+def ahead(dtype: str = "bf16") -> list[Ahead]:
+    """The instantiations of the base model."""
+    found = []
+    for c in (256, 384, 768):
+        options = config(c)
+        sizes: dict[str, Any] = {"c": c, "C": padded(c), "BLOCK_R": options.pop("BLOCK_R")}
+        ends = {"R": "i32", "eps": "fp32"}
+        forward = {"x_ptr": f"*{dtype}", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": f"*{dtype}", **ends}
+        found.append(Ahead(f"layer_norm c={c}", _layer_norm, forward, sizes, options))
+        tensors = {name: f"*{dtype}" for name in ("grad_ptr", "x_ptr")} | {"weight_ptr": "*fp32"}
+        tensors |= {name: f"*{dtype}" for name in ("residual_ptr", "dx_ptr")}
+        tensors |= {name: "*fp32" for name in ("dweight_ptr", "dbias_ptr")}
+        constexprs = {**sizes, "HAS_RESIDUAL": True}
+        found.append(
+            Ahead(f"layer_norm_backward c={c}", _layer_norm_backward, {**tensors, **ends}, constexprs, options)
+        )
+    return found
