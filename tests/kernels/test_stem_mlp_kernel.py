@@ -1,0 +1,134 @@
+"""LayerNorm + MLP + residual in Triton, and its gradients, against PyTorch in float64 and in the same dtype."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from cat_kernels.stem.kernels import mlp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+NAMES = ("ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+def inputs(R: int, c: int, h: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
+    """x, parameters (matrices in ``dtype``, vectors in float32) and the gradient of the result."""
+    generator = torch.Generator().manual_seed(R * 1000 + c)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x = (2 * normal(R, c) + 0.5).to(dtype)
+    vectors = 1 + 0.3 * normal(c), 0.3 * normal(c), 0.3 * normal(h), 0.3 * normal(c)
+    vectors = tuple(vector.to(dtype).float() for vector in vectors)  # so that PyTorch in `dtype` starts from the same
+    matrices = (normal(h, c) * c**-0.5).to(dtype), (normal(c, h) * h**-0.5).to(dtype)
+    parameters = [vectors[0], vectors[1], matrices[0], vectors[2], matrices[1], vectors[3]]
+    return x.to(DEVICE), [p.to(DEVICE) for p in parameters], normal(R, c).to(dtype).to(DEVICE)
+
+
+def eager(x: Tensor, parameters: list[Tensor], grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The result and all gradients from PyTorch in ``dtype``."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]
+    x, ln_weight, ln_bias, fc1, b1, fc2, b2 = leaves
+    y = x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[1:], ln_weight, ln_bias, EPS), fc1, b1)), fc2, b2)
+    grads = torch.autograd.grad(y, leaves, grad.to(dtype))
+    return {"y": y.detach(), **dict(zip(("x", *NAMES), grads, strict=True))}
+
+
+def kernels(x: Tensor, parameters: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+    y = mlp.norm_mlp_residual(x, *parameters, EPS)
+    dx, dln_weight, dln_bias = mlp.norm_mlp_backward_input(grad, x, *parameters[:-1], EPS)
+    dfc1, db1, dfc2, db2 = mlp.norm_mlp_backward_weight(grad, x, *parameters[:-1], EPS)
+    return {"y": y, "x": dx, **dict(zip(NAMES, (dln_weight, dln_bias, dfc1, db1, dfc2, db2), strict=True))}
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows as NaN."""
+    empty, empty_like = Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("R", "c", "h"), [(37, 48, 192), (20, 32, 48), (5, 16, 16), (130, 48, 48), (1, 80, 112)])
+def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
+    x, parameters, grad = inputs(R, c, h, dtype)
+    before = [t.clone() for t in (x, *parameters, grad)]
+    found = kernels(x, parameters, grad)
+    exact = eager(x, parameters, grad, torch.float64)
+    same = eager(x, parameters, grad, dtype)
+    for name, value in found.items():
+        assert value.shape == exact[name].shape
+        assert value.dtype == (dtype if name in ("y", "x") else torch.float32)
+        assert value.is_contiguous()
+        scale = exact[name].abs().max().item()
+        allowed = 2 * (same[name].double() - exact[name]).abs().max().item() + 4 * torch.finfo(dtype).eps * scale
+        assert (value.double() - exact[name]).abs().max().item() <= allowed, name
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *parameters, grad), strict=True))
+
+
+def test_many_programs_share_the_rows_of_the_weights_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few programs each loops over several tiles, the last of them ragged."""
+    x, parameters, grad = inputs(75, 32, 32, torch.float32)
+    exact = eager(x, parameters, grad, torch.float64)
+    for programs in (1, 8):
+        monkeypatch.setattr(mlp, "PROGRAMS", programs)
+        found = kernels(x, parameters, grad)
+        for name in ("fc1_weight", "fc1_bias", "fc2_weight"):
+            torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows() -> None:
+    x, parameters, grad = inputs(0, 32, 64, torch.bfloat16)
+    found = kernels(x, parameters, grad)
+    assert found.pop("y").shape == found.pop("x").shape == (0, 32)
+    for name, value in found.items():
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, torch.zeros_like(parameters[NAMES.index(name)], dtype=torch.float32)), name
+
+
+def test_twice_the_same_bits() -> None:
+    x, parameters, grad = inputs(70, 32, 64, torch.bfloat16)
+    first, second = kernels(x, parameters, grad), kernels(x, parameters, grad)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("c", range(16, 1040, 16))
+def test_split_width_covers_every_column(c: int) -> None:
+    HI, LO = mlp.split_width(c)
+    assert HI <= c <= HI + LO
+    assert all(part & (part - 1) == 0 for part in (HI, LO))
+    assert min(HI, LO) >= 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", [256, 384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_parity_at_base_width(c: int, dtype: torch.dtype) -> None:
+    test_parity(1000, c, 4 * c, dtype)
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31() -> None:
+    """The last rows of a tensor of more than 2^31 elements, forward and dx."""
+    c, h = 384, 48
+    R = 2**31 // c + 200
+    _, parameters, _ = inputs(1, c, h, torch.bfloat16)
+    x = torch.zeros(R, c, device=DEVICE, dtype=torch.bfloat16)
+    tail, _, grad_tail = inputs(200, c, h, torch.bfloat16)
+    x[-200:] = tail
+    y = mlp.norm_mlp_residual(x, *parameters, EPS)[-200:]
+    torch.testing.assert_close(y, mlp.norm_mlp_residual(tail, *parameters, EPS))
+    grad = torch.zeros_like(x)
+    grad[-200:] = grad_tail
+    dx = mlp.norm_mlp_backward_input(grad, x, *parameters[:-1], EPS)[0][-200:]
+    torch.testing.assert_close(dx, mlp.norm_mlp_backward_input(grad_tail, tail, *parameters[:-1], EPS)[0])
