@@ -28,9 +28,9 @@ SHARES = 128  # of the rows in `depthwise_backward_weight`; times tap rows and c
 def config(c: int, p: int, dtype: torch.dtype, fused: bool = False) -> dict[str, int]:
     """Tiles and the compiler's options; ``fused`` for the kernel with the product.
 
-    Every thread gets one group and one load's worth of channels, 8 in half precision: 8 threads read 128 bytes of a
-    row. The fused kernel keeps DW(y) of its rows, all channels, in shared memory beside the tiles of the weight that
-    stream past it: 96 KB at c = 256, so that a multiprocessor of an H200 holds two programs.
+    A thread gets one group and one load's worth of channels, 8 in half precision (two loads' in a wide fused kernel,
+    whose chunks are unrolled: 6 made ptxas spill at c = 384 for sm_100). The fused kernel keeps DW(y) of its rows, all channels, in shared memory beside the tiles of the weight that
+    stream past it: about 100 KB at c = 256, so that a multiprocessor of an H200 holds two programs.
     """
     half = dtype != torch.float32
     G = math.gcd(p, 4)
