@@ -29,8 +29,9 @@ def config(c: int, p: int, dtype: torch.dtype, fused: bool = False) -> dict[str,
     """Tiles and the compiler's options; ``fused`` for the kernel with the product.
 
     A thread gets one group and one load's worth of channels, 8 in half precision (two loads' in a wide fused kernel,
-    whose chunks are unrolled: 6 made ptxas spill at c = 384 for sm_100). The fused kernel keeps DW(y) of its rows, all channels, in shared memory beside the tiles of the weight that
-    stream past it: about 100 KB at c = 256, so that a multiprocessor of an H200 holds two programs.
+    whose chunks are unrolled: 6 made ptxas spill at c = 384 for sm_100). The fused kernel keeps DW(y) of its rows, all
+    channels, in shared memory beside the tiles of the weight that stream past it: about 100 KB at c = 256, so that a
+    multiprocessor of an H200 holds two programs.
     """
     half = dtype != torch.float32
     G = math.gcd(p, 4)
