@@ -59,7 +59,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("R", "c", "h"), [(37, 48, 192), (20, 32, 48), (5, 16, 16), (130, 48, 48), (1, 80, 112)])
+@pytest.mark.parametrize(("R", "c", "h"), [(37, 48, 80), (20, 32, 48), (5, 16, 16), (1, 80, 112)])
 def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
     x, parameters, grad = inputs(R, c, h, dtype)
     before = [t.clone() for t in (x, *parameters, grad)]
@@ -76,11 +76,15 @@ def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (x, *parameters, grad), strict=True))
 
 
+def test_several_tiles_of_rows() -> None:
+    test_parity(130, 32, 48, torch.bfloat16)
+
+
 def test_many_programs_share_the_rows_of_the_weights_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few programs each loops over several tiles, the last of them ragged."""
-    x, parameters, grad = inputs(75, 32, 32, torch.float32)
+    x, parameters, grad = inputs(40, 32, 32, torch.float32)
     exact = eager(x, parameters, grad, torch.float64)
-    for programs in (1, 8):
+    for programs in (1, 4):
         monkeypatch.setattr(mlp, "PROGRAMS", programs)
         found = kernels(x, parameters, grad)
         for name in ("fc1_weight", "fc1_bias", "fc2_weight"):
@@ -97,7 +101,7 @@ def test_no_rows() -> None:
 
 
 def test_twice_the_same_bits() -> None:
-    x, parameters, grad = inputs(70, 32, 64, torch.bfloat16)
+    x, parameters, grad = inputs(20, 32, 32, torch.bfloat16)
     first, second = kernels(x, parameters, grad), kernels(x, parameters, grad)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -43,23 +43,23 @@ def config(kernel: str, c: int, h: int, dtype: torch.dtype, architecture: int = 
 
     A tile of rows stays in shared memory while the weights pass by, twice that in "backward_input"; accumulators as
     wide as c stay in registers, twice in "backward_weight". ``architecture``: 80, 90, ... for compute capability 8.0,
-    9.0: Ampere has 163 KiB of shared memory where Hopper has 227, and takes left operands from registers.
+    9.0: Ampere has 163 KiB of shared memory where Hopper has 227, and Blackwell passes more operands through it.
     """
     width = sum(split_width(c))
+    ampere, blackwell = architecture < 90, architecture >= 100
+    stages = 2
     if dtype == torch.float32:
         # No matrix units: every operand passes through registers.
         rows, hidden, warps = 16, 16, 4
     elif kernel == "forward":
-        rows = 128 if width <= (384 if architecture >= 90 else 0) else 64
-        hidden, warps = 32, 8
+        rows, hidden, warps = (64 if ampere or width > 384 else 128), 32, 8
     elif kernel == "backward_input":
-        rows = 128 if width <= (256 if architecture >= 90 else 0) else 64
-        hidden, warps = 32, 8
+        rows, hidden, warps = (64 if ampere or width > 256 else 128), 32, 8
+        hidden = 16 if blackwell and width > 256 else 32
     else:
-        rows = 32
-        hidden = 64 if width <= (384 if architecture >= 90 else 256) else 32
-        warps = 8
-    return {"BLOCK_R": rows, "BLOCK_H": min(hidden, padded(h)), "num_warps": warps, "num_stages": 2}
+        rows, hidden, warps = 32, (32 if width > (256 if ampere else 384) else 64), 8
+        stages = 1 if blackwell and width > 256 else 2
+    return {"BLOCK_R": rows, "BLOCK_H": min(hidden, padded(h)), "num_warps": warps, "num_stages": stages}
 
 
 def _architecture(x: Tensor) -> int:
@@ -90,7 +90,7 @@ def _columns(c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
     """Numbers of the columns of both parts, and which of the second are inside: those of the first all are."""
     hi = tl.arange(0, HI)
     lo = HI + tl.arange(0, LO)
-    return hi, lo, lo < c
+    return hi, lo, (lo < c) | (c == HI + LO)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def _norm_mlp_residual(
     acc_lo = tl.zeros((BLOCK_R, LO), tl.float32)
     for start in range(0, h, BLOCK_H):
         hs = start + tl.arange(0, BLOCK_H)
-        in_h = hs < h
+        in_h = (hs < h) | (h % BLOCK_H == 0)
         fc1_hi = tl.load(fc1_ptr + hs * c + hi[:, None], in_h, 0.0)
         fc1_lo = tl.load(fc1_ptr + hs * c + lo[:, None], in_h & in_lo[:, None], 0.0)
         pre = dot(xn_hi, fc1_hi, tl.zeros((BLOCK_R, BLOCK_H), tl.float32), PRECISION)
@@ -200,11 +200,20 @@ def _norm_mlp_residual(
         acc_hi = dot(hidden, fc2_hi, acc_hi, PRECISION)
         acc_lo = dot(hidden, fc2_lo, acc_lo, PRECISION)
 
-    at = rows.to(tl.int64)[:, None] * c
-    inside = (rows < R)[:, None]
+    # As before the loop, for who does not know that the second number is always 0: addresses are made anew, where the
+    # compiler would otherwise keep them in registers, or out of them, all the way.
+    first = (tl.program_id(0) + tl.program_id(1)) * BLOCK_R
+    rows = first + tl.arange(0, BLOCK_R)
+    # The MLP's result too is stored and added to x a few rows at a time: beside the accumulators there is no room.
+    _store_rows(y_ptr, acc_hi, acc_lo, rows, R, c, HI, LO)
+    tl.debug_barrier()
     b_hi, b_lo = _load_vector(b2_ptr, c, HI, LO)
-    tl.store(y_ptr + at + hi, acc_hi + b_hi + tl.load(x_ptr + at + hi, inside, 0.0), inside)
-    tl.store(y_ptr + at + lo, acc_lo + b_lo + tl.load(x_ptr + at + lo, inside & in_lo, 0.0), inside & in_lo)
+    for part in range(0, BLOCK_R, PART):
+        some = first + part + tl.arange(0, PART)
+        x_hi, x_lo = _load_rows(x_ptr, some, R, c, HI, LO)
+        y_hi, y_lo = _load_rows(y_ptr, some, R, c, HI, LO)
+        tl.debug_barrier()
+        _store_rows(y_ptr, x_hi + (y_hi + b_hi), x_lo + (y_lo + b_lo), some, R, c, HI, LO)
 
 
 def norm_mlp_residual(
@@ -260,7 +269,7 @@ def _norm_mlp_backward_input(
     acc_lo = tl.zeros((BLOCK_R, LO), tl.float32)
     for start in range(0, h, BLOCK_H):
         hs = start + tl.arange(0, BLOCK_H)
-        in_h = hs < h
+        in_h = (hs < h) | (h % BLOCK_H == 0)
         fc1_hi = tl.load(fc1_ptr + hs[:, None] * c + hi, in_h[:, None], 0.0)
         fc1_lo = tl.load(fc1_ptr + hs[:, None] * c + lo, in_h[:, None] & in_lo, 0.0)
         pre = dot(xn_hi, tl.trans(fc1_hi), tl.zeros((BLOCK_R, BLOCK_H), tl.float32), PRECISION)
@@ -361,7 +370,7 @@ def _mlp_backward_weight(
     split = tl.program_id(0) // chunks
     dtype: tl.constexpr = xn_ptr.dtype.element_ty
     hs = tl.program_id(0) % chunks * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_h = (hs < h)[:, None]
+    in_h = ((hs < h) | (h % BLOCK_H == 0))[:, None]
     hi, lo, in_lo = _columns(c, HI, LO)
     fc1_hi = tl.load(fc1_ptr + hs[:, None] * c + hi, in_h, 0.0)
     fc1_lo = tl.load(fc1_ptr + hs[:, None] * c + lo, in_h & in_lo, 0.0)
