@@ -59,7 +59,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("R", "c", "h"), [(37, 48, 80), (20, 32, 48), (5, 16, 16), (1, 80, 112)])
+@pytest.mark.parametrize(("R", "c", "h"), [(19, 48, 80), (20, 32, 48), (5, 16, 16), (1, 80, 112)])
 def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
     x, parameters, grad = inputs(R, c, h, dtype)
     before = [t.clone() for t in (x, *parameters, grad)]
@@ -77,7 +77,7 @@ def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
 
 
 def test_several_tiles_of_rows() -> None:
-    test_parity(130, 32, 48, torch.bfloat16)
+    test_parity(130, 32, 32, torch.bfloat16)
 
 
 def test_many_programs_share_the_rows_of_the_weights_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
