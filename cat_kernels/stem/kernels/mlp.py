@@ -333,7 +333,7 @@ def norm_mlp_backward_input(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the result (R, c), and the inputs -> dx (R, c) in x's dtype, dln_weight and dln_bias (c,) float32.
 
-    A partial sum of the latter for every tile of rows: a sixteenth of x's bytes, an eighth where tiles have 64 rows.
+    A partial sum of the latter for every tile of rows: 8 / BLOCK_R bytes for every element of x.
     """
     R, c = x.shape
     dx = torch.empty_like(x)
