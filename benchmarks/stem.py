@@ -41,7 +41,19 @@ REFERENCE_CLIPS = (
     8  # the reference goes through the batch in pieces of so many clips, so that it fits where dense does not
 )
 PROVIDERS = ("dense", "visible")
+FUSED = ("triton",)  # on a GPU
 COMPILED = ("dense compiled", "visible compiled")
+
+
+def eager(device: torch.device) -> tuple[str, ...]:
+    """The candidates that no compiler works on, the dense one first."""
+    return PROVIDERS + (FUSED if device.type == "cuda" else ())
+
+
+def counted(name: str) -> str:
+    """The backend whose multiply-adds a candidate has: the kernels are the visible-only stem's."""
+    backend = name.split()[0]
+    return "visible" if backend == "triton" else backend
 
 
 def inputs(shape: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -168,7 +180,7 @@ def largest_batch(shape: dict[str, Any], fits: Callable[[dict[str, Any]], bool],
 
 
 def case(shape: dict[str, Any], dtype: str, mode: str, names: tuple[str, ...], s: Settings) -> Case:
-    counts = {name: count(shape, name.split()[0], mode) for name in names}
+    counts = {name: count(shape, counted(name), mode) for name in names}
     work = {
         name: {"multiply_adds": counts[name], "floor_ms": floor_ms(counts[name], dtype, s.ceilings)} for name in names
     }
@@ -192,18 +204,18 @@ def case(shape: dict[str, Any], dtype: str, mode: str, names: tuple[str, ...], s
 def run(s: Settings) -> Results:
     results = Results()
     skipped_dtypes(s, results)
-    names = PROVIDERS + (COMPILED if s.compiled else ())
+    plain = eager(s.device)
     shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
     for dtype in s.dtypes:
         clips = largest_batch(shape, lambda sh, dtype=dtype: fits(sh, dtype, s.device), s.device)
         compared = {**shape, "clips": clips}
-        run_case(case(compared, dtype, "forward", PROVIDERS, s), results, s)
+        run_case(case(compared, dtype, "forward", plain, s), results, s)
         # The compiler is asked for the training pass only: compiling takes longer than all else here.
-        names, stages = (PROVIDERS + COMPILED, [PROVIDERS, COMPILED]) if s.compiled else (PROVIDERS, None)
+        names, stages = (plain + COMPILED, [plain, COMPILED]) if s.compiled else (plain, None)
         run_case(case(compared, dtype, "forward+backward", names, s), results, s, stages=stages)
         if clips != s.clips:
             results.notes.append(f"stem {dtype}: the dense stem has no memory for {s.clips} clips; compared at {clips}")
-            run_case(case(shape, dtype, "forward+backward", PROVIDERS[1:], s), results, s)
+            run_case(case(shape, dtype, "forward+backward", plain[1:], s), results, s)
     return results
 
 

@@ -36,7 +36,7 @@ from benchmarks.runner import (
     skipped_dtypes,
     speedup_line,
 )
-from benchmarks.stem import COMPILED, PROVIDERS, inputs, largest_batch
+from benchmarks.stem import COMPILED, PROVIDERS, counted, eager, inputs, largest_batch
 from cat.model import CAT, PRESETS, ObjectiveConfig
 from cat.optim import OptimConfig, build_optimizer, clip_gradients, trainable
 
@@ -147,7 +147,7 @@ def reference(shape: dict[str, Any], device: torch.device) -> Groups:
 def count(shape: dict[str, Any], name: str) -> dict[str, int]:
     """Multiply-adds of the parts of a step, forward, and of the whole with its backward, per clip."""
     with torch.device("meta"):
-        model = build_model(shape["preset"], name.split()[0])
+        model = build_model(shape["preset"], counted(name))
         rng = torch.empty(2, dtype=torch.int64)
     spec, visible = inputs({**shape, "clips": 1}, torch.device("cpu"))
     spec, visible = spec.to("meta"), visible.to("meta")
@@ -201,7 +201,8 @@ def fits(shape: dict[str, Any], dtype: str, device: torch.device) -> bool:
 def run(s: Settings) -> Results:
     results = Results()
     skipped_dtypes(s, results)
-    names, stages = (PROVIDERS + COMPILED, [PROVIDERS, COMPILED]) if s.compiled else (PROVIDERS, None)
+    plain = eager(s.device)
+    names, stages = (plain + COMPILED, [plain, COMPILED]) if s.compiled else (plain, None)
     shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
     counts = {name: count(shape, name) for name in names}
     results.multiply_adds[f"{s.preset}, one clip of {s.frames} frames, {s.masks} masks"] = counts
@@ -210,7 +211,7 @@ def run(s: Settings) -> Results:
         run_case(case({**shape, "clips": clips}, dtype, names, s, counts), results, s, stages=stages)
         if clips != s.clips:
             results.notes.append(f"step {dtype}: the dense step has no memory for {s.clips} clips; compared at {clips}")
-            run_case(case(shape, dtype, PROVIDERS[1:], s, counts), results, s)
+            run_case(case(shape, dtype, plain[1:], s, counts), results, s)
     return results
 
 

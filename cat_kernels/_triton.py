@@ -16,9 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Element types that kernels read and write; float64 is the reference's.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **meta: Any) -> None:
     """Run ``kernel`` on ``grid`` programs, on the device and current stream of its first tensor.

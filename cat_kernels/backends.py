@@ -6,6 +6,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from cat_kernels import extension
 
 # Looked up, not imported: importing Triton takes long and, without a GPU, may fail.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton's interpreter, slow and for tests, takes CPU tensors. Triton reads the variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # An operator's own implementations, in the order "auto" prefers them.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "MultiResConv": ("visible", "dense"),
+    "MultiResConv": ("visible", "triton", "dense"),  # Triton comes first once it has been measured on a GPU
     "gather_tokens": ("torch",),
     "restore_tokens": ("torch",),
     "average_targets": ("torch",),
@@ -52,7 +55,7 @@ def _runs_anywhere(device: str) -> str | None:
 def _why_not_triton(device: str) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed; install it with: pip install triton"
-    if device != "cuda":
+    if device != "cuda" and not INTERPRETED:
         return f"Triton kernels run on CUDA tensors, these are on {device}; move them with .cuda()"
     return None
 

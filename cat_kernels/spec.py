@@ -16,6 +16,7 @@ Tolerance rule, in place of hand-picked tolerances: with the reference run in fl
 `dtype` is the compared tensor's and `scale` the float64 result's largest magnitude.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -104,6 +105,18 @@ class OperatorSpec:
     bytes_backward: Callable[[Mapping[str, Any]], int] | None = None
     flops_forward: Callable[[Mapping[str, Any]], int] | None = None
     flops_backward: Callable[[Mapping[str, Any]], int] | None = None
+    # Whether float64 inputs are computed (in float64).
+    float64: bool = True
+
+    def with_backend(self, backend: str) -> "OperatorSpec":
+        """The same operator by one of its other backends (`backends.OPERATORS`)."""
+        return replace(
+            self,
+            name=f"{self.name}[{backend}]",
+            operator=functools.partial(self.operator, backend=backend),
+            overload_calls=None,
+            float64=backend not in ("triton", "native"),
+        )
 
 
 def specs() -> tuple[OperatorSpec, ...]:

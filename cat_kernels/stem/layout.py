@@ -53,6 +53,16 @@ def patchify(spec_BCTF: Tensor, resolutions: tuple[int, ...]) -> Tensor:
     return pieces.reshape(B, (T // P) * (F // P), (P * P) // cell, cell * C)
 
 
+def unpatchify(pixels_BLSC: Tensor, size: tuple[int, int], in_chans: int, resolutions: tuple[int, ...]) -> Tensor:
+    """`patchify` undone: (B, L, ...) pixels in its order -> (B, C, T, F)."""
+    (T, F), P, n = size, resolutions[-1], len(resolutions)
+    B, factors = pixels_BLSC.shape[0], strides(resolutions)[::-1]
+    squares = [k for factor in factors for k in (factor, factor)]
+    pieces = pixels_BLSC.reshape(B, T // P, F // P, *squares, in_chans)
+    rows, columns = [3 + 2 * j for j in range(n)], [4 + 2 * j for j in range(n)]
+    return pieces.permute(0, 3 + 2 * n, 1, *rows, 2, *columns).reshape(B, in_chans, T, F)
+
+
 def slot_table(visible_NK: Tensor, grid: tuple[int, int], reach: int) -> Tensor:
     """Patch grid -> place in the flat list of visible patches, or -1: (N, (H + 2 reach) * (W + 2 reach)) int64.
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cat_kernels import _checks as check
-from cat_kernels.backends import resolve
+from cat_kernels.backends import BackendError, resolve
+from cat_kernels.stem.fused import compute_dtype, multires_conv_triton, why_not_fused
 from cat_kernels.stem.layout import strides
 from cat_kernels.stem.reference import multires_conv_dense
 from cat_kernels.stem.visible import multires_conv_visible
 
 OPERATOR = "MultiResConv"
-IMPLEMENTATIONS = {"visible": multires_conv_visible, "dense": multires_conv_dense}
+IMPLEMENTATIONS = {"triton": multires_conv_triton, "visible": multires_conv_visible, "dense": multires_conv_dense}
 
 
 class Embed(nn.Module):
@@ -56,8 +57,11 @@ class MultiResConv(nn.Module):
         depth: conv blocks per stage (the last stage has none).
         mlp_ratio: hidden width of a block's MLP over its width.
         kernel_size: depthwise kernel, odd.
-        backend: "visible" computes visible patches only (exact), "dense" is the formula over all positions of all
-            clones (the oracle), "auto" picks the fastest that runs here. State dicts are the same for every backend.
+        backend: "visible" computes visible patches only (exact), "triton" does so in fused kernels (widths multiples of
+            16, float32, bfloat16 or float16), "dense" is the formula over all positions of all clones (the oracle),
+            "auto" picks one that runs here. State dicts are the same for every backend.
+        recompute: keep less for the backward and compute it again ("triton" only): of every conv block the input, not
+            the rows in front of the depthwise convolution and those in front of the MLP.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class MultiResConv(nn.Module):
         mlp_ratio: float = 4.0,
         kernel_size: int = 5,
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         resolutions, channels = tuple(resolutions), tuple(channels)
@@ -80,6 +85,7 @@ class MultiResConv(nn.Module):
         self.in_chans = in_chans
         self.kernel_size = kernel_size
         self.backend = backend
+        self.recompute = recompute
         self.patch_size = resolutions[-1]
 
         widths = (*channels, embed_dim)
@@ -121,7 +127,16 @@ class MultiResConv(nn.Module):
             IndexError: a patch index outside 0 .. L-1 (on the CPU; looking at the values would make a GPU wait).
         """
         self._check_input(spec, visible)
-        return IMPLEMENTATIONS[resolve(OPERATOR, self.backend, spec.device.type)](self, spec, visible)
+        return IMPLEMENTATIONS[self._backend(spec)](self, spec, visible)
+
+    def _backend(self, spec: Tensor) -> str:
+        backend = resolve(OPERATOR, self.backend, spec.device.type)
+        reason = why_not_fused(self, compute_dtype(spec)) if backend == "triton" else None
+        if reason is None:
+            return backend
+        if self.backend == "auto":
+            return "visible"
+        raise BackendError(f"backend='triton' cannot run {OPERATOR}: {reason}; use backend='visible' or 'auto'")
 
     def _check_input(self, spec: Tensor, visible: Tensor | None) -> None:
         check.check_tensor(OPERATOR, "spec", spec, "(B, in_chans, T, F)")
@@ -168,4 +183,4 @@ def _check_settings(resolutions: tuple[int, ...], channels: tuple[int, ...], ker
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}; expected a positive odd number, e.g. 5")
     if backend != "auto" and backend not in IMPLEMENTATIONS:
-        raise ValueError(f"backend={backend!r}; expected 'auto', 'visible' or 'dense'")
+        raise ValueError(f"backend={backend!r}; expected 'auto', 'triton', 'visible' or 'dense'")

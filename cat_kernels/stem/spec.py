@@ -11,15 +11,15 @@ from cat_kernels.stem.module import MultiResConv
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], int]  # resolutions, channels, embed_dim
 
-# Every resolution set of the paper, at widths that are no power of two.
+# Every resolution set of the paper, narrow, with a width that is no power of two.
 RESOLUTION_SETS: tuple[Settings, ...] = (
-    ((4, 8, 16), (6, 10), 14),
-    ((16,), (), 14),
-    ((4, 8), (10,), 14),
-    ((4, 16), (10,), 14),
-    ((8, 16), (10,), 14),
-    ((2, 4, 8, 16), (4, 6, 10), 14),
-    ((4, 8, 16, 32), (4, 6, 10), 14),
+    ((4, 8, 16), (16, 48), 32),
+    ((16,), (), 48),
+    ((4, 8), (48,), 32),
+    ((4, 16), (16,), 48),
+    ((8, 16), (48,), 32),
+    ((2, 4, 8, 16), (16, 32, 48), 32),
+    ((4, 8, 16, 32), (16, 32, 48), 32),
 )
 BASE: Settings = ((4, 8, 16), (256, 384), 768)
 
@@ -43,8 +43,14 @@ def _call(
     return torch.func.functional_call(_stem(settings, backend), dict(weights), (spec, visible))
 
 
-def operator(spec: Tensor, visible: Tensor | None, weights: Mapping[str, Tensor], settings: Settings) -> Tensor:
-    return _call("auto", spec, visible, weights, settings)
+def operator(
+    spec: Tensor,
+    visible: Tensor | None,
+    weights: Mapping[str, Tensor],
+    settings: Settings,
+    backend: str = "auto",
+) -> Tensor:
+    return _call(backend, spec, visible, weights, settings)
 
 
 def reference(spec: Tensor, visible: Tensor | None, weights: Mapping[str, Tensor], settings: Settings) -> Tensor:
@@ -93,6 +99,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield make_sample("one patch", device, dtype, first, clips=1, grid=(1, 1), masks=1, K=1)
     yield make_sample("one row of patches", device, dtype, first, clips=1, grid=(1, 5), masks=1, K=3)
     yield make_sample("no clips", device, dtype, first, clips=0, grid=(2, 2), masks=2, K=2)
+    for settings in (RESOLUTION_SETS[2], first):
+        name = f"resolutions {','.join(map(str, settings[0]))}, small"
+        yield make_sample(name, device, dtype, settings, clips=2, grid=(2, 2), masks=1, K=2)
     for settings in RESOLUTION_SETS:
         name = "resolutions " + ",".join(map(str, settings[0]))
         yield make_sample(f"{name}, visible", device, dtype, settings, clips=2, grid=(5, 3), masks=2, K=6)

@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from cat_kernels.stem.module import ConvBlock, MultiResConv
 
 
-def patch_linear(rows: Tensor, conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
-    """A convolution with kernel = stride = prod(factors) on rows in block order: one matrix product."""
+def patch_weight(conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
+    """Weights of a convolution with kernel = stride = prod(factors) as the matrix (D, S * c) that rows of S positions
+    in block order are multiplied with."""
     weight_DcS = conv.weight.flatten(2)
     if len(factors) > 1:
-        weight_DcS = weight_DcS[:, :, block_order(factors, rows.device)]
-    weight = weight_DcS.transpose(1, 2).flatten(1)
+        weight_DcS = weight_DcS[:, :, block_order(factors, weight_DcS.device)]
+    return weight_DcS.transpose(1, 2).flatten(1)
+
+
+def patch_linear(rows: Tensor, conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
+    """A convolution with kernel = stride = prod(factors) on rows in block order: one matrix product."""
+    weight = patch_weight(conv, factors)
     return F.linear(rows.reshape(rows.numel() // weight.shape[1], weight.shape[1]), weight, conv.bias)
 
 

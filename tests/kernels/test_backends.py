@@ -59,6 +59,7 @@ def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
     assert backends.resolve("gather_tokens", "auto", "cuda") == "torch"
 
     monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "INTERPRETED", False)
     with pytest.raises(backends.BackendError, match=r"run on CUDA tensors, these are on cpu; move them with .cuda\(\)"):
         backends.resolve("gather_tokens", "triton", "cpu")
     assert backends.resolve("gather_tokens", "auto", "cpu") == "torch"

@@ -3,6 +3,7 @@
 Each test runs on the CPU and, marked `gpu`, on CUDA.
 """
 
+import functools
 import importlib.util
 import shutil
 from dataclasses import replace
@@ -11,16 +12,44 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from cat_kernels import backends
 from cat_kernels import spec as S
 
 SPECS = S.specs()
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)]
 ON_GPU = pytest.mark.gpu
 
+
+def other_backends():
+    """The operators by every backend that "auto" does not pick on the CPU and that can run there or on a GPU. Not
+    "dense": it is the reference."""
+    for spec in SPECS:
+        for name in backends.OPERATORS[spec.name]:
+            runs = [backends.why_not(spec.name, name, device) is None for device in ("cpu", "cuda")]
+            if any(runs) and name not in ("dense", backends.resolve(spec.name)):
+                marks = () if runs[0] else ON_GPU
+                other = spec.with_backend(name)
+                if name == "triton" and backends.INTERPRETED:
+                    other = replace(other, dtypes=(torch.float32,), samples=functools.partial(few_samples, spec))
+                yield pytest.param(other, marks=marks, id=other.name)
+
+
+def few_samples(spec, device, dtype):
+    """The interpreter takes seconds for each: one with a single stage, first, the degenerate ones, and one with every
+    stage. The others are run on GPUs, and in the tests of the stem and of its kernels."""
+    names = ("resolutions 4,8, small", "no clips", "one patch", "resolutions 4,8,16, small")
+    yield from sorted((s for s in spec.samples(device, dtype) if s.name in names), key=lambda s: names.index(s.name))
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)]
+
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+every_backend = pytest.mark.parametrize("spec", [*SPECS, *other_backends()], ids=lambda s: s.name)
 differentiable_specs = pytest.mark.parametrize(
-    "spec", [s for s in SPECS if next(s.samples(CPU, torch.float32)).differentiable], ids=lambda s: s.name
+    "spec",
+    [s for s in SPECS if next(s.samples(CPU, torch.float32)).differentiable]
+    + [p for p in other_backends() if next(p.values[0].samples(CPU, torch.float32)).differentiable],
+    ids=lambda s: s.name,
 )
 registered_specs = pytest.mark.parametrize("spec", [s for s in SPECS if s.overload_calls], ids=lambda s: s.name)
 every_device = pytest.mark.parametrize("device", DEVICES)
@@ -59,7 +88,7 @@ def assert_finite(run, what):
 
 @every_device
 @every_dtype
-@every_spec
+@every_backend
 def test_parity(spec, dtype, device):
     supports(spec, dtype)
     for sample in spec.samples(device, dtype):
@@ -67,9 +96,11 @@ def test_parity(spec, dtype, device):
 
 
 @every_device
-@every_spec
+@every_backend
 def test_float64(spec, device):
     """float64 inputs are computed in float64 throughout."""
+    if not spec.float64:
+        pytest.skip("computes in float32")
     for sample in spec.samples(device, torch.float64):
         sample = S.to_float64(sample)
         incoming = S.incoming_gradients(S.run(spec, spec.operator, sample).outputs) if sample.differentiable else None
@@ -80,7 +111,7 @@ def test_float64(spec, device):
 
 @every_device
 @every_dtype
-@every_spec
+@every_backend
 def test_awkward_inputs(spec, dtype, device):
     supports(spec, dtype)
     for sample in S.awkward_layouts(first_sample(spec, device, dtype), spec.mutates):
@@ -100,6 +131,8 @@ def test_awkward_incoming_gradients(spec, device):
 @differentiable_specs
 def test_gradcheck(spec):
     """The backward against finite differences of the forward, in float64."""
+    if not spec.float64:
+        pytest.skip("computes in float32")
     checked = 0
     for sample in spec.samples(CPU, torch.float64):
         sample = S.to_float64(sample)
@@ -124,7 +157,7 @@ def test_gradcheck(spec):
 
 @every_device
 @every_dtype
-@every_spec
+@every_backend
 def test_outputs_are_written_whole(spec, dtype, device):
     """With all memory that PyTorch hands out poisoned (NaN, or the largest integer), nothing of it may show."""
     supports(spec, dtype)
@@ -145,7 +178,7 @@ def test_outputs_are_written_whole(spec, dtype, device):
 
 
 @every_device
-@every_spec
+@every_backend
 def test_inputs_and_incoming_gradients_stay(spec, device):
     samples = [first_sample(spec, device)]
     samples += S.awkward_layouts(samples[0], spec.mutates)
@@ -233,7 +266,7 @@ def run_compiled(spec, compiled, sample):
 
 
 @every_device
-@every_spec
+@every_backend
 def test_compile_without_graph_breaks(spec, device):
     torch._dynamo.reset()
     run_compiled(spec, torch.compile(spec.operator, fullgraph=True, backend="aot_eager"), first_sample(spec, device))
@@ -405,7 +438,7 @@ def test_large_tensors(spec, device, elements):
 
 
 @pytest.mark.gpu
-@every_spec
+@every_backend
 def test_device_that_is_not_current(spec):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -414,7 +447,7 @@ def test_device_that_is_not_current(spec):
 
 
 @pytest.mark.gpu
-@every_spec
+@every_backend
 def test_no_synchronisation(spec):
     sample = first_sample(spec, CUDA)
     incoming = S.incoming_gradients(S.run(spec, spec.operator, sample).outputs) if sample.differentiable else None
@@ -431,7 +464,7 @@ def test_no_synchronisation(spec):
 
 
 @pytest.mark.gpu
-@every_spec
+@every_backend
 def test_cuda_graph_replays_with_new_inputs(spec):
     """Captured once, replayed on other values in the same places."""
     sample = first_sample(spec, CUDA)

@@ -369,7 +369,7 @@ def _taps(dw_weight: Tensor) -> Tensor:
     return dw_weight.t().contiguous()
 
 
-def ahead(dtype: str = "bf16") -> list[Ahead]:
+def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model."""
     rows = torch.float32 if dtype == "fp32" else torch.bfloat16
     ends = {"halo_ptr": "*i32", "place_ptr": "*i32", "taps_ptr": "*fp32", "dw_bias_ptr": "*fp32"}

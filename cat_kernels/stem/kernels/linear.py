@@ -91,7 +91,7 @@ def norm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, b
     return y
 
 
-def ahead(dtype: str = "bf16") -> list[Ahead]:
+def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model."""
     found = []
     for c in (256, 384):

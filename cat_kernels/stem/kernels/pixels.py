@@ -535,7 +535,7 @@ def embed_pixels_backward(
     return dweight.sum(0), dbias, dln_weight, dln_bias, dpixels
 
 
-def ahead(dtype: str = "bf16") -> list[Ahead]:
+def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model's stem, and of the stem with one resolution."""
     activations = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     counts = dict.fromkeys(("R", "K", "clones", "W", "stride_b", "stride_c", "stride_t"), "i32")

@@ -122,7 +122,7 @@ def layer_norm_backward(
     return dx, dweight.sum(0), dbias.sum(0)
 
 
-def ahead(dtype: str = "bf16") -> list[Ahead]:
+def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model."""
     found = []
     for c in (256, 384, 768):
@@ -131,9 +131,9 @@ def ahead(dtype: str = "bf16") -> list[Ahead]:
         ends = {"R": "i32", "eps": "fp32"}
         forward = {"x_ptr": f"*{dtype}", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": f"*{dtype}", **ends}
         found.append(Ahead(f"layer_norm c={c}", _layer_norm, forward, sizes, options))
-        tensors = {name: f"*{dtype}" for name in ("grad_ptr", "x_ptr")} | {"weight_ptr": "*fp32"}
-        tensors |= {name: f"*{dtype}" for name in ("residual_ptr", "dx_ptr")}
-        tensors |= {name: "*fp32" for name in ("dweight_ptr", "dbias_ptr")}
+        tensors = dict.fromkeys(("grad_ptr", "x_ptr"), f"*{dtype}") | {"weight_ptr": "*fp32"}
+        tensors |= dict.fromkeys(("residual_ptr", "dx_ptr"), f"*{dtype}")
+        tensors |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
         constexprs = {**sizes, "HAS_RESIDUAL": True}
         found.append(
             Ahead(f"layer_norm_backward c={c}", _layer_norm_backward, {**tensors, **ends}, constexprs, options)

@@ -1,0 +1,137 @@
+"""The Triton kernels compiled ahead for GPUs that are not here: registers, shared memory, spills. Needs no GPU.
+
+    python -m benchmarks.ahead            # the table
+    python -m benchmarks.ahead --json     # the numbers, for the tests
+    python -m benchmarks.ahead --write    # the table, also into cat_kernels/stem/README.md, between the markers there
+
+Each kernel's module names what it runs at the base model's widths (`ahead()`), with the tiles that it would use there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import ROOT, write_atomic
+from benchmarks.tables import Table
+
+MODULES = tuple(f"cat_kernels.stem.kernels.{name}" for name in ("pixels", "rows", "linear", "conv", "mlp"))
+DOCUMENT = ROOT / "cat_kernels" / "stem" / "README.md"
+ARCHITECTURES = (80, 90, 100)
+# The most shared memory that a block can have, from the programming guide's table of capabilities.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MARKED = re.compile(r"(<!-- ahead:begin -->\n).*?(<!-- ahead:end -->)", re.DOTALL)
+USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one architecture: registers a thread, bytes of shared memory a block; bytes a thread of
+    stack, where registers are spilled to."""
+
+    name: str
+    architecture: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+
+
+def compile_ahead(a: Any, architecture: int) -> Resources:
+    """`a`: `cat_kernels._triton.Ahead`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: a.signature.get(name, "constexpr") for name in a.kernel.arg_names}
+    # As at a launch: tensors that PyTorch allocates are aligned to 16 bytes.
+    attrs = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith("*")}
+    source = ASTSource(fn=a.kernel, signature=signature, constexprs=a.constexprs, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=a.options)
+    usage = resource_usage(compiled.asm["cubin"])
+    return Resources(
+        name=a.name,
+        architecture=architecture,
+        warps=a.options.get("num_warps", 4),
+        registers=int(usage["registers"]),
+        shared_bytes=compiled.metadata.shared,
+        stack_bytes=int(usage["stack"]) + int(usage["local"]),
+    )
+
+
+def resource_usage(cubin: bytes) -> re.Match[str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = USAGE.search(said.stdout)
+    if found is None:
+        raise ValueError(f"cuobjdump said nothing of registers: {said.stdout!r}")
+    return found
+
+
+def compile_module(module: str, architecture: int) -> list[Resources]:
+    ahead = importlib.import_module(module).ahead(architecture=architecture)
+    return [compile_ahead(a, architecture) for a in ahead]
+
+
+def compile_all() -> list[Resources]:
+    pairs = [(module, architecture) for module in MODULES for architecture in ARCHITECTURES]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [r for found in pool.map(compile_module, *zip(*pairs, strict=True)) for r in found]
+
+
+def table(found: list[Resources]) -> Table:
+    header = ["kernel", "warps", *(f"sm_{a}" for a in ARCHITECTURES)]
+    cells: dict[tuple[str, int], dict[int, str]] = {}
+    for r in found:
+        spilled = f", {r.stack_bytes} spilled" if r.stack_bytes else ""
+        cells.setdefault((r.name, r.warps), {})[r.architecture] = (
+            f"{r.registers}, {r.shared_bytes / 1024:.0f} KiB{spilled}"
+        )
+    rows = [[name, str(warps), *(by.get(a, "") for a in ARCHITECTURES)] for (name, warps), by in cells.items()]
+    return Table("Registers a thread and shared memory a block of the Triton kernels, base model, bf16", header, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print numbers")
+    parser.add_argument("--write", action="store_true", help=f"also into {DOCUMENT.relative_to(ROOT)}")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it", file=sys.stderr)
+        return 2
+    found = compile_all()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(r) for r in found]))
+        return 0
+    made = table(found)
+    print(made.text())
+    if options.write:
+        import triton
+
+        text = DOCUMENT.read_text()
+        if not MARKED.search(text):
+            raise ValueError(f"{DOCUMENT} has no <!-- ahead:begin --> and <!-- ahead:end -->")
+        content = f"{made.markdown()}\n\nTriton {triton.__version__}.\n"
+        write_atomic(DOCUMENT, MARKED.sub(lambda m: m[1] + content + m[2], text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""The stem in Triton: the visible-only stem (`visible.py`), its memory-bound chains of operations fused.
+
+Three registered operators carry the fusion; what is one plain matrix product is left to PyTorch:
+
+- `stem_embed_pixels`: pixels of visible patches -> embedding -> LayerNorm
+- `stem_layer_norm`: LayerNorm of the coarser embeddings
+- `stem_conv_block`: LN + 1x1; depthwise + 1x1 + residual; LN + MLP + residual
+
+Shapes: N clone rows, K visible patches each, S positions in a patch of a stage, R = N * K * S rows, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cat_kernels._library import register
+from cat_kernels.stem.layout import block_order, halo_rows, strides
+from cat_kernels.stem.visible import patch_weight
+
+if TYPE_CHECKING:
+    from cat_kernels.stem.module import ConvBlock, Embed, MultiResConv
+
+OPERATOR = "MultiResConv"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_fused(stem: MultiResConv, dtype: torch.dtype) -> str | None:
+    """What the kernels do not compute, in words; None where there is nothing."""
+    if dtype not in DTYPES:
+        return f"{dtype} input, the kernels take float32, bfloat16 and float16"
+    for name, width in [("embed_dim", stem.embed_dim), *(("channels", c) for c in stem.channels)]:
+        if width % 16:
+            return f"{name}={width} is no multiple of 16"
+    return None
+
+
+def compute_dtype(spec: Tensor) -> torch.dtype:
+    """The spectrogram's, or autocast's where that is on."""
+    device = spec.device.type
+    if torch.is_autocast_enabled(device) and spec.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return spec.dtype
+
+
+def multires_conv_triton(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+    """The stem on visible patches only. Returns (N, K, D), or (B, L, D) without ``visible`` (all patches visible)."""
+    dtype = compute_dtype(spec_BCTF)
+    with torch.autocast(spec_BCTF.device.type, enabled=False):
+        return _stem(stem, spec_BCTF.to(dtype), visible_NK)
+
+
+def _stem(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None) -> Tensor:
+    B, _, T, n_mels = spec_BCTF.shape
+    H, W = T // stem.patch_size, n_mels // stem.patch_size
+    if visible_NK is None:
+        visible_NK = torch.arange(H * W, device=spec_BCTF.device).expand(B, H * W)
+    N, K = visible_NK.shape
+
+    factors = strides(stem.resolutions)
+    tokens, bias = None, stem.proj.bias
+    x = _embed_pixels(stem.embeds[0], spec_BCTF, visible_NK, stem.resolutions)
+    for i, (embed, blocks, side) in enumerate(stem.levels()):
+        if i:
+            x = _embed(embed, x, factors[i])
+        if side is None:
+            break
+        coarser = factors[:i:-1]  # k_{n-1} .. k_{i+1}
+        halo = halo_rows(visible_NK, (H, W), coarser, stem.kernel_size // 2)
+        halo = torch.where(halo == x.shape[0], -1, halo).int()
+        order = block_order(coarser, x.device).int()
+        for block in blocks:
+            x = _conv_block(block, x, halo, order, keep=not stem.recompute)
+        # Side outputs and the last Linear are summed by the products themselves.
+        weight = patch_weight(side, coarser).to(x.dtype)
+        rows = x.reshape(N * K, weight.shape[1])
+        tokens = rows @ weight.T if tokens is None else torch.addmm(tokens, rows, weight.T)
+        bias = bias + side.bias
+    weight, bias = stem.proj.weight.to(x.dtype), bias.to(x.dtype)
+    last = F.linear(x, weight, bias) if tokens is None else torch.addmm(tokens + bias, x, weight.T)
+    return last.unflatten(0, (N, K))
+
+
+def _embed_pixels(embed: Embed, spec: Tensor, visible: Tensor, resolutions: Sequence[int]) -> Tensor:
+    weight = patch_weight(embed.proj, (resolutions[0],))
+    norm = embed.norm
+    return _stem_embed_pixels(
+        spec, visible, weight, embed.proj.bias, norm.weight, norm.bias, list(resolutions), norm.eps, backend="triton"
+    )
+
+
+def _embed(embed: Embed, x: Tensor, factor: int) -> Tensor:
+    weight = patch_weight(embed.proj, (factor,)).to(x.dtype)
+    rows = F.linear(x.reshape(-1, weight.shape[1]), weight, embed.proj.bias.to(x.dtype))
+    return _stem_layer_norm(rows, embed.norm.weight, embed.norm.bias, embed.norm.eps, backend="triton")
+
+
+def _conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor, *, keep: bool) -> Tensor:
+    weights = [
+        *(block.norm1.weight, block.norm1.bias, block.conv1.weight, block.conv1.bias),
+        *(block.dwconv.weight.flatten(1), block.dwconv.bias, block.conv2.weight, block.conv2.bias),
+        *(block.norm2.weight, block.norm2.bias, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias),
+    ]
+    return _stem_conv_block(x, halo, order, weights, block.norm1.eps, keep, backend="triton")[0]
+
+
+# --- embedding of pixels ---------------------------------------------------------------------------------------------
+
+
+def _embed_pixels_triton(
+    spec: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    resolutions: Sequence[int],
+    eps: float,
+) -> Tensor:
+    from cat_kernels.stem.kernels.pixels import embed_pixels
+
+    vectors = (t.contiguous() for t in (bias, ln_weight, ln_bias))
+    matrix = weight.to(spec.dtype).contiguous()
+    return embed_pixels(spec, visible, matrix, *vectors, tuple(resolutions), eps)
+
+
+def _embed_pixels_fake(spec: Tensor, visible: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    resolutions = arguments[3]
+    positions = (resolutions[-1] // resolutions[0]) ** 2
+    return spec.new_empty(visible.shape[0] * visible.shape[1] * positions, weight.shape[0])
+
+
+def _embed_pixels_backward_triton(
+    grad: Tensor,
+    spec: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    resolutions: Sequence[int],
+    eps: float,
+    need_spec: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from cat_kernels.stem.kernels.pixels import embed_pixels_backward
+
+    vectors = (t.contiguous() for t in (bias, ln_weight))
+    matrix = weight.to(spec.dtype).contiguous()
+    *grads, pixels = embed_pixels_backward(
+        grad.contiguous(), spec, visible, matrix, *vectors, tuple(resolutions), eps, need_spec
+    )
+    dweight, dbias, dln_weight, dln_bias = grads
+    if need_spec and pixels is not None:
+        dspec = _scatter_pixels(pixels, spec, visible, tuple(resolutions))
+    else:
+        dspec = spec.new_empty(0)
+    # Copies: they may be parts of one tensor, and an operator's results must not share memory.
+    dweight, dbias = dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
+    return dspec, dweight, dbias, dln_weight.to(ln_weight.dtype, copy=True), dln_bias.clone()
+
+
+def _scatter_pixels(pixels: Tensor, spec: Tensor, visible: Tensor, resolutions: tuple[int, ...]) -> Tensor:
+    """Gradients of the visible patches' pixels, summed over the clones of each clip, in the spectrogram's layout."""
+    from cat_kernels.stem.layout import unpatchify
+
+    B, C, T, n_mels = spec.shape
+    P = resolutions[-1]
+    L, N, K = (T // P) * (n_mels // P), *visible.shape
+    flat = pixels.new_zeros(B * L, P * P * C, dtype=torch.float32)
+    clip = torch.arange(N, device=spec.device) // (N // max(B, 1)) if B else visible.new_zeros(0)
+    place = (clip[:, None] * L + visible).flatten()
+    flat.index_add_(0, place, pixels.reshape(N * K, P * P * C).float())
+    return unpatchify(flat.reshape(B, L, P * P * C), (T, n_mels), C, resolutions).to(spec.dtype)
+
+
+def _embed_pixels_backward_fake(
+    grad: Tensor,
+    spec: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    resolutions: Sequence[int],
+    eps: float,
+    need_spec: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dspec = spec.new_empty(spec.shape if need_spec else 0)
+    c = ln_weight.shape[0]
+    return dspec, *_like(weight, bias, ln_weight), ln_weight.new_empty(c, dtype=torch.float32)
+
+
+def _embed_pixels_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    spec, visible, weight, bias, ln_weight, ln_bias, resolutions, eps = inputs
+    ctx.save_for_backward(spec, visible, weight, bias, ln_weight)
+    ctx.resolutions, ctx.eps, ctx.ln_bias_dtype = resolutions, eps, ln_bias.dtype
+
+
+def _embed_pixels_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_spec = ctx.needs_input_grad[0]
+    dspec, dweight, dbias, dln_weight, dln_bias = _stem_embed_pixels_backward(
+        grad, *ctx.saved_tensors, ctx.resolutions, ctx.eps, need_spec, backend=ctx.backend
+    )
+    dspec = dspec if need_spec else None
+    return dspec, None, dweight, dbias, dln_weight, dln_bias.to(ctx.ln_bias_dtype), None, None
+
+
+_stem_embed_pixels_backward = register(
+    OPERATOR,
+    "stem_embed_pixels_backward(Tensor grad, Tensor spec, Tensor visible, Tensor weight, Tensor bias, "
+    "Tensor ln_weight, int[] resolutions, float eps, bool need_spec, *, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    {"triton": _embed_pixels_backward_triton},
+    fake=_embed_pixels_backward_fake,
+)
+_stem_embed_pixels = register(
+    OPERATOR,
+    "stem_embed_pixels(Tensor spec, Tensor visible, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, "
+    'int[] resolutions, float eps, *, str backend="auto") -> Tensor',
+    {"triton": _embed_pixels_triton},
+    fake=_embed_pixels_fake,
+    setup_context=_embed_pixels_save,
+    backward=_embed_pixels_formula,
+)
+
+
+# --- LayerNorm of rows -----------------------------------------------------------------------------------------------
+
+
+def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from cat_kernels.stem.kernels.rows import layer_norm
+
+    return layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+
+
+def _layer_norm_backward_triton(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from cat_kernels.stem.kernels.rows import layer_norm_backward
+
+    dx, dweight, dbias = layer_norm_backward(grad.contiguous(), x.contiguous(), weight.contiguous(), eps)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _layer_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _layer_norm_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_stem_layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps, backend=ctx.backend), None)
+
+
+_stem_layer_norm_backward = register(
+    OPERATOR,
+    "stem_layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps, *, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    {"triton": _layer_norm_backward_triton},
+    fake=lambda grad, x, weight, bias, eps: _like(x, weight, bias),
+)
+_stem_layer_norm = register(
+    OPERATOR,
+    'stem_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, *, str backend="auto") -> Tensor',
+    {"triton": _layer_norm_triton},
+    fake=lambda x, weight, bias, eps: _like(x)[0],
+    setup_context=_layer_norm_save,
+    backward=_layer_norm_formula,
+)
+
+
+# --- conv block ------------------------------------------------------------------------------------------------------
+
+# Places of the weights in the operator's list.
+_NORM1, _CONV1, _DWCONV, _CONV2, _NORM2, _FC1, _FC2 = (slice(i, i + 2) for i in range(0, 14, 2))
+
+
+def _block_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Matrices in the activations' dtype; vectors and the depthwise taps as they are, kernels read any dtype."""
+    matrices = (_CONV1.start, _CONV2.start, _FC1.start, _FC2.start)
+    return [w.to(dtype).contiguous() if i in matrices else w.contiguous() for i, w in enumerate(weights)]
+
+
+def _conv_block_triton(
+    x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from cat_kernels.stem.kernels.mlp import norm_mlp_residual
+
+    x, w = x.contiguous(), _block_weights(weights, x.dtype)
+    y, middle = _first_half(x, halo, order, w, eps)
+    out = norm_mlp_residual(middle, *w[_NORM2], *w[_FC1], *w[_FC2], eps)
+    return (out, y, middle) if keep else (out, *_nothing(x))
+
+
+def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """What the depthwise convolution reads, and the block's middle: the rows after the first residual."""
+    from cat_kernels.stem.kernels.conv import conv_linear_residual
+    from cat_kernels.stem.kernels.linear import norm_linear
+
+    y = norm_linear(x, *w[_NORM1], *w[_CONV1], eps)
+    return y, conv_linear_residual(x, y, halo, order, *w[_DWCONV], *w[_CONV2])
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1])
+
+
+def _conv_block_fake(
+    x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
+) -> tuple[Tensor, ...]:
+    return _like(x, x, x) if keep else (*_like(x), *_nothing(x))
+
+
+def _conv_block_backward_triton(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    middle: Tensor,
+    halo: Tensor,
+    order: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    keep: bool,
+) -> list[Tensor]:
+    from cat_kernels.stem.kernels.conv import depthwise, depthwise_backward_weight
+    from cat_kernels.stem.kernels.mlp import norm_mlp_backward_input, norm_mlp_backward_weight
+    from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
+
+    grad, x, w = grad.contiguous(), x.contiguous(), _block_weights(weights, x.dtype)
+    (n1w, n1b), (c1w, _), (dww, dwb), (c2w, _), n2, fc1, (fc2w, _) = (
+        w[p] for p in (_NORM1, _CONV1, _DWCONV, _CONV2, _NORM2, _FC1, _FC2)
+    )
+    kernel_size = round(dww.shape[1] ** 0.5)
+    if not keep:
+        y, middle = _first_half(x, halo, order, w, eps)
+
+    dmiddle, dn2w, dn2b = norm_mlp_backward_input(grad, middle, *n2, *fc1, fc2w, eps)
+    df1w, df1b, df2w, df2b = norm_mlp_backward_weight(grad, middle, *n2, *fc1, fc2w, eps)
+
+    z = depthwise(y, halo, order, dww, dwb)
+    dc2w, dc2b = dmiddle.T @ z, dmiddle.sum(0, dtype=torch.float32)
+    dz = dmiddle @ c2w
+    ddww, ddwb = depthwise_backward_weight(dz, y, halo, order, kernel_size)
+    dy = depthwise(dz, halo, order, dww, None, transpose=True)
+
+    normed = layer_norm(x, n1w, n1b, eps)
+    dc1w, dc1b = dy.T @ normed, dy.sum(0, dtype=torch.float32)
+    dx, dn1w, dn1b = layer_norm_backward(dy @ c1w, x, n1w, eps, residual=dmiddle)
+    grads = [dn1w, dn1b, dc1w, dc1b, ddww, ddwb, dc2w, dc2b, dn2w, dn2b, df1w, df1b, df2w, df2b]
+    # Copies: see above.
+    return [dx, *(g.to(weight.dtype, copy=True) for g, weight in zip(grads, weights, strict=True))]
+
+
+def _conv_block_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, halo, order, weights, ctx.eps, ctx.keep = inputs
+    _, y, middle = output
+    ctx.mark_non_differentiable(y, middle)
+    ctx.save_for_backward(x, y, middle, halo, order, *weights)
+
+
+def _conv_block_formula(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    x, y, middle, halo, order, *weights = ctx.saved_tensors
+    dx, *dweights = _stem_conv_block_backward(
+        grad, x, y, middle, halo, order, weights, ctx.eps, ctx.keep, backend=ctx.backend
+    )
+    return dx, None, None, dweights, None, None
+
+
+_stem_conv_block_backward = register(
+    OPERATOR,
+    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor halo, Tensor order, "
+    'Tensor[] weights, float eps, bool keep, *, str backend="auto") -> Tensor[]',
+    {"triton": _conv_block_backward_triton},
+    fake=lambda grad, x, y, middle, halo, order, weights, eps, keep: list(_like(x, *weights)),
+)
+_stem_conv_block = register(
+    OPERATOR,
+    "stem_conv_block(Tensor x, Tensor halo, Tensor order, Tensor[] weights, float eps, bool keep, *, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    {"triton": _conv_block_triton},
+    fake=_conv_block_fake,
+    setup_context=_conv_block_save,
+    backward=_conv_block_formula,
+)
