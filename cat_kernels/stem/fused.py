@@ -12,7 +12,7 @@ Shapes: N clone rows, K visible patches each, S positions in a patch of a stage,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +61,11 @@ def _stem(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None) -> T
         visible_NK = torch.arange(H * W, device=spec_BCTF.device).expand(B, H * W)
     N, K = visible_NK.shape
 
-    factors = strides(stem.resolutions)
-    tokens, bias = None, stem.proj.bias
-    x = _embed_pixels(stem.embeds[0], spec_BCTF, visible_NK, stem.resolutions)
-    for i, (embed, blocks, side) in enumerate(stem.levels()):
+    factors, levels = strides(stem.resolutions), stem.levels()
+    tokens: Tensor | None = None
+    bias: Tensor = stem.proj.bias
+    x = _embed_pixels(levels[0][0], spec_BCTF, visible_NK, stem.resolutions)
+    for i, (embed, blocks, side) in enumerate(levels):
         if i:
             x = _embed(embed, x, factors[i])
         if side is None:
@@ -79,7 +80,7 @@ def _stem(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None) -> T
         weight = patch_weight(side, coarser).to(x.dtype)
         rows = x.reshape(N * K, weight.shape[1])
         tokens = rows @ weight.T if tokens is None else torch.addmm(tokens, rows, weight.T)
-        bias = bias + side.bias
+        bias = bias + cast(Tensor, side.bias)
     weight, bias = stem.proj.weight.to(x.dtype), bias.to(x.dtype)
     last = F.linear(x, weight, bias) if tokens is None else torch.addmm(tokens + bias, x, weight.T)
     return last.unflatten(0, (N, K))
@@ -95,7 +96,7 @@ def _embed_pixels(embed: Embed, spec: Tensor, visible: Tensor, resolutions: Sequ
 
 def _embed(embed: Embed, x: Tensor, factor: int) -> Tensor:
     weight = patch_weight(embed.proj, (factor,)).to(x.dtype)
-    rows = F.linear(x.reshape(-1, weight.shape[1]), weight, embed.proj.bias.to(x.dtype))
+    rows = F.linear(x.reshape(-1, weight.shape[1]), weight, cast(Tensor, embed.proj.bias).to(x.dtype))
     return _stem_layer_norm(rows, embed.norm.weight, embed.norm.bias, embed.norm.eps, backend="triton")
 
 
@@ -123,9 +124,9 @@ def _embed_pixels_triton(
 ) -> Tensor:
     from cat_kernels.stem.kernels.pixels import embed_pixels
 
-    vectors = (t.contiguous() for t in (bias, ln_weight, ln_bias))
-    matrix = weight.to(spec.dtype).contiguous()
-    return embed_pixels(spec, visible, matrix, *vectors, tuple(resolutions), eps)
+    weight, bias = weight.to(spec.dtype).contiguous(), bias.contiguous()
+    norm = ln_weight.contiguous(), ln_bias.contiguous()
+    return embed_pixels(spec, visible, weight, bias, norm[0], norm[1], tuple(resolutions), eps)
 
 
 def _embed_pixels_fake(spec: Tensor, visible: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
@@ -147,10 +148,17 @@ def _embed_pixels_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from cat_kernels.stem.kernels.pixels import embed_pixels_backward
 
-    vectors = (t.contiguous() for t in (bias, ln_weight))
     matrix = weight.to(spec.dtype).contiguous()
     *grads, pixels = embed_pixels_backward(
-        grad.contiguous(), spec, visible, matrix, *vectors, tuple(resolutions), eps, need_spec
+        grad.contiguous(),
+        spec,
+        visible,
+        matrix,
+        bias.contiguous(),
+        ln_weight.contiguous(),
+        tuple(resolutions),
+        eps,
+        need_spec,
     )
     dweight, dbias, dln_weight, dln_bias = grads
     if need_spec and pixels is not None:
@@ -189,7 +197,8 @@ def _embed_pixels_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dspec = spec.new_empty(spec.shape if need_spec else 0)
     c = ln_weight.shape[0]
-    return dspec, *_like(weight, bias, ln_weight), ln_weight.new_empty(c, dtype=torch.float32)
+    dweight, dbias, dln_weight = _like(weight, bias, ln_weight)
+    return dspec, dweight, dbias, dln_weight, ln_weight.new_empty(c, dtype=torch.float32)
 
 
 def _embed_pixels_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -276,14 +285,35 @@ _stem_layer_norm = register(
 
 # --- conv block ------------------------------------------------------------------------------------------------------
 
-# Places of the weights in the operator's list.
-_NORM1, _CONV1, _DWCONV, _CONV2, _NORM2, _FC1, _FC2 = (slice(i, i + 2) for i in range(0, 14, 2))
 
+class _BlockWeights(NamedTuple):
+    """A conv block's parameters in the order of the operator's list. As the kernels take them: matrices in the
+    activations' dtype; vectors and the depthwise taps as they are."""
 
-def _block_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Matrices in the activations' dtype; vectors and the depthwise taps as they are, kernels read any dtype."""
-    matrices = (_CONV1.start, _CONV2.start, _FC1.start, _FC2.start)
-    return [w.to(dtype).contiguous() if i in matrices else w.contiguous() for i, w in enumerate(weights)]
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    conv1_weight: Tensor
+    conv1_bias: Tensor
+    taps: Tensor
+    taps_bias: Tensor
+    conv2_weight: Tensor
+    conv2_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+    @staticmethod
+    def of(weights: Sequence[Tensor], dtype: torch.dtype) -> _BlockWeights:
+        w = _BlockWeights(*(weight.contiguous() for weight in weights))
+        return w._replace(
+            conv1_weight=w.conv1_weight.to(dtype),
+            conv2_weight=w.conv2_weight.to(dtype),
+            fc1_weight=w.fc1_weight.to(dtype),
+            fc2_weight=w.fc2_weight.to(dtype),
+        )
 
 
 def _conv_block_triton(
@@ -291,19 +321,21 @@ def _conv_block_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from cat_kernels.stem.kernels.mlp import norm_mlp_residual
 
-    x, w = x.contiguous(), _block_weights(weights, x.dtype)
+    x, w = x.contiguous(), _BlockWeights.of(weights, x.dtype)
     y, middle = _first_half(x, halo, order, w, eps)
-    out = norm_mlp_residual(middle, *w[_NORM2], *w[_FC1], *w[_FC2], eps)
+    out = norm_mlp_residual(
+        middle, w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, eps
+    )
     return (out, y, middle) if keep else (out, *_nothing(x))
 
 
-def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: _BlockWeights, eps: float) -> tuple[Tensor, Tensor]:
     """What the depthwise convolution reads, and the block's middle: the rows after the first residual."""
     from cat_kernels.stem.kernels.conv import conv_linear_residual
     from cat_kernels.stem.kernels.linear import norm_linear
 
-    y = norm_linear(x, *w[_NORM1], *w[_CONV1], eps)
-    return y, conv_linear_residual(x, y, halo, order, *w[_DWCONV], *w[_CONV2])
+    y = norm_linear(x, w.norm1_weight, w.norm1_bias, w.conv1_weight, w.conv1_bias, eps)
+    return y, conv_linear_residual(x, y, halo, order, w.taps, w.taps_bias, w.conv2_weight, w.conv2_bias)
 
 
 def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,27 +363,24 @@ def _conv_block_backward_triton(
     from cat_kernels.stem.kernels.mlp import norm_mlp_backward_input, norm_mlp_backward_weight
     from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
 
-    grad, x, w = grad.contiguous(), x.contiguous(), _block_weights(weights, x.dtype)
-    (n1w, n1b), (c1w, _), (dww, dwb), (c2w, _), n2, fc1, (fc2w, _) = (
-        w[p] for p in (_NORM1, _CONV1, _DWCONV, _CONV2, _NORM2, _FC1, _FC2)
-    )
-    kernel_size = round(dww.shape[1] ** 0.5)
+    grad, x, w = grad.contiguous(), x.contiguous(), _BlockWeights.of(weights, x.dtype)
     if not keep:
         y, middle = _first_half(x, halo, order, w, eps)
 
-    dmiddle, dn2w, dn2b = norm_mlp_backward_input(grad, middle, *n2, *fc1, fc2w, eps)
-    df1w, df1b, df2w, df2b = norm_mlp_backward_weight(grad, middle, *n2, *fc1, fc2w, eps)
+    mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, eps
+    dmiddle, dn2w, dn2b = norm_mlp_backward_input(grad, middle, *mlp)
+    df1w, df1b, df2w, df2b = norm_mlp_backward_weight(grad, middle, *mlp)
 
-    z = depthwise(y, halo, order, dww, dwb)
+    z = depthwise(y, halo, order, w.taps, w.taps_bias)
     dc2w, dc2b = dmiddle.T @ z, dmiddle.sum(0, dtype=torch.float32)
-    dz = dmiddle @ c2w
-    ddww, ddwb = depthwise_backward_weight(dz, y, halo, order, kernel_size)
-    dy = depthwise(dz, halo, order, dww, None, transpose=True)
+    dz = dmiddle @ w.conv2_weight
+    dtaps, dtaps_bias = depthwise_backward_weight(dz, y, halo, order, round(w.taps.shape[1] ** 0.5))
+    dy = depthwise(dz, halo, order, w.taps, None, transpose=True)
 
-    normed = layer_norm(x, n1w, n1b, eps)
+    normed = layer_norm(x, w.norm1_weight, w.norm1_bias, eps)
     dc1w, dc1b = dy.T @ normed, dy.sum(0, dtype=torch.float32)
-    dx, dn1w, dn1b = layer_norm_backward(dy @ c1w, x, n1w, eps, residual=dmiddle)
-    grads = [dn1w, dn1b, dc1w, dc1b, ddww, ddwb, dc2w, dc2b, dn2w, dn2b, df1w, df1b, df2w, df2b]
+    dx, dn1w, dn1b = layer_norm_backward(dy @ w.conv1_weight, x, w.norm1_weight, eps, residual=dmiddle)
+    grads = [dn1w, dn1b, dc1w, dc1b, dtaps, dtaps_bias, dc2w, dc2b, dn2w, dn2b, df1w, df1b, df2w, df2b]
     # Copies: see above.
     return [dx, *(g.to(weight.dtype, copy=True) for g, weight in zip(grads, weights, strict=True))]
 
