@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, ROOT, load, write_atomic
-from benchmarks.tables import TABLES, machine_name, origin
+from benchmarks.tables import TABLES, Table, machine_name, origin
 
 MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w-]*) -->\n).*?(<!-- benchmark:end -->)", re.DOTALL)
 
@@ -42,10 +42,17 @@ def section(name: str, results: list[dict[str, Any]]) -> str:
     for data in results:
         table = TABLES[name](data)
         if table.rows:
-            parts.append(f"{table.markdown()}\n\n{origin(data)}.\n")
+            parts.append(f"{table.markdown()}\n\n{origin(data)}.{remark(table)}\n")
         if name == "multiply-adds" and parts:
             break  # the same on every machine
     return "\n".join(parts)
+
+
+def remark(table: Table) -> str:
+    """On a machine shared with others a rate can be exceeded."""
+    shares = [float(cell.removesuffix(" %")) for row in table.rows for cell in row if cell.endswith(" %")]
+    slower = " A share above 100 %: the machine was slower in the moment when its rate was measured."
+    return slower if max(shares, default=0) > 100 else ""
 
 
 def filled(text: str, results: list[dict[str, Any]]) -> str:
