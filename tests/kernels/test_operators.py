@@ -28,14 +28,16 @@ def other_backends():
             if any(runs) and name not in ("dense", backends.resolve(spec.name)):
                 marks = () if runs[0] else ON_GPU
                 other = spec.with_backend(name)
-                if name == "triton" and backends.INTERPRETED:
-                    other = replace(other, dtypes=(torch.float32,), samples=functools.partial(few_samples, spec))
+                if name == "triton":
+                    other = replace(other, samples=functools.partial(few_samples, spec))
+                if backends.INTERPRETED and name == "triton":
+                    other = replace(other, dtypes=(torch.float32,))
                 yield pytest.param(other, marks=marks, id=other.name)
 
 
 def few_samples(spec, device, dtype):
-    """The interpreter takes seconds for each: one with a single stage, first, the degenerate ones, and one with every
-    stage. The others are run on GPUs, and in the tests of the stem and of its kernels."""
+    """Each takes seconds, in the interpreter or to compile: one with a single stage, first, the degenerate ones, and
+    one with two stages. What else there is, the tests of the stem and of its kernels have."""
     names = ("resolutions 4,8, small", "no clips", "one patch", "resolutions 4,8,16, small")
     yield from sorted((s for s in spec.samples(device, dtype) if s.name in names), key=lambda s: names.index(s.name))
 
@@ -56,6 +58,19 @@ every_device = pytest.mark.parametrize("device", DEVICES)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
+
+
+@pytest.fixture(autouse=True)
+def _backend_runs_here(request):
+    """On a GPU machine Triton's kernels run on CUDA tensors only."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "spec" not in params:
+        return
+    operator, _, backend = params["spec"].name.removesuffix("]").partition("[")
+    device = params.get("device", CUDA if torch.cuda.is_available() else CPU)
+    reason = backends.why_not(operator, backend, device.type) if backend else None
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def first_sample(spec, device, dtype=torch.float32):
