@@ -78,7 +78,7 @@ def _cuda_problem(index: int) -> str | None:
 
 
 def architectures() -> str:
-    """The GPU architectures whose code the extension holds, such as "sm_80, sm_90, PTX 9.0"."""
+    """The GPU architectures whose code the extension holds, such as "sm_80, sm_90, PTX for sm_90 and newer"."""
     module = load()
     names = module.about()["architectures"] if module else []
     return ", ".join(_architecture(name) for name in names) or "none"

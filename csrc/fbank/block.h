@@ -49,14 +49,6 @@ struct alignas(4 * sizeof(T)) Four {
   T x[4];
 };
 
-CAT_HD int64_t clip_frames(const FbankCall& call, const FbankShape& shape, int64_t clip) {
-  int64_t length = call.samples;
-  if (call.lengths) length = call.lengths[clip] < length ? call.lengths[clip] : length;
-  return length < shape.frame_length ? 0 : 1 + (length - shape.frame_length) / shape.frame_shift;
-}
-
-CAT_HD float pad_value(const FbankCall& call) { return (0.0f - call.mean) * call.factor; }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Frames of 400 samples, 32 of them a block, 16 lanes a frame. The 256-point transform is 16 x 16: lane j transforms
 // points j, j + 16, ... in its registers, a transposition through shared memory follows, and lane k has frequencies k,

@@ -75,14 +75,13 @@ void compute_rows(const CpuFrames& isa, const FbankView& tables, const FbankCall
   for (int64_t row = begin; row < end; ++row) {
     const int64_t clip = row / call.frames, t = row % call.frames;
     void* const to = output + row * row_bytes;
-    const int64_t length = call.lengths ? std::min(call.lengths[clip], call.samples) : call.samples;
-    if (t < frames_of(length, shape)) {
+    if (t < clip_frames(call, shape, clip)) {
       const int64_t first = clip * call.row_stride + t * shape.frame_shift;
       frames[count++] = {waveform + first * int64_t(size_of(call.input)), to};
       if (count == isa.width) isa.compute(tables, call, frames, count, scratch), count = 0;
       continue;
     }
-    const float value = (0.0f - call.mean) * call.factor;
+    const float value = pad_value(call);
     switch (call.dtype) {
       case Dtype::float16: pad(static_cast<Half*>(to), shape.num_mel_bins, value); break;
       case Dtype::bfloat16: pad(static_cast<BFloat16*>(to), shape.num_mel_bins, value); break;

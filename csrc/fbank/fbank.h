@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace cat {
 
 enum class Window { hanning, povey, hamming };
@@ -35,8 +37,16 @@ struct FbankCall {
 };
 
 // Whole frames of a clip of `length` samples: Kaldi's snip-edges.
-inline int64_t frames_of(int64_t length, const FbankShape& shape) {
+CAT_HD int64_t frames_of(int64_t length, const FbankShape& shape) {
   return length < shape.frame_length ? 0 : 1 + (length - shape.frame_length) / shape.frame_shift;
 }
+
+CAT_HD int64_t clip_frames(const FbankCall& call, const FbankShape& shape, int64_t clip) {
+  const bool shorter = call.lengths && call.lengths[clip] < call.samples;
+  return frames_of(shorter ? call.lengths[clip] : call.samples, shape);
+}
+
+// Of frames that only pad a clip: 0 before the normalisation.
+CAT_HD float pad_value(const FbankCall& call) { return (0.0f - call.mean) * call.factor; }
 
 }  // namespace cat

@@ -3,10 +3,8 @@
 
 #include <cstdlib>
 
-#include "../fbank/block.h"
 #include "../fbank/cpu.h"
-#include "emulator.h"
-#include "reference.h"
+#include "kernels.h"
 
 namespace {
 
@@ -51,19 +49,6 @@ class Fuzz {
   std::mt19937 random_;
 };
 
-template <class Out>
-void run_blocks(const reference::Case& c, bool fast) {
-  const cat::FbankTables tables = c.settings.tables();
-  const int64_t blocks = c.call.clips * (fast ? cat::Block400::blocks_per_clip(c.call.frames) : c.call.frames);
-  const int bytes = fast ? cat::Block400::bytes(tables.view()) : cat::GeneralBlock::bytes(c.settings.shape);
-  emulator::Block block(cat::kBlockThreads, size_t(bytes), 0);
-  for (int64_t i = 0; i < blocks; ++i) {
-    block.run(i, [&](emulator::Thread& thread) {
-      fast ? cat::block400<Out>(tables.view(), c.call, thread) : cat::general_block<Out>(tables.view(), c.call, thread);
-    });
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -83,9 +68,7 @@ int main(int argc, char** argv) {
     const bool fast = cat::Block400::takes(c.settings.tables().view());
     c.finish();
     c.name = name + (fast ? ", 400-sample kernel" : ", general kernel");
-    if (c.call.dtype == Dtype::float32) run_blocks<float>(c, fast);
-    if (c.call.dtype == Dtype::float16) run_blocks<cat::Half>(c, fast);
-    if (c.call.dtype == Dtype::bfloat16) run_blocks<cat::BFloat16>(c, fast);
+    kernels::run(c, fast, 0);
     reference::check_result(c, fast);
   }
   return check::result("fuzz");

@@ -3,44 +3,21 @@
 
 #include <cstring>
 
-#include "../fbank/block.h"
-#include "emulator.h"
-#include "reference.h"
+#include "kernels.h"
 
 namespace {
 
 using cat::FbankCall;
 using cat::FbankView;
 
-template <class Out>
-void run_blocks(const FbankView& tables, const FbankCall& call, bool fast, unsigned seed) {
-  const int64_t blocks = call.clips * (fast ? cat::Block400::blocks_per_clip(call.frames) : call.frames);
-  const int bytes = fast ? cat::Block400::bytes(tables) : cat::GeneralBlock::bytes(tables.shape);
-  emulator::Block block(cat::kBlockThreads, size_t(bytes), seed);
-  for (int64_t i = 0; i < blocks; ++i) {
-    block.run(i, [&](emulator::Thread& thread) {
-      fast ? cat::block400<Out>(tables, call, thread) : cat::general_block<Out>(tables, call, thread);
-    });
-  }
-}
-
-void run_kernel(const reference::Case& c, bool fast, unsigned seed) {
-  const cat::FbankTables tables = c.settings.tables();
-  switch (c.call.dtype) {
-    case cat::Dtype::float16: return run_blocks<cat::Half>(tables.view(), c.call, fast, seed);
-    case cat::Dtype::bfloat16: return run_blocks<cat::BFloat16>(tables.view(), c.call, fast, seed);
-    default: return run_blocks<float>(tables.view(), c.call, fast, seed);
-  }
-}
-
 void check_kernel(reference::Case c, bool fast) {
   c.finish();
   c.name += fast ? ", 400-sample kernel" : ", general kernel";
-  run_kernel(c, fast, 1);
+  kernels::run(c, fast, 1);
   reference::check_result(c, fast);
   const std::vector<unsigned char> before = c.output;
   c.finish();
-  run_kernel(c, fast, 2);
+  kernels::run(c, fast, 2);
   CHECK(c.output == before) << c.name << ": the result depends on the order of the threads";
 }
 
@@ -51,7 +28,7 @@ void check_nan(bool fast) {
   const float nan = std::nanf("");
   std::memcpy(c.waveform.data() + 4 * 559, &nan, 4);  // the last sample of frame 1, the one before frame 3.5
   std::memcpy(c.waveform.data() + 4 * 159, &nan, 4);  // in frame 0; just before frame 1
-  run_kernel(c, fast, 1);
+  kernels::run(c, fast, 1);
   for (int t = 0; t < 6; ++t) {
     bool hit = false;
     for (int i : {159, 559}) hit |= 160 * t <= i && i < 160 * t + 400;
