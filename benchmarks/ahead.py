@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ROOT, write_atomic
+from benchmarks.report import write_between
+from benchmarks.results import ROOT
 from benchmarks.tables import Table
 
 MODULES = tuple(f"cat_kernels.stem.kernels.{name}" for name in ("pixels", "rows", "linear", "conv", "mlp"))
@@ -32,7 +33,6 @@ DOCUMENT = ROOT / "cat_kernels" / "stem" / "README.md"
 ARCHITECTURES = (80, 90, 100)
 # The most shared memory that a block can have, from the programming guide's table of capabilities.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MARKED = re.compile(r"(<!-- ahead:begin -->\n).*?(<!-- ahead:end -->)", re.DOTALL)
 USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
 
 
@@ -125,11 +125,7 @@ def main() -> int:
     if options.write:
         import triton
 
-        text = DOCUMENT.read_text()
-        if not MARKED.search(text):
-            raise ValueError(f"{DOCUMENT} has no <!-- ahead:begin --> and <!-- ahead:end -->")
-        content = f"{made.markdown()}\n\nTriton {triton.__version__}.\n"
-        write_atomic(DOCUMENT, MARKED.sub(lambda m: m[1] + content + m[2], text))
+        write_between(DOCUMENT, "ahead", f"{made.markdown()}\n\nTriton {triton.__version__}.\n")
     return 0
 
 

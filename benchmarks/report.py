@@ -60,6 +60,15 @@ def filled(text: str, results: list[dict[str, Any]]) -> str:
     return MARKED.sub(lambda found: found[1] + section(found["name"] or "headline", results) + found[3], text)
 
 
+def write_between(document: Path, marker: str, content: str) -> None:
+    """Replace what stands between ``<!-- marker:begin -->`` and ``<!-- marker:end -->``; ValueError without them."""
+    text = document.read_text()
+    marked = re.compile(rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"{document} has no <!-- {marker}:begin --> and <!-- {marker}:end -->")
+    write_atomic(document, marked.sub(lambda found: found[1] + content + found[2], text))
+
+
 def documents() -> list[Path]:
     found = [ROOT / "benchmarks" / "README.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     return [path for path in found if path.exists() and MARKED.search(path.read_text())]

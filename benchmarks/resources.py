@@ -19,7 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import ROOT, write_atomic
+from benchmarks.report import write_between
+from benchmarks.results import ROOT
 from benchmarks.tables import Table
 
 SOURCE = ROOT / "csrc" / "fbank" / "cuda.cu"
@@ -35,7 +36,6 @@ STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 USED = re.compile(r"Used (\d+) registers")
 STATIC = re.compile(r"(\d+) bytes smem")
 NAME = re.compile(r"(\w+)(?:<(?:\w+::)*(\w+)>)?\(")
-MARKED = re.compile(r"(<!-- resources:begin -->\n).*?(<!-- resources:end -->)", re.DOTALL)
 
 SIZES = """
 #include <cstdio>
@@ -164,11 +164,7 @@ def main() -> int:
     made = table(parse(compiler_output(nvcc, known(nvcc))), launch_sizes(nvcc))
     print(made.text())
     if options.write:
-        text = DOCUMENT.read_text()
-        if not MARKED.search(text):
-            raise ValueError(f"{DOCUMENT} has no <!-- resources:begin --> and <!-- resources:end -->")
-        content = f"{made.markdown()}\n\n{version(nvcc)}.\n"
-        write_atomic(DOCUMENT, MARKED.sub(lambda found: found[1] + content + found[2], text))
+        write_between(DOCUMENT, "resources", f"{made.markdown()}\n\n{version(nvcc)}.\n")
     return 0
 
 
