@@ -2,9 +2,9 @@
 
     python -m benchmarks.ahead            # the table
     python -m benchmarks.ahead --json     # the numbers, for the tests
-    python -m benchmarks.ahead --write    # the table, also into cat_kernels/stem/README.md, between the markers there
+    python -m benchmarks.ahead --write    # the tables, also into each operator's README.md, between the markers there
 
-Each kernel's module names what it runs at the base model's widths (`ahead()`), with the tiles that it would use there.
+Each module of kernels names what it runs at the base model's widths (`ahead()`), with the tiles it would use there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -24,16 +25,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cat_kernels
 from benchmarks.report import write_between
 from benchmarks.results import ROOT
 from benchmarks.tables import Table
 
-MODULES = tuple(f"cat_kernels.stem.kernels.{name}" for name in ("pixels", "rows", "linear", "conv", "mlp"))
-DOCUMENT = ROOT / "cat_kernels" / "stem" / "README.md"
 ARCHITECTURES = (80, 90, 100)
 # The most shared memory that a block can have, from the programming guide's table of capabilities.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
+
+
+def modules() -> list[str]:
+    """Those of the package that hold Triton kernels: `cat_kernels.<operator>.kernels`, or modules in there."""
+    names = [found.name for found in pkgutil.walk_packages(cat_kernels.__path__, "cat_kernels.") if not found.ispkg]
+    return [name for name in names if "kernels" in name.split(".")[2:]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Resources:
     """What one kernel takes on one architecture: registers a thread, bytes of shared memory a block; bytes a thread of
     stack, where registers are spilled to."""
 
+    folder: str  # of the operator, in cat_kernels
     name: str
     architecture: int
     warps: int
@@ -49,7 +56,7 @@ class Resources:
     stack_bytes: int
 
 
-def compile_ahead(a: Any, architecture: int) -> Resources:
+def compile_ahead(a: Any, architecture: int, folder: str = "") -> Resources:
     """`a`: `cat_kernels._triton.Ahead`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -62,6 +69,7 @@ def compile_ahead(a: Any, architecture: int) -> Resources:
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=a.options)
     usage = resource_usage(compiled.asm["cubin"])
     return Resources(
+        folder=folder,
         name=a.name,
         architecture=architecture,
         warps=a.options.get("num_warps", 4),
@@ -87,11 +95,11 @@ def resource_usage(cubin: bytes) -> re.Match[str]:
 
 def compile_module(module: str, architecture: int) -> list[Resources]:
     ahead = importlib.import_module(module).ahead(architecture=architecture)
-    return [compile_ahead(a, architecture) for a in ahead]
+    return [compile_ahead(a, architecture, module.split(".")[1]) for a in ahead]
 
 
 def compile_all() -> list[Resources]:
-    pairs = [(module, architecture) for module in MODULES for architecture in ARCHITECTURES]
+    pairs = [(module, architecture) for module in modules() for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return [r for found in pool.map(compile_module, *zip(*pairs, strict=True)) for r in found]
 
@@ -111,7 +119,7 @@ def table(found: list[Resources]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print numbers")
-    parser.add_argument("--write", action="store_true", help=f"also into {DOCUMENT.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help="also into the operators' README.md")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it", file=sys.stderr)
@@ -120,12 +128,14 @@ def main() -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(r) for r in found]))
         return 0
-    made = table(found)
-    print(made.text())
-    if options.write:
-        import triton
+    for folder in dict.fromkeys(r.folder for r in found):
+        made = table([r for r in found if r.folder == folder])
+        print(f"{folder}\n{made.text()}\n")
+        if options.write:
+            import triton
 
-        write_between(DOCUMENT, "ahead", f"{made.markdown()}\n\nTriton {triton.__version__}.\n")
+            document = ROOT / "cat_kernels" / folder / "README.md"
+            write_between(document, "ahead", f"{made.markdown()}\n\nTriton {triton.__version__}.\n")
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from cat_kernels.backends import resolve
+from cat_kernels.backends import OPERATORS, BackendError, resolve
 
 NAMESPACE = "cat_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -28,6 +28,7 @@ def register(
     implementations: Mapping[str, Callable[..., Any]],
     *,
     fake: Callable[..., Any],
+    refuses: Mapping[str, Callable[..., str | None]] | None = None,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
     autocast: tuple[int, ...] = (),
@@ -39,6 +40,8 @@ def register(
     schema: PyTorch schema without the namespace. Its last argument must be `*, str backend="auto"`.
     implementations: backend name -> function of the schema's other arguments.
     fake: the same signature, on tensors without storage; gives shapes, dtypes and devices (results are contiguous).
+    refuses: backend name -> function of the same arguments that says, in words, why this implementation does not take
+        them, or None where it does. "auto" then takes the operator's last backend, which takes everything.
     setup_context, backward: as in `torch.library.register_autograd`. `setup_context` gets (ctx, inputs, output), and
         `ctx.backend` is set for it. Without `backward`, differentiating the result is an error, never a silent zero.
     autocast: positions of the tensor arguments that are cast to the active autocast dtype. All other arguments keep
@@ -50,7 +53,7 @@ def register(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for device in DEVICES:
-        kernel = _kernel(operator, implementations, device)
+        kernel = _kernel(operator, implementations, device, refuses or {})
         LIBRARY.impl(name, kernel, device.upper())
         LIBRARY.impl(name, _autocast_kernel(op, device, autocast), "Autocast" + device.upper(), with_keyset=True)
     torch.library.register_fake(qualname, lambda *args, backend="auto": fake(*args), lib=LIBRARY)
@@ -68,9 +71,23 @@ def register(
     return op
 
 
-def _kernel(operator: str, implementations: Mapping[str, Callable[..., Any]], device: str) -> Callable[..., Any]:
+def _kernel(
+    operator: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    device: str,
+    refuses: Mapping[str, Callable[..., str | None]],
+) -> Callable[..., Any]:
     def kernel(*args: Any, backend: str = "auto") -> Any:
-        return implementations[resolve(operator, backend, device)](*args)
+        chosen = resolve(operator, backend, device)
+        if chosen in refuses:
+            reason = refuses[chosen](*args)
+            if reason is not None:
+                chosen = OPERATORS[operator][-1]
+                if backend != "auto":
+                    raise BackendError(
+                        f"backend={backend!r} cannot run {operator}: {reason}; use backend={chosen!r} or 'auto'"
+                    )
+        return implementations[chosen](*args)
 
     return kernel
 

@@ -22,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # An operator's own implementations, in the order "auto" prefers them.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "MultiResConv": ("visible", "triton", "dense"),  # Triton comes first once it has been measured on a GPU
+    "MultiResConv": ("triton", "visible", "dense"),
     "gather_tokens": ("torch",),
     "restore_tokens": ("torch",),
     "average_targets": ("torch",),
@@ -57,7 +57,22 @@ def _why_not_triton(device: str) -> str | None:
         return "Triton is not installed; install it with: pip install triton"
     if device != "cuda" and not INTERPRETED:
         return f"Triton kernels run on CUDA tensors, these are on {device}; move them with .cuda()"
+    if device == "cuda" and not torch.compiler.is_compiling() and _gpus_too_old():
+        return "Triton kernels need GPUs of compute capability 8.0 (Ampere) or newer; use another backend"
     return None
+
+
+def _gpus_too_old() -> bool:
+    """Whether PyTorch sees a GPU that Triton does not compile for. Without any GPU nothing is too old."""
+    if not torch.cuda.is_available():
+        return False
+    if not _GPUS_TOO_OLD:
+        devices = range(torch.cuda.device_count())
+        _GPUS_TOO_OLD.append(any(torch.cuda.get_device_capability(i) < (8, 0) for i in devices))
+    return _GPUS_TOO_OLD[0]
+
+
+_GPUS_TOO_OLD: list[bool] = []  # asked once: it starts the driver
 
 
 BACKENDS: dict[str, Backend] = {
@@ -80,7 +95,8 @@ def why_not(operator: str, backend: str, device: str) -> str | None:
 def resolve(operator: str, backend: str = "auto", device: str = "cpu") -> str:
     """The backend that runs `operator` on tensors of device type `device` ("cpu", "cuda").
 
-    backend: "auto" takes the first of the operator's implementations that can run; a name asks for just that one.
+    backend: "auto" takes the first of the operator's implementations that can run, Triton only on a GPU (who wants its
+        interpreter asks for it by name); a name asks for just that one.
     Raises ValueError for a name that is no backend, BackendError for one that cannot run here. Eager calls pass through
     here each time (about a microsecond), and compilers trace it: lookups only.
     """
@@ -94,7 +110,7 @@ def resolve(operator: str, backend: str = "auto", device: str = "cpu") -> str:
             raise BackendError(f"backend={backend!r} cannot run {operator} on {device}: {reason}")
         return backend
     for name in OPERATORS[operator]:
-        if BACKENDS[name].why_not(device) is None:
+        if (name != "triton" or device == "cuda") and BACKENDS[name].why_not(device) is None:
             return name
     told = "; ".join(f"{name}: {why_not(operator, name, device)}" for name in OPERATORS[operator])
     raise BackendError(f"no backend can run {operator} on {device}: {told}")

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from cat_kernels.backends import INTERPRETED
+
 # Folders of cat_kernels that hold a spec.py.
 SPEC_MODULES = ("stem", "gather", "restore", "targets", "loss", "ema", "mel")
 
@@ -107,15 +109,28 @@ class OperatorSpec:
     flops_backward: Callable[[Mapping[str, Any]], int] | None = None
     # Whether float64 inputs are computed (in float64).
     float64: bool = True
+    # Samples, by name, that Triton's kernels are tested on, the first one most: where compiling, or interpreting, each
+    # of all samples would take minutes. Empty: all. And the dtypes that the interpreter runs: None is all.
+    triton_samples: tuple[str, ...] = ()
+    interpreted_dtypes: tuple[torch.dtype, ...] | None = None
 
     def with_backend(self, backend: str) -> "OperatorSpec":
         """The same operator by one of its other backends (`backends.OPERATORS`)."""
+        names = self.triton_samples if backend == "triton" else ()
+
+        def chosen(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+            found = (sample for sample in self.samples(device, dtype) if not names or sample.name in names)
+            yield from sorted(found, key=lambda sample: names.index(sample.name)) if names else found
+
+        interpreted = backend == "triton" and INTERPRETED and self.interpreted_dtypes is not None
         return replace(
             self,
             name=f"{self.name}[{backend}]",
             operator=functools.partial(self.operator, backend=backend),
             overload_calls=None,
             float64=backend not in ("triton", "native"),
+            samples=chosen,
+            dtypes=self.interpreted_dtypes if interpreted and self.interpreted_dtypes else self.dtypes,
         )
 
 

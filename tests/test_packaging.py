@@ -45,7 +45,7 @@ def run_without(hidden: tuple[str, ...], code: str) -> subprocess.CompletedProce
 
 def is_kernel(path: Path) -> bool:
     """Triton kernels are imported when one is first asked for, and need Triton."""
-    return path.name == "_triton.py" or path.parent.name == "kernels"
+    return path.name in ("_triton.py", "kernels.py") or path.parent.name == "kernels"
 
 
 def module_names(folder: str) -> list[str]:

@@ -35,7 +35,7 @@ def test_auto_picks_a_backend_that_runs(operator):
 def test_unknown_names_are_told_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown operator 'gather'; expected one of MultiResConv, gather_tokens"):
         backends.resolve("gather")
-    with pytest.raises(ValueError, match=r"unknown backend 'cudnn'; expected 'auto' or one of 'torch'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cudnn'; expected 'auto' or one of .*'torch'"):
         backends.resolve("gather_tokens", "cudnn")
     with pytest.raises(ValueError, match=r"unknown device 'tpu'"):
         cat_kernels.explain("tpu")
@@ -80,6 +80,8 @@ def test_every_operator_takes_a_backend(spec):
         spec.operator(**inputs, backend=backend)
 
     call("torch")
+    if "triton" in backends.OPERATORS[spec.name]:
+        return  # the interpreter runs it
     with pytest.raises(backends.BackendError, match=rf"backend='triton' cannot run {spec.name} on cpu"):
         call("triton")
 

@@ -3,7 +3,6 @@
 Each test runs on the CPU and, marked `gpu`, on CUDA.
 """
 
-import functools
 import importlib.util
 import shutil
 from dataclasses import replace
@@ -28,18 +27,7 @@ def other_backends():
             if any(runs) and name not in ("dense", backends.resolve(spec.name)):
                 marks = () if runs[0] else ON_GPU
                 other = spec.with_backend(name)
-                if name == "triton":
-                    other = replace(other, samples=functools.partial(few_samples, spec))
-                if backends.INTERPRETED and name == "triton":
-                    other = replace(other, dtypes=(torch.float32,))
                 yield pytest.param(other, marks=marks, id=other.name)
-
-
-def few_samples(spec, device, dtype):
-    """Each takes seconds, in the interpreter or to compile: one with a single stage, first, the degenerate ones, and
-    one with two stages. What else there is, the tests of the stem and of its kernels have."""
-    names = ("resolutions 4,8, small", "no clips", "one patch", "resolutions 4,8,16, small")
-    yield from sorted((s for s in spec.samples(device, dtype) if s.name in names), key=lambda s: names.index(s.name))
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
