@@ -30,16 +30,14 @@ from benchmarks.report import write_between
 from benchmarks.results import ROOT
 from benchmarks.tables import Table
 
-ARCHITECTURES = (80, 90, 100)
-# The most shared memory that a block can have, from the programming guide's table of capabilities.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ARCHITECTURES = (80, 86, 90, 100)
 USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
 
 
 def modules() -> list[str]:
     """Those of the package that hold Triton kernels: `cat_kernels.<operator>.kernels`, or modules in there."""
     names = [found.name for found in pkgutil.walk_packages(cat_kernels.__path__, "cat_kernels.") if not found.ispkg]
-    return [name for name in names if "kernels" in name.split(".")[2:]]
+    return [name for name in names if "kernels" in name.split(".")[2:] and not name.endswith(".tiles")]
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,19 @@ def resource_usage(cubin: bytes) -> re.Match[str]:
 
 
 def compile_module(module: str, architecture: int) -> list[Resources]:
-    ahead = importlib.import_module(module).ahead(architecture=architecture)
-    return [compile_ahead(a, architecture, module.split(".")[1]) for a in ahead]
+    """In bf16, and for sm_90 in fp32 too. sm_86 runs what is made for sm_80: only tiles of its own are compiled."""
+    ahead = importlib.import_module(module).ahead
+    wanted = ahead("bf16", architecture)
+    if architecture == 86:
+        wanted = [a for a in wanted if a not in ahead("bf16", 80)]
+    elif architecture == 90:
+        wanted += [dataclasses.replace(a, name=f"{a.name}, fp32") for a in ahead("fp32", architecture)]
+    folder = module.split(".")[1]
+    found = [compile_ahead(a, architecture, folder) for a in wanted]
+    if architecture == 80:
+        names = {a.name for a in ahead("bf16", 86) if a in wanted}
+        found += [dataclasses.replace(r, architecture=86) for r in found if r.name in names]
+    return found
 
 
 def compile_all() -> list[Resources]:
@@ -113,7 +122,7 @@ def table(found: list[Resources]) -> Table:
             f"{r.registers}, {r.shared_bytes / 1024:.0f} KiB{spilled}"
         )
     rows = [[name, str(warps), *(by.get(a, "") for a in ARCHITECTURES)] for (name, warps), by in cells.items()]
-    return Table("Registers a thread and shared memory a block of the Triton kernels, base model, bf16", header, rows)
+    return Table("Registers a thread and shared memory a block of the Triton kernels, bf16 unless said", header, rows)
 
 
 def main() -> int:
@@ -128,7 +137,7 @@ def main() -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(r) for r in found]))
         return 0
-    for folder in dict.fromkeys(r.folder for r in found):
+    for folder in sorted({r.folder for r in found}):
         made = table([r for r in found if r.folder == folder])
         print(f"{folder}\n{made.text()}\n")
         if options.write:

@@ -40,6 +40,18 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+# Triton's names of the dtypes that kernels take.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """``a @ b``, added to ``total`` (in place) where given, summed and returned in float32 whatever the operands' dtype:
+    for the gradients of weights. PyTorch's product, which is the vendor's library."""
+    wide = a.dtype == torch.float32 or a.device.type != "cuda"  # PyTorch takes out_dtype on CUDA tensors only
+    found = a.float() @ b.float() if wide else torch.mm(a, b, out_dtype=torch.float32)
+    return found if total is None else total.add_(found)
+
+
 @dataclass(frozen=True)
 class Ahead:
     """One instantiation of a kernel, to be compiled without a GPU: names of arguments to Triton's type strings, the

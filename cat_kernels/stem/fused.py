@@ -249,8 +249,9 @@ def _layer_norm_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from cat_kernels.stem.kernels.rows import layer_norm_backward
 
-    dx, dweight, dbias = layer_norm_backward(grad.contiguous(), x.contiguous(), weight.contiguous(), eps)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    dx, (dweight, dbias) = layer_norm_backward(grad.contiguous(), x.contiguous(), weight.contiguous(), eps)
+    # Copies: they are parts of one tensor, and an operator's results must not share memory.
+    return dx, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -359,8 +360,9 @@ def _conv_block_backward_triton(
     eps: float,
     keep: bool,
 ) -> list[Tensor]:
+    from cat_kernels._triton import product
     from cat_kernels.stem.kernels.conv import depthwise, depthwise_backward_weight
-    from cat_kernels.stem.kernels.mlp import norm_mlp_backward_input, norm_mlp_backward_weight
+    from cat_kernels.stem.kernels.mlp import norm_mlp_backward
     from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
 
     grad, x, w = grad.contiguous(), x.contiguous(), _BlockWeights.of(weights, x.dtype)
@@ -368,19 +370,16 @@ def _conv_block_backward_triton(
         y, middle = _first_half(x, halo, order, w, eps)
 
     mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, eps
-    dmiddle, dn2w, dn2b = norm_mlp_backward_input(grad, middle, *mlp)
-    df1w, df1b, df2w, df2b = norm_mlp_backward_weight(grad, middle, *mlp)
+    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp)
 
-    z = depthwise(y, halo, order, w.taps, w.taps_bias)
-    dc2w, dc2b = dmiddle.T @ z, dmiddle.sum(0, dtype=torch.float32)
+    dc2w = product(dmiddle.t(), depthwise(y, halo, order, w.taps, w.taps_bias))
     dz = dmiddle @ w.conv2_weight
     dtaps, dtaps_bias = depthwise_backward_weight(dz, y, halo, order, round(w.taps.shape[1] ** 0.5))
     dy = depthwise(dz, halo, order, w.taps, None, transpose=True)
 
-    normed = layer_norm(x, w.norm1_weight, w.norm1_bias, eps)
-    dc1w, dc1b = dy.T @ normed, dy.sum(0, dtype=torch.float32)
-    dx, dn1w, dn1b = layer_norm_backward(dy @ w.conv1_weight, x, w.norm1_weight, eps, residual=dmiddle)
-    grads = [dn1w, dn1b, dc1w, dc1b, dtaps, dtaps_bias, dc2w, dc2b, dn2w, dn2b, df1w, df1b, df2w, df2b]
+    dc1w, dc1b = product(dy.t(), layer_norm(x, w.norm1_weight, w.norm1_bias, eps)), dy.sum(0, dtype=torch.float32)
+    dx, (dn1w, dn1b, dc2b) = layer_norm_backward(dy @ w.conv1_weight, x, w.norm1_weight, eps, dmiddle)
+    grads = [dn1w, dn1b, dc1w, dc1b, dtaps, dtaps_bias, dc2w, dc2b, *mlp_grads]
     # Copies: see above.
     return [dx, *(g.to(weight.dtype, copy=True) for g, weight in zip(grads, weights, strict=True))]
 

@@ -178,7 +178,7 @@ def test_any_strides(device, C):
 def test_many_tiles_a_program(device, monkeypatch):
     """Programs that take more than one tile of rows, and not all as many; and twice the same sum."""
     monkeypatch.setattr(kernel, "PROGRAMS", 2)
-    monkeypatch.setattr(kernel, "config", lambda *args, config=kernel.config: {
+    monkeypatch.setattr(kernel.tiles, "pixels", lambda *args, config=kernel.tiles.pixels: {
         name: {**options, "BLOCK_R": 16} for name, options in config(*args).items()
     })  # fmt: skip
     inputs = problem(device, torch.float32, (4, 8), 16, 1, (4, 3), 9, M=1)

@@ -36,6 +36,7 @@ def test_layer_norm_and_linear(R, c, n, dtype):
     exact = F.linear(exact, weight.double(), bias.double())
     eager = F.linear(eager, weight, bias.to(dtype))
     check(norm_linear(x, g, b, weight, bias, EPS), eager, exact, "norm_linear")
+    check(norm_linear(x, g, b, weight, bias, EPS, activation=True), F.gelu(eager), F.gelu(exact), "with GELU")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,12 +51,19 @@ def test_layer_norm_backward(R, c, _n, dtype, with_residual):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, torch.zeros_like(weight))]
         y = F.layer_norm(leaves[0], (c,), leaves[1], leaves[2], EPS)
         dx, dweight, dbias = torch.autograd.grad(y, leaves, grad.to(dtype))
-        return dx + residual.to(dtype) if with_residual else dx, dweight, dbias
+        return (
+            (dx + residual.to(dtype), dweight, dbias, residual.to(dtype).sum(0))
+            if with_residual
+            else (dx, dweight, dbias)
+        )
 
-    actual = layer_norm_backward(grad, x, weight, EPS, given)
-    for a, eager, exact, name in zip(actual, formula(dtype), formula(torch.float64), ("dx", "dw", "db"), strict=True):
+    out = torch.full_like(x, torch.nan)
+    dx, sums = layer_norm_backward(grad, x, weight, EPS, given, out)
+    assert dx is out
+    assert sums.dtype == torch.float32
+    names = ("dx", "dweight", "dbias", "dresidual")[: 4 if with_residual else 3]
+    for a, eager, exact, name in zip((dx, *sums), formula(dtype), formula(torch.float64), names, strict=True):
         check(a, eager, exact, name)
-    assert actual[1].dtype == actual[2].dtype == torch.float32
 
 
 def test_more_rows_than_programs():
@@ -66,7 +74,7 @@ def test_more_rows_than_programs():
     expected = layer_norm_backward(grad, x, weight, EPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "PROGRAMS", 1)
-        patch.setattr(rows, "config", lambda c: {"BLOCK_R": 32, "num_warps": 4, "num_stages": 2})
+        patch.setattr(rows.tiles, "layer_norm", lambda c: {"BLOCK_R": 32, "num_warps": 4, "num_stages": 2})
         for a, e in zip(layer_norm_backward(grad, x, weight, EPS), expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 

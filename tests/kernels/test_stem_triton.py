@@ -181,7 +181,8 @@ def test_opcheck():
 @pytest.mark.slow
 def test_every_kernel_compiles_without_spills():
     """For GPUs that are not here: nothing is spilled, and a block's shared memory is no more than they have."""
-    from benchmarks.ahead import SHARED_BYTES
+    from benchmarks.ahead import ARCHITECTURES
+    from cat_kernels.stem.kernels.tiles import SHARED_KIB
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -189,11 +190,12 @@ def test_every_kernel_compiles_without_spills():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert {r["architecture"] for r in found} == set(SHARED_BYTES)
-    assert len({r["name"] for r in found}) >= 15
+    names = [{r["name"] for r in found if r["architecture"] == a and "fp32" not in r["name"]} for a in ARCHITECTURES]
+    assert len(names[0]) >= 50
+    assert names[2] == names[3]
     for r in found:
         assert r["stack_bytes"] == 0, r
-        assert r["shared_bytes"] <= SHARED_BYTES[r["architecture"]], r
+        assert r["shared_bytes"] <= SHARED_KIB[r["architecture"]] * 1024, r
         assert r["registers"] * 32 * r["warps"] <= 65536, r
 
 

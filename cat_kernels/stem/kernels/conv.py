@@ -20,34 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, dot, input_precision, launch, padded
+from cat_kernels._triton import DTYPES, Ahead, dot, launch
+from cat_kernels.stem.kernels import tiles
 
 SHARES = 128  # of the rows in `depthwise_backward_weight`; times tap rows and channel chunks: thousands of programs
-
-
-def config(c: int, p: int, dtype: torch.dtype, fused: bool = False) -> dict[str, int]:
-    """Tiles and the compiler's options; ``fused`` for the kernel with the product.
-
-    A thread gets one group and one load's worth of channels, 8 in half precision (two loads' in a wide fused kernel,
-    whose chunks are unrolled: 6 made ptxas spill at c = 384 for sm_100). The fused kernel keeps DW(y) of its rows, all
-    channels, in shared memory beside the tiles of the weight that stream past it: about 100 KB at c = 256, so that a
-    multiprocessor of an H200 holds two programs.
-    """
-    half = dtype != torch.float32
-    G = math.gcd(p, 4)
-    chunk = 64 if half else 32
-    if not fused:
-        return {"G": G, "BLOCK_R": 16 * G, "BLOCK_C": min(chunk, padded(c)), "num_warps": 4, "num_stages": 1}
-    width = c if half else 2 * c
-    rows = 128 if width <= 256 else 64 if width <= 512 else 32 if width <= 1024 else 16
-    return {
-        "G": G,
-        "BLOCK_R": rows,
-        "BLOCK_N": min(32 if width <= 512 else 16, padded(c)),
-        "BLOCK_C": min(chunk if width <= 256 else 2 * chunk, padded(c)),
-        "num_warps": 8 if rows // G >= 32 else 4,
-        "num_stages": 2 if width <= 1024 else 1,
-    }
 
 
 @triton.jit
@@ -145,7 +121,6 @@ def _conv_linear_residual(
     c: tl.constexpr,
     KK: tl.constexpr,
     P: tl.constexpr,
-    PRECISION: tl.constexpr,
     G: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,7 +163,7 @@ def _conv_linear_residual(
         for k in tl.static_range(CHUNKS):
             ks = k * BLOCK_C + chunk
             weight = tl.load(weight_ptr + outs * c + ks[:, None], (outs < c) & (ks < c)[:, None], 0.0)
-            acc = dot(operand[k], weight, acc, PRECISION)
+            acc = dot(operand[k], weight, acc, "ieee")
         tl.store(out_ptr + row_at + outs, acc, mask)
 
 
@@ -202,7 +177,7 @@ def conv_linear_residual(
     weight: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """x + (DW(y) + dw_bias) @ weight.T + bias, DW(y) never in memory.
+    """x + (DW(y) + dw_bias) @ weight.T + bias, DW(y) never in memory where the fused kernel has room for it.
 
     Args:
         x, y: (R, c) rows of visible patches, positions in block order.
@@ -216,11 +191,13 @@ def conv_linear_residual(
     """
     R, c = x.shape
     p, kk = _sides(halo, order)
+    options = tiles.conv_linear(c, p, x.dtype)
+    if options is None:
+        return torch.addmm(x + bias.to(x.dtype), depthwise(y, halo, order, dw_weight, dw_bias), weight.t())
     out = torch.empty_like(x)
-    options = config(c, p, x.dtype, fused=True)
     grid = (triton.cdiv(R, options["BLOCK_R"]),)
     tensors = (x, y, halo, _places(order), _taps(dw_weight), dw_bias, weight, bias, out)
-    sizes = {"c": c, "KK": kk, "P": p, "PRECISION": input_precision(x.dtype)}
+    sizes = {"c": c, "KK": kk, "P": p}
     launch(_conv_linear_residual, grid, *tensors, R, **sizes, **options)
     return out
 
@@ -266,7 +243,7 @@ def depthwise(
     R, c = y.shape
     p, kk = _sides(halo, order)
     out = torch.empty_like(y)
-    options = config(c, p, y.dtype)
+    options = tiles.depthwise(c, p, y.dtype)
     grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(c, options["BLOCK_C"]),)
     taps = _taps(dw_weight)
     tensors = (y, halo, _places(order), taps, taps if dw_bias is None else dw_bias, out)
@@ -336,7 +313,7 @@ def depthwise_backward_weight(
     """
     R, c = y.shape
     p, kk = _sides(halo, order, kernel_size)
-    options = config(c, p, y.dtype)
+    options = tiles.depthwise(c, p, y.dtype)
     shares = min(SHARES, triton.cdiv(R, options["BLOCK_R"]))
     dtaps = y.new_empty((shares, kk * kk, c), dtype=torch.float32)
     dbias = y.new_empty((shares, c), dtype=torch.float32)
@@ -371,7 +348,6 @@ def _taps(dw_weight: Tensor) -> Tensor:
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model."""
-    rows = torch.float32 if dtype == "fp32" else torch.bfloat16
     ends = {"halo_ptr": "*i32", "place_ptr": "*i32", "taps_ptr": "*fp32", "dw_bias_ptr": "*fp32"}
     weights = {"weight_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
     out = {"out_ptr": f"*{dtype}", "R": "i32"}
@@ -381,15 +357,18 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     backward |= {"dtaps_ptr": "*fp32", "dbias_ptr": "*fp32", "R": "i32"}
 
     found = []
-    for c, p in ((256, 4), (384, 2)):
+    for c, p in tiles.STAGES:
         sizes = {"c": c, "KK": 5, "P": p}
-        for name, kernel, signature, more in (
-            ("conv_linear_residual", _conv_linear_residual, fused, {"PRECISION": "ieee"}),
-            ("depthwise", _depthwise, plain, {"FLIP": False, "HAS_BIAS": True}),
-            ("depthwise transposed", _depthwise, plain, {"FLIP": True, "HAS_BIAS": False}),
-            ("depthwise_backward_weight", _depthwise_backward_weight, backward, {}),
+        plain_tiles = tiles.depthwise(c, p, DTYPES[dtype])
+        for name, kernel, signature, more, chosen in (
+            ("conv_linear_residual", _conv_linear_residual, fused, {}, tiles.conv_linear(c, p, DTYPES[dtype])),
+            ("depthwise", _depthwise, plain, {"FLIP": False, "HAS_BIAS": True}, plain_tiles),
+            ("depthwise transposed", _depthwise, plain, {"FLIP": True, "HAS_BIAS": False}, plain_tiles),
+            ("depthwise_backward_weight", _depthwise_backward_weight, backward, {}, plain_tiles),
         ):
-            tiles = config(c, p, rows, fused=signature is fused)
-            options = {option: tiles.pop(option) for option in ("num_warps", "num_stages")}
-            found.append(Ahead(f"{name} c={c}", kernel, signature, {**sizes, **more, **tiles}, options))
+            if chosen is None:
+                continue
+            options = {option: chosen[option] for option in ("num_warps", "num_stages")}
+            blocks = {size: value for size, value in chosen.items() if size not in options}
+            found.append(Ahead(f"{name} c={c} p={p}", kernel, signature, {**sizes, **more, **blocks}, options))
     return found

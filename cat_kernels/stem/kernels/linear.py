@@ -1,6 +1,7 @@
-"""LayerNorm and a linear layer in one pass: y = LN(x) @ weight.T + bias, the normalised rows never in memory.
+"""LayerNorm, a linear layer and, where asked, GELU in one pass: y = GELU(LN(x) @ weight.T + bias).
 
-A tile of rows is read twice, for its statistics and as the operand, the second time from the cache.
+The normalised rows are never in memory. A tile of rows is read three times, twice for its statistics and once as the
+operand, but for the first from the cache.
 
 Shapes: R rows, c channels in, n channels out.
 """
@@ -9,24 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, dot, input_precision, launch, padded
+from cat_kernels._triton import DTYPES, Ahead, dot, launch
+from cat_kernels.stem.kernels import tiles
+from cat_kernels.stem.kernels.rows import layer_norm
 
 
-def config(c: int, n: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles for matrix units: 128 x 128 in half precision, and half of each side in float32."""
-    rows, columns = (64, 64) if dtype == torch.float32 else (128, 128)
-    return {
-        "BLOCK_R": rows,
-        "BLOCK_N": min(columns, padded(n)),
-        "BLOCK_K": min(64, padded(c)),
-        "num_warps": 4 if dtype == torch.float32 else 8,
-        "num_stages": 3,
-    }
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
@@ -41,7 +37,7 @@ def _norm_linear(
     eps,
     c: tl.constexpr,
     n: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,39 +70,57 @@ def _norm_linear(
         ln_bias = tl.load(ln_bias_ptr + k + ks, in_k, 0.0).to(tl.float32)
         normed = ((x - mean[:, None]) * rstd[:, None] * ln_weight + ln_bias).to(weight_ptr.dtype.element_ty)
         weight = tl.load(weight_ptr + outs * c + (k + ks)[:, None], (outs < n) & in_k[:, None], 0.0)
-        acc = dot(normed, weight, acc, PRECISION)
+        acc = dot(normed, weight, acc, "ieee")
     acc += tl.load(bias_ptr + outs, outs < n, 0.0).to(tl.float32)
+    if GELU:
+        acc = gelu(acc)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * n + outs, acc, inside & (outs < n))
 
 
-def norm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(R, c) -> (R, n); weight (n, c) in x's dtype."""
+def norm_linear(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    activation: bool = False,
+) -> Tensor:
+    """(R, c) -> (R, n); weight (n, c) in x's dtype. ``activation``: GELU of the result."""
     R, c = x.shape
     n = weight.shape[0]
+    options = tiles.norm_linear(c, n, x.dtype)
+    if options is None:
+        y = F.linear(layer_norm(x, ln_weight, ln_bias, eps), weight, bias.to(x.dtype))
+        return F.gelu(y) if activation else y
     y = x.new_empty(R, n)
-    options = config(c, n, x.dtype)
     grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(n, options["BLOCK_N"]),)
     tensors = (x, ln_weight, ln_bias, weight, bias, y)
-    launch(_norm_linear, grid, *tensors, R, eps, c=c, n=n, PRECISION=input_precision(x.dtype), **options)
+    launch(_norm_linear, grid, *tensors, R, eps, c=c, n=n, GELU=activation, **options)
     return y
 
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
-    """The instantiations of the base model."""
+    """The instantiations of the base model: the first 1x1, and the MLP's first layer where it is not fused."""
     found = []
-    for c in (256, 384):
-        options = config(c, c, torch.float32 if dtype == "fp32" else torch.bfloat16)
-        sizes: dict[str, Any] = {name: options.pop(name) for name in ("BLOCK_R", "BLOCK_N", "BLOCK_K")}
-        signature = {
-            "x_ptr": f"*{dtype}",
-            "ln_weight_ptr": "*fp32",
-            "ln_bias_ptr": "*fp32",
-            "weight_ptr": f"*{dtype}",
-            "bias_ptr": "*fp32",
-            "y_ptr": f"*{dtype}",
-            "R": "i32",
-            "eps": "fp32",
-        }
-        constexprs = {"c": c, "n": c, "PRECISION": "ieee", **sizes}
-        found.append(Ahead(f"norm_linear c={c}", _norm_linear, signature, constexprs, options))
+    signature = {
+        "x_ptr": f"*{dtype}",
+        "ln_weight_ptr": "*fp32",
+        "ln_bias_ptr": "*fp32",
+        "weight_ptr": f"*{dtype}",
+        "bias_ptr": "*fp32",
+        "y_ptr": f"*{dtype}",
+        "R": "i32",
+        "eps": "fp32",
+    }
+    for c in sorted({c for c, _ in tiles.STAGES}):
+        for n, activation in ((c, False), (4 * c, True)):
+            options = tiles.norm_linear(c, n, DTYPES[dtype])
+            if options is None or (activation and tiles.mlp(c, n, DTYPES[dtype], tiles.Chip(architecture))):
+                continue
+            sizes: dict[str, Any] = {name: options.pop(name) for name in ("BLOCK_R", "BLOCK_N", "BLOCK_K")}
+            constexprs = {"c": c, "n": n, "GELU": activation, **sizes}
+            name = f"norm_linear{'_gelu' if activation else ''} c={c}"
+            found.append(Ahead(name, _norm_linear, signature, constexprs, options))
     return found

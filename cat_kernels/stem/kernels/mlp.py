@@ -4,86 +4,40 @@
     dpre = (grad @ W2) * GELU'(pre),  dxn = dpre @ W1,  dx = grad + LN'(dxn)
     dW1 = dpre.T @ xn,  db1 = sum dpre,  dW2 = grad.T @ hidden,  db2 = sum grad
 
-The hidden layer, four times as wide as x, is never in memory: it is made a chunk at a time, and made again in backward.
+The hidden layer, four times as wide as x, is kept for nothing: the forward makes it a chunk at a time on the chip, the
+backward makes it again. Of what the chip has no room for (see `tiles.mlp`) and of the backward, a slice of rows at a
+time lies in memory, at most `SCRATCH` bytes however large the batch. In the backward that is what costs least: with
+hidden and dpre of a slice at hand, the three products that are left are plain ones, for the vendor's library; made
+again in each of two fused kernels, they cost 28 c^2 multiply-adds a row where this costs 20.
 
-A tile's columns are kept in two parts, c = HI + LO, both powers of two as tiles must be: 384 = 256 + 128, where one
-tile would need 512 columns, a third more of everything. `HI` is less than c, so that both parts always exist.
+A fused tile's columns are kept in two parts, c = HI + LO, both powers of two as tiles must be: 384 = 256 + 128, where
+one tile would need 512 columns, a third more of everything. `HI` is less than c, so that both parts always exist.
 
 Shapes: R rows, c channels, h hidden; a tile has BLOCK_R rows and BLOCK_H hidden units.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, dot, input_precision, launch, padded
-from cat_kernels.stem.kernels.rows import layer_norm
+from cat_kernels._triton import DTYPES, Ahead, dot, launch, product
+from cat_kernels.stem.kernels import tiles
+from cat_kernels.stem.kernels.linear import gelu, norm_linear
+from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
+
+# Bytes of hidden layer, and of its gradient, in memory at a time: 32,768 rows or more of the base model's, some 0.1 ms
+# of work for ten launches.
+SCRATCH = 256 << 20
 
 # Rows that LayerNorm takes at a time: a whole tile of them in float32 would not fit in the registers.
 PART = tl.constexpr(16)
-
-
-# Programs that share the gradient of the weights: two on every multiprocessor of an H200.
-PROGRAMS = 264
-
-
-def split_width(c: int) -> tuple[int, int]:
-    """c -> HI, LO: the largest power of two below c, and the tile that holds the rest; both at least 16."""
-    HI = max(16, triton.next_power_of_2(c) // 2)
-    return HI, padded(c - HI)
-
-
-def config(kernel: str, c: int, h: int, dtype: torch.dtype, architecture: int = 90) -> dict[str, int]:
-    """Tiles of "forward", "backward_input" or "backward_weight", by what they hold of registers and shared memory.
-
-    A tile of rows stays in shared memory while the weights pass by, twice that in "backward_input"; accumulators as
-    wide as c stay in registers, twice in "backward_weight". ``architecture``: 80, 90, ... for compute capability 8.0,
-    9.0: Ampere has 163 KiB of shared memory where Hopper has 227, and Blackwell passes more operands through it.
-    """
-    width = sum(split_width(c))
-    ampere, blackwell = architecture < 90, architecture >= 100
-    stages = 2
-    if dtype == torch.float32:
-        # No matrix units: every operand passes through registers.
-        rows, hidden, warps = 16, 16, 4
-    elif kernel == "forward":
-        rows, hidden, warps = (64 if ampere or width > 384 else 128), 32, 8
-    elif kernel == "backward_input":
-        rows, hidden, warps = (64 if ampere or width > 256 else 128), 32, 8
-        hidden = 16 if blackwell and width > 256 else 32
-    else:
-        # On Hopper, 64 at width 384 keeps wgmma but spills 17 registers in the loop.
-        rows, hidden, warps = 32, (64 if width <= (384 if blackwell else 256) else 32), 8
-        stages = 1 if blackwell and width > 256 else 2
-    return {"BLOCK_R": rows, "BLOCK_H": min(hidden, padded(h)), "num_warps": warps, "num_stages": stages}
-
-
-def _architecture(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] * 10 if x.device.type == "cuda" else 90
-
-
-def _constants(kernel: str, x: Tensor, h: int) -> dict[str, Any]:
-    """The constexpr arguments and compiler options of a launch."""
-    c = x.shape[1]
-    HI, LO = split_width(c)
-    shapes = {"c": c, "h": h, "HI": HI, "LO": LO, "PRECISION": input_precision(x.dtype)}
-    return shapes | config(kernel, c, h, x.dtype, _architecture(x))
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_and_slope(x):
-    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
 @triton.jit
@@ -172,7 +126,6 @@ def _norm_mlp_residual(
     h: tl.constexpr,
     HI: tl.constexpr,
     LO: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -192,14 +145,14 @@ def _norm_mlp_residual(
         in_h = (hs < h) | (h % BLOCK_H == 0)
         fc1_hi = tl.load(fc1_ptr + hs * c + hi[:, None], in_h, 0.0)
         fc1_lo = tl.load(fc1_ptr + hs * c + lo[:, None], in_h & in_lo[:, None], 0.0)
-        pre = dot(xn_hi, fc1_hi, tl.zeros((BLOCK_R, BLOCK_H), tl.float32), PRECISION)
-        pre = dot(xn_lo, fc1_lo, pre, PRECISION)
+        pre = dot(xn_hi, fc1_hi, tl.zeros((BLOCK_R, BLOCK_H), tl.float32), "ieee")
+        pre = dot(xn_lo, fc1_lo, pre, "ieee")
         pre += tl.load(b1_ptr + hs, in_h, 0.0).to(tl.float32)
-        hidden = _gelu(pre).to(x_ptr.dtype.element_ty)
+        hidden = gelu(pre).to(x_ptr.dtype.element_ty)
         fc2_hi = tl.load(fc2_ptr + hi * h + hs[:, None], in_h[:, None], 0.0)
         fc2_lo = tl.load(fc2_ptr + lo * h + hs[:, None], in_h[:, None] & in_lo, 0.0)
-        acc_hi = dot(hidden, fc2_hi, acc_hi, PRECISION)
-        acc_lo = dot(hidden, fc2_lo, acc_lo, PRECISION)
+        acc_hi = dot(hidden, fc2_hi, acc_hi, "ieee")
+        acc_lo = dot(hidden, fc2_lo, acc_lo, "ieee")
 
     # As before the loop, for who does not know that the second number is always 0: addresses are made anew, where the
     # compiler would otherwise keep them in registers, or out of them, all the way.
@@ -228,191 +181,98 @@ def norm_mlp_residual(
     eps: float,
 ) -> Tensor:
     """(R, c) -> (R, c); fc1_weight (h, c) and fc2_weight (c, h) in x's dtype."""
+    (R, c), h = x.shape, fc1_weight.shape[0]
     y = torch.empty_like(x)
-    constants = _constants("forward", x, fc1_weight.shape[0])
-    grid = (triton.cdiv(x.shape[0], constants["BLOCK_R"]),)
+    options = tiles.mlp(c, h, x.dtype, tiles.Chip.of(x.device))
+    if options is None:
+        for rows in _slices(R, h * x.element_size()):
+            hidden = norm_linear(x[rows], ln_weight, ln_bias, fc1_weight, fc1_bias, eps, activation=True)
+            torch.addmm(x[rows] + fc2_bias.to(x.dtype), hidden, fc2_weight.t(), out=y[rows])
+        return y
+    HI, LO = tiles.split_width(c)
     tensors = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, y)
-    launch(_norm_mlp_residual, grid, *tensors, x.shape[0], eps, **constants)
+    launch(
+        _norm_mlp_residual, (triton.cdiv(R, options["BLOCK_R"]),), *tensors, R, eps, c=c, h=h, HI=HI, LO=LO, **options
+    )
     return y
 
 
-@triton.jit(do_not_specialize=["R", "eps"])
-def _norm_mlp_backward_input(
-    grad_ptr,
-    x_ptr,
-    ln_weight_ptr,
-    ln_bias_ptr,
-    fc1_ptr,
-    b1_ptr,
-    fc2_ptr,
-    dx_ptr,
-    dln_weight_ptr,
-    dln_bias_ptr,
-    R,
-    eps,
-    c: tl.constexpr,
-    h: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    first = tl.program_id(0) * BLOCK_R
-    rows = first + tl.arange(0, BLOCK_R)
-    hi, lo, in_lo = _columns(c, HI, LO)
-    _layer_norm_rows(x_ptr, ln_weight_ptr, ln_bias_ptr, dx_ptr, first, R, eps, c, HI, LO, BLOCK_R)
-    xn_hi, xn_lo = _load_rows(dx_ptr, rows, R, c, HI, LO)
-    grad_hi, grad_lo = _load_rows(grad_ptr, rows, R, c, HI, LO)
-    tl.debug_barrier()
-
-    acc_hi = tl.zeros((BLOCK_R, HI), tl.float32)
-    acc_lo = tl.zeros((BLOCK_R, LO), tl.float32)
-    for start in range(0, h, BLOCK_H):
-        hs = start + tl.arange(0, BLOCK_H)
-        in_h = (hs < h) | (h % BLOCK_H == 0)
-        fc1_hi = tl.load(fc1_ptr + hs[:, None] * c + hi, in_h[:, None], 0.0)
-        fc1_lo = tl.load(fc1_ptr + hs[:, None] * c + lo, in_h[:, None] & in_lo, 0.0)
-        pre = dot(xn_hi, tl.trans(fc1_hi), tl.zeros((BLOCK_R, BLOCK_H), tl.float32), PRECISION)
-        pre = dot(xn_lo, tl.trans(fc1_lo), pre, PRECISION)
-        pre += tl.load(b1_ptr + hs, in_h, 0.0).to(tl.float32)
-        fc2_hi = tl.load(fc2_ptr + hi[:, None] * h + hs, in_h, 0.0)
-        fc2_lo = tl.load(fc2_ptr + lo[:, None] * h + hs, in_h & in_lo[:, None], 0.0)
-        dhidden = dot(grad_hi, fc2_hi, tl.zeros((BLOCK_R, BLOCK_H), tl.float32), PRECISION)
-        dhidden = dot(grad_lo, fc2_lo, dhidden, PRECISION)
-        dpre = (dhidden * _gelu_and_slope(pre)[1]).to(x_ptr.dtype.element_ty)
-        acc_hi = dot(dpre, fc1_hi, acc_hi, PRECISION)
-        acc_lo = dot(dpre, fc1_lo, acc_lo, PRECISION)
-
-    # The gradient of LN(x) takes the way that LN(x) took, and is rounded as a stored tensor is.
-    at = rows.to(tl.int64)[:, None] * c
-    inside = (rows < R)[:, None]
-    tl.store(dx_ptr + at + hi, acc_hi, inside)
-    tl.store(dx_ptr + at + lo, acc_lo, inside & in_lo)
-    tl.debug_barrier()
-    w_hi, w_lo = _load_vector(ln_weight_ptr, c, HI, LO)
-    dw_hi = tl.zeros((HI,), tl.float32)
-    dw_lo = tl.zeros((LO,), tl.float32)
-    db_hi = tl.zeros((HI,), tl.float32)
-    db_lo = tl.zeros((LO,), tl.float32)
-    for part in range(0, BLOCK_R, PART):
-        some = first + part + tl.arange(0, PART)
-        x_hi, x_lo = _load_rows(x_ptr, some, R, c, HI, LO)
-        xhat_hi, xhat_lo, rstd = _normalise(x_hi, x_lo, eps, c, HI, LO)
-        dxn_hi, dxn_lo = _load_rows(dx_ptr, some, R, c, HI, LO)
-        tl.debug_barrier()
-        dxn_hi = dxn_hi.to(tl.float32)
-        dxn_lo = dxn_lo.to(tl.float32)
-        dw_hi += tl.sum(dxn_hi * xhat_hi, 0)
-        dw_lo += tl.sum(dxn_lo * xhat_lo, 0)
-        db_hi += tl.sum(dxn_hi, 0)
-        db_lo += tl.sum(dxn_lo, 0)
-        u_hi = dxn_hi * w_hi
-        u_lo = dxn_lo * w_lo
-        mean = (tl.sum(u_hi, 1) + tl.sum(u_lo, 1)) / c
-        slope = (tl.sum(u_hi * xhat_hi, 1) + tl.sum(u_lo * xhat_lo, 1)) / c
-        g_hi, g_lo = _load_rows(grad_ptr, some, R, c, HI, LO)
-        dx_hi = (u_hi - mean[:, None] - xhat_hi * slope[:, None]) * rstd[:, None] + g_hi
-        dx_lo = (u_lo - mean[:, None] - xhat_lo * slope[:, None]) * rstd[:, None] + g_lo
-        _store_rows(dx_ptr, dx_hi, dx_lo, some, R, c, HI, LO)
-    out = tl.program_id(0).to(tl.int64) * c
-    tl.store(dln_weight_ptr + out + hi, dw_hi)
-    tl.store(dln_weight_ptr + out + lo, dw_lo, in_lo)
-    tl.store(dln_bias_ptr + out + hi, db_hi)
-    tl.store(dln_bias_ptr + out + lo, db_lo, in_lo)
+def _slices(R: int, row_bytes: int) -> Iterator[slice]:
+    """Rows in slices of at most `SCRATCH` bytes, whole tiles."""
+    size = max(128, SCRATCH // row_bytes // 128 * 128)
+    for first in range(0, R, size):
+        yield slice(first, min(first + size, R))
 
 
-def norm_mlp_backward_input(
-    grad: Tensor,
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the result (R, c), and the inputs -> dx (R, c) in x's dtype, dln_weight and dln_bias (c,) float32.
-
-    A partial sum of the latter for every tile of rows: 8 / BLOCK_R bytes for every element of x.
-    """
-    R, c = x.shape
-    dx = torch.empty_like(x)
-    constants = _constants("backward_input", x, fc1_weight.shape[0])
-    tiles = triton.cdiv(R, constants["BLOCK_R"])
-    dln_weight, dln_bias = x.new_empty((2, tiles, c), dtype=torch.float32)
-    tensors = (grad, x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, dx, dln_weight, dln_bias)
-    launch(_norm_mlp_backward_input, (tiles,), *tensors, R, eps, **constants)
-    return dx, dln_weight.sum(0), dln_bias.sum(0)
+@triton.jit
+def _gelu_and_slope(x):
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
-@triton.jit(do_not_specialize=["R", "SPLITS"])
-def _mlp_backward_weight(
-    grad_ptr,
+@triton.jit(do_not_specialize=["R"])
+def _mlp_hidden(
     xn_ptr,
+    grad_ptr,
     fc1_ptr,
     b1_ptr,
     fc2_ptr,
-    dfc1_ptr,
+    hidden_ptr,
+    dpre_ptr,
     db1_ptr,
-    dfc2_ptr,
     R,
-    SPLITS,
     c: tl.constexpr,
     h: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    # Programs of the same rows are neighbours, and find them in the cache.
-    chunks: tl.constexpr = (h + BLOCK_H - 1) // BLOCK_H
-    split = tl.program_id(0) // chunks
-    dtype: tl.constexpr = xn_ptr.dtype.element_ty
-    hs = tl.program_id(0) % chunks * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_h = ((hs < h) | (h % BLOCK_H == 0))[:, None]
-    hi, lo, in_lo = _columns(c, HI, LO)
-    fc1_hi = tl.load(fc1_ptr + hs[:, None] * c + hi, in_h, 0.0)
-    fc1_lo = tl.load(fc1_ptr + hs[:, None] * c + lo, in_h & in_lo, 0.0)
-    fc2_hi = tl.load(fc2_ptr + hi * h + hs[:, None], in_h, 0.0)
-    fc2_lo = tl.load(fc2_ptr + lo * h + hs[:, None], in_h & in_lo, 0.0)
-    b1 = tl.load(b1_ptr + hs, hs < h, 0.0).to(tl.float32)
-
-    # Everything of a chunk is transposed, hidden units first: the accumulators' left operands come from registers.
-    dfc1_hi = tl.zeros((BLOCK_H, HI), tl.float32)
-    dfc1_lo = tl.zeros((BLOCK_H, LO), tl.float32)
-    dfc2_hi = tl.zeros((BLOCK_H, HI), tl.float32)
-    dfc2_lo = tl.zeros((BLOCK_H, LO), tl.float32)
-    db1 = tl.zeros((BLOCK_H,), tl.float32)
-    for first in range(split * BLOCK_R, R, SPLITS * BLOCK_R):
-        rows = first + tl.arange(0, BLOCK_R)
-        xn_hi, xn_lo = _load_rows(xn_ptr, rows, R, c, HI, LO)
-        grad_hi, grad_lo = _load_rows(grad_ptr, rows, R, c, HI, LO)
-        pre = dot(fc1_hi, tl.trans(xn_hi), tl.zeros((BLOCK_H, BLOCK_R), tl.float32), PRECISION)
-        pre = dot(fc1_lo, tl.trans(xn_lo), pre, PRECISION)
-        dhidden = dot(fc2_hi, tl.trans(grad_hi), tl.zeros((BLOCK_H, BLOCK_R), tl.float32), PRECISION)
-        dhidden = dot(fc2_lo, tl.trans(grad_lo), dhidden, PRECISION)
-        hidden, slope = _gelu_and_slope(pre + b1[:, None])
-        dpre = dhidden * slope
-        db1 += tl.sum(dpre, 1)
-        dpre = dpre.to(dtype)
-        hidden = hidden.to(dtype)
-        dfc1_hi = dot(dpre, xn_hi, dfc1_hi, PRECISION)
-        dfc1_lo = dot(dpre, xn_lo, dfc1_lo, PRECISION)
-        dfc2_hi = dot(hidden, grad_hi, dfc2_hi, PRECISION)
-        dfc2_lo = dot(hidden, grad_lo, dfc2_lo, PRECISION)
-
-    out = (split * h + hs).to(tl.int64)
-    tl.store(db1_ptr + out, db1, hs < h)
-    at = out[:, None] * c
-    tl.store(dfc1_ptr + at + hi, dfc1_hi, in_h)
-    tl.store(dfc1_ptr + at + lo, dfc1_lo, in_h & in_lo)
-    tl.store(dfc2_ptr + at + hi, dfc2_hi, in_h)
-    tl.store(dfc2_ptr + at + lo, dfc2_lo, in_h & in_lo)
+    # Hidden tiles of the same rows are neighbours, and find them in the cache. db1 (row tiles, h): sums of each tile.
+    tiles_h: tl.constexpr = (h + BLOCK_H - 1) // BLOCK_H
+    tile = tl.program_id(0) // tiles_h
+    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    hs = tl.program_id(0) % tiles_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    ks = tl.arange(0, BLOCK_K)
+    row_at = rows.to(tl.int64)[:, None] * c
+    inside = (rows < R)[:, None]
+    in_h = hs < h
+    pre = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    dhidden = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    for k in range(0, c, BLOCK_K):
+        in_k = k + ks < c
+        xn = tl.load(xn_ptr + row_at + (k + ks), inside & in_k, 0.0)
+        fc1 = tl.load(fc1_ptr + hs * c + (k + ks)[:, None], in_h & in_k[:, None], 0.0)
+        pre = dot(xn, fc1, pre, "ieee")
+        grad = tl.load(grad_ptr + row_at + (k + ks), inside & in_k, 0.0)
+        fc2 = tl.load(fc2_ptr + (k + ks)[:, None] * h + hs, in_h & in_k[:, None], 0.0)
+        dhidden = dot(grad, fc2, dhidden, "ieee")
+    hidden, slope = _gelu_and_slope(pre + tl.load(b1_ptr + hs, in_h, 0.0).to(tl.float32))
+    dpre = dhidden * slope
+    at = rows.to(tl.int64)[:, None] * h + hs
+    tl.store(hidden_ptr + at, hidden, inside & in_h)
+    tl.store(dpre_ptr + at, dpre, inside & in_h)
+    tl.store(db1_ptr + tile.to(tl.int64) * h + hs, tl.sum(dpre, 0), in_h)  # rows beyond R have gradient 0
 
 
-def norm_mlp_backward_weight(
+def mlp_hidden(
+    xn: Tensor, grad: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LN(x) and the gradient of the result, (R, c) -> hidden and dpre (R, h) in their dtype, db1 (h,) float32."""
+    (R, c), h = xn.shape, fc1_weight.shape[0]
+    options = tiles.mlp_hidden(c, h, xn.dtype)
+    if options is None:
+        pre = F.linear(xn, fc1_weight, fc1_bias.to(xn.dtype))
+        dpre = torch.ops.aten.gelu_backward(grad @ fc2_weight, pre)
+        return F.gelu(pre), dpre, dpre.sum(0, dtype=torch.float32)
+    hidden, dpre = xn.new_empty(R, h), xn.new_empty(R, h)
+    tiles_r = triton.cdiv(R, options["BLOCK_R"])
+    db1 = xn.new_empty((tiles_r, h), dtype=torch.float32)
+    tensors = (xn, grad, fc1_weight, fc1_bias, fc2_weight, hidden, dpre, db1)
+    launch(_mlp_hidden, (tiles_r * triton.cdiv(h, options["BLOCK_H"]),), *tensors, R, c=c, h=h, **options)
+    return hidden, dpre, db1.sum(0)
+
+
+def norm_mlp_backward(
     grad: Tensor,
     x: Tensor,
     ln_weight: Tensor,
@@ -421,46 +281,42 @@ def norm_mlp_backward_weight(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of the result (R, c), and the inputs -> dfc1_weight (h, c), dfc1_bias (h,), dfc2_weight (c, h) and
-    dfc2_bias (c,), float32, summed in a fixed order.
-
-    LN(x) is stored for the time of the call: h / BLOCK_H programs read every row, and normalising it in each of them
-    would cost about half as many instructions as the matrix products.
-    """
-    R, c = x.shape
-    h = fc1_weight.shape[0]
-    xn = layer_norm(x, ln_weight, ln_bias, eps)
-    constants = _constants("backward_weight", x, h)
-    chunks = triton.cdiv(h, constants["BLOCK_H"])
-    splits = min(max(1, PROGRAMS // chunks), triton.cdiv(R, constants["BLOCK_R"]))
-    dfc1, dfc2 = x.new_empty((2, splits, h, c), dtype=torch.float32)
-    db1 = x.new_empty((splits, h), dtype=torch.float32)
-    tensors = (grad, xn, fc1_weight, fc1_bias, fc2_weight, dfc1, db1, dfc2)
-    launch(_mlp_backward_weight, (chunks * splits,), *tensors, R, splits, **constants)
-    return dfc1.sum(0), db1.sum(0), dfc2.sum(0).t().contiguous(), grad.sum(0, dtype=torch.float32)
+) -> tuple[Tensor, ...]:
+    """Gradient of the result (R, c), and the inputs -> dx (R, c) in x's dtype; in float32 and summed in a fixed order,
+    dln_weight and dln_bias (c,), dfc1_weight (h, c), dfc1_bias (h,), dfc2_weight (c, h) and dfc2_bias (c,)."""
+    (R, c), h = x.shape, fc1_weight.shape[0]
+    dx = torch.empty_like(x)
+    dnorm = x.new_zeros((3, c), dtype=torch.float32)  # of LayerNorm's weight and bias, and of fc2's bias
+    dfc1, dfc2 = x.new_zeros((h, c), dtype=torch.float32), x.new_zeros((c, h), dtype=torch.float32)
+    db1 = x.new_zeros(h, dtype=torch.float32)
+    for rows in _slices(R, 2 * h * x.element_size()):
+        xn = layer_norm(x[rows], ln_weight, ln_bias, eps)
+        hidden, dpre, sums = mlp_hidden(xn, grad[rows], fc1_weight, fc1_bias, fc2_weight)
+        product(dpre.t(), xn, dfc1)
+        product(grad[rows].t(), hidden, dfc2)
+        db1 += sums
+        dnorm += layer_norm_backward(dpre @ fc1_weight, x[rows], ln_weight, eps, grad[rows], out=dx[rows])[1]
+    return dx, dnorm[0], dnorm[1], dfc1, db1, dfc2, dnorm[2]
 
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model, with the tiles of ``architecture``."""
-    element = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     norm = {"ln_weight_ptr": "*fp32", "ln_bias_ptr": "*fp32"}
     weights = {"fc1_ptr": f"*{dtype}", "b1_ptr": "*fp32", "fc2_ptr": f"*{dtype}"}
-    grad, x, xn, y, dx = ({f"{name}_ptr": f"*{dtype}"} for name in ("grad", "x", "xn", "y", "dx"))
-    dnorm = {"dln_weight_ptr": "*fp32", "dln_bias_ptr": "*fp32"}
-    dweights = {"dfc1_ptr": "*fp32", "db1_ptr": "*fp32", "dfc2_ptr": "*fp32"}
-    rows = {"R": "i32", "eps": "fp32"}
-    kernels: dict[str, tuple[Any, dict[str, str]]] = {
-        "forward": (_norm_mlp_residual, x | norm | weights | {"b2_ptr": "*fp32"} | y | rows),
-        "backward_input": (_norm_mlp_backward_input, grad | x | norm | weights | dx | dnorm | rows),
-        "backward_weight": (_mlp_backward_weight, grad | xn | weights | dweights | {"R": "i32", "SPLITS": "i32"}),
-    }
+    x, xn, grad, y = ({f"{name}_ptr": f"*{dtype}"} for name in ("x", "xn", "grad", "y"))
+    hidden = {"hidden_ptr": f"*{dtype}", "dpre_ptr": f"*{dtype}", "db1_ptr": "*fp32", "R": "i32"}
+    forward: dict[str, str] = x | norm | weights | {"b2_ptr": "*fp32"} | y | {"R": "i32", "eps": "fp32"}
     found = []
-    for c in (256, 384):
-        HI, LO = split_width(c)
-        for name, (kernel, signature) in kernels.items():
-            options = config(name, c, 4 * c, element, architecture)
-            tiles = {tile: options.pop(tile) for tile in ("BLOCK_R", "BLOCK_H")}
-            constexprs = {"c": c, "h": 4 * c, "HI": HI, "LO": LO, "PRECISION": "ieee", **tiles}
-            found.append(Ahead(f"norm_mlp_{name} c={c}", kernel, signature, constexprs, options))
+    for c in sorted({c for c, _ in tiles.STAGES}):
+        HI, LO = tiles.split_width(c)
+        for name, kernel, signature, more, chosen in (
+            ("norm_mlp_residual", _norm_mlp_residual, forward, {"HI": HI, "LO": LO},
+             tiles.mlp(c, 4 * c, DTYPES[dtype], tiles.Chip(architecture))),
+            ("mlp_hidden", _mlp_hidden, xn | grad | weights | hidden, {}, tiles.mlp_hidden(c, 4 * c, DTYPES[dtype])),
+        ):  # fmt: skip
+            if chosen is None:
+                continue
+            options = {option: chosen[option] for option in ("num_warps", "num_stages")}
+            blocks: dict[str, Any] = {size: value for size, value in chosen.items() if size not in options}
+            found.append(Ahead(f"{name} c={c}", kernel, signature, {"c": c, "h": 4 * c, **more, **blocks}, options))
     return found

@@ -26,49 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, dot, input_precision, launch, padded
+from cat_kernels._triton import DTYPES, Ahead, dot, input_precision, launch
+from cat_kernels.stem.kernels import tiles
 from cat_kernels.stem.layout import block_order, strides
 
 PROGRAMS = 512  # that share the weight's gradient: about four on every multiprocessor, and tens of MB of partial sums
-WHOLE = 512  # columns of a row that one tile holds
-
-
-def config(c: int, inner: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Tiles of the four kernels: BLOCK_R rows, BLOCK_C channels, BLOCK_K inner indices at a time, and BLOCK_J of them
-    in a tile of a gradient.
-
-    Rows of up to 512 channels are held whole: 64 numbers a thread in the forward, fewer in the backward, which holds
-    several such tiles. Float32 products are not for matrix units, and take operands into registers: smaller tiles.
-    """
-    half = dtype != torch.float32
-    columns, depth = padded(c), padded(inner)
-    if columns <= WHOLE:
-        embed = {"BLOCK_R": _between(16, (16384 if half else 8192) // columns, 128), "BLOCK_C": columns}
-        statistics = {"BLOCK_R": _between(16, 8192 // columns, 128), "BLOCK_C": columns}
-    else:
-        embed = {"BLOCK_R": 64 if half else 32, "BLOCK_C": 128, "BLOCK_K": min(32 if half else 16, depth)}
-        statistics = {"BLOCK_R": 64 if half else 32, "BLOCK_C": 128}
-    if columns <= WHOLE and columns * depth <= (8192 if half else 4096):
-        rows = _between(16, 4096 // columns, 64)
-        weight = {"BLOCK_R": rows, "BLOCK_C": columns, "BLOCK_J": depth, "num_stages": 3}
-    else:
-        weight = {
-            "BLOCK_R": 64 if half else 32,
-            "BLOCK_C": min(64 if half else 128, columns),
-            "BLOCK_J": min(128 if half else 64, depth),
-        }
-    pixels = {
-        "BLOCK_R": 128 if half else 32,
-        "BLOCK_C": min(64, columns),
-        "BLOCK_J": min(128 if half else 64, depth),
-    }
-    common = {"BLOCK_K": min(64 if half else 16, depth), "num_warps": 8, "num_stages": 2}
-    kernels = {"embed": embed, "statistics": statistics, "weight": weight, "pixels": pixels}
-    return {name: {**common, **tiles} for name, tiles in kernels.items()}
-
-
-def _between(low: int, value: int, high: int) -> int:
-    return max(low, min(value, high))
 
 
 @functools.cache
@@ -222,7 +184,7 @@ def embed_pixels(
     where, sizes, R = _geometry(spec, visible, resolutions)
     c, inner = weight.shape
     y = spec.new_empty(R, c)
-    options = config(c, inner, spec.dtype)["embed"]
+    options = tiles.pixels(c, inner, spec.dtype)["embed"]
     grid = (triton.cdiv(R, options["BLOCK_R"]),)
     tensors = (spec, *where, weight, bias, ln_weight, ln_bias, y)
     launch(_embed, grid, *tensors, *_counts(spec, visible, resolutions, R), eps, c=c, **sizes, **options)
@@ -511,21 +473,21 @@ def embed_pixels_backward(
     float32, summed in a fixed order; dpixels (R, inner) in the spectrogram's dtype, or None where it is not needed."""
     where, sizes, R = _geometry(spec, visible, resolutions)
     c, inner = weight.shape
-    options = config(c, inner, spec.dtype)
+    options = tiles.pixels(c, inner, spec.dtype)
     tensors = (spec, *where, weight, bias, ln_weight, grad)
     counts = _counts(spec, visible, resolutions, R)
 
     statistics = spec.new_empty((4, R), dtype=torch.float32)
-    tiles = triton.cdiv(c, options["weight"]["BLOCK_C"]) * triton.cdiv(inner, options["weight"]["BLOCK_J"])
+    parts = triton.cdiv(c, options["weight"]["BLOCK_C"]) * triton.cdiv(inner, options["weight"]["BLOCK_J"])
     if need_pixels or c > options["weight"]["BLOCK_C"]:
         grid: tuple[int, ...] = (triton.cdiv(R, options["statistics"]["BLOCK_R"]),)
         launch(_row_statistics, grid, *tensors, statistics, *counts, eps, c=c, **sizes, **options["statistics"])
 
-    shares = min(max(1, PROGRAMS // tiles), triton.cdiv(R, options["weight"]["BLOCK_R"]))
+    shares = min(max(1, PROGRAMS // parts), triton.cdiv(R, options["weight"]["BLOCK_R"]))
     dweight = spec.new_empty((shares, c, inner), dtype=torch.float32)
     sums = spec.new_empty((shares, 3, c), dtype=torch.float32)
     outputs = (statistics, dweight, sums)
-    launch(_backward_weight, (tiles, shares), *tensors, *outputs, *counts, eps, c=c, **sizes, **options["weight"])
+    launch(_backward_weight, (parts, shares), *tensors, *outputs, *counts, eps, c=c, **sizes, **options["weight"])
 
     dpixels = spec.new_empty(R, inner) if need_pixels else None
     if dpixels is not None:
@@ -537,7 +499,6 @@ def embed_pixels_backward(
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model's stem, and of the stem with one resolution."""
-    activations = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     counts = dict.fromkeys(("R", "K", "clones", "W", "stride_b", "stride_c", "stride_t"), "i32")
     tensors = {"spec_ptr": f"*{dtype}", "visible_ptr": "*i64", "order_ptr": "*i32", "weight_ptr": f"*{dtype}"}
     tensors |= {"bias_ptr": "*fp32", "ln_weight_ptr": "*fp32"}
@@ -552,8 +513,8 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
         "pixels": (_backward_pixels, {**backward, "dpixels_ptr": f"*{dtype}", **counts}),
     }
     found = []
-    for r0, P, c in ((4, 16, 256), (4, 16, 384), (16, 16, 768)):
-        for name, options in config(c, r0 * r0, activations).items():
+    for r0, P, c in tiles.FIRST:
+        for name, options in tiles.pixels(c, r0 * r0, DTYPES[dtype]).items():
             kernel, signature = kernels[name]
             sizes: dict[str, Any] = {"c": c, "p": P // r0, "r0": r0, "channels": 1, "HAS_VISIBLE": True}
             sizes |= {"PRECISION": "ieee", "stride_f": 1}

@@ -3,6 +3,8 @@
     xhat = (x - mean) / sqrt(var + eps),  y = xhat * weight + bias
     dx = rstd * (u - mean(u) - xhat * mean(u * xhat)) + residual,  u = dy * weight
 
+What is added is the gradient of a residual path; its sum over the rows is the gradient of the bias in front of it.
+
 Shapes: R rows, c channels.
 """
 
@@ -16,13 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cat_kernels._triton import Ahead, launch, padded
+from cat_kernels.stem.kernels import tiles
 
 PROGRAMS = 1024  # that share the rows of a backward: two to eight on every multiprocessor
-
-
-def config(c: int) -> dict[str, int]:
-    """Rows of a tile, so that a tile has about 4096 elements: 32 for each thread of 4 warps."""
-    return {"BLOCK_R": max(1, 4096 // padded(c)), "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
@@ -44,7 +42,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(R, c) -> (R, c) in x's dtype."""
     R, c = x.shape
     y = torch.empty_like(x)
-    options = config(c)
+    options = tiles.layer_norm(c)
     grid = (triton.cdiv(R, options["BLOCK_R"]),)
     launch(_layer_norm, grid, x, weight, bias, y, R, eps, c=c, C=padded(c), **options)
     return y
@@ -57,8 +55,7 @@ def _layer_norm_backward(
     weight_ptr,
     residual_ptr,
     dx_ptr,
-    dweight_ptr,
-    dbias_ptr,
+    sums_ptr,
     R,
     eps,
     c: tl.constexpr,
@@ -66,10 +63,12 @@ def _layer_norm_backward(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    # sums (programs, 3, c): of this program's rows, dweight, dbias and the residual's sum.
     columns = tl.arange(0, C)
     weight = tl.load(weight_ptr + columns, columns < c, 0.0).to(tl.float32)
     dweight = tl.zeros((C,), tl.float32)
     dbias = tl.zeros((C,), tl.float32)
+    dresidual = tl.zeros((C,), tl.float32)
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
         at = rows.to(tl.int64)[:, None] * c + columns
@@ -83,57 +82,48 @@ def _layer_norm_backward(
         u = grad * weight
         dx = (u - (tl.sum(u, 1) / c)[:, None] - xhat * (tl.sum(u * xhat, 1) / c)[:, None]) * rstd[:, None]
         if HAS_RESIDUAL:
-            dx += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
+            residual = tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
+            dx += residual
+            dresidual += tl.sum(residual, 0)
         tl.store(dx_ptr + at, dx, mask)
         dweight += tl.sum(grad * xhat, 0)
         dbias += tl.sum(grad, 0)
-    out = tl.program_id(0) * c + columns
-    tl.store(dweight_ptr + out, dweight, columns < c)
-    tl.store(dbias_ptr + out, dbias, columns < c)
+    out = sums_ptr + tl.program_id(0) * 3 * c + columns
+    tl.store(out, dweight, columns < c)
+    tl.store(out + c, dbias, columns < c)
+    if HAS_RESIDUAL:
+        tl.store(out + 2 * c, dresidual, columns < c)
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the result, and the input -> dx (R, c) in x's dtype, with ``residual`` (R, c) added; dweight and
-    dbias (c,) float32, summed in a fixed order."""
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the result, and the input -> dx (R, c) in x's dtype, with ``residual`` (R, c) added, written to
+    ``out`` where given; and (3, c) float32, summed in a fixed order: dweight, dbias, the residual's sum over the rows
+    (without a residual: 2 rows)."""
     R, c = x.shape
-    options = config(c)
+    options = tiles.layer_norm(c)
     programs = min(PROGRAMS, triton.cdiv(R, options["BLOCK_R"]))
-    dx = torch.empty_like(x)
-    dweight, dbias = x.new_empty((2, programs, c), dtype=torch.float32)
-    launch(
-        _layer_norm_backward,
-        (programs,),
-        grad,
-        x,
-        weight,
-        residual if residual is not None else grad,
-        dx,
-        dweight,
-        dbias,
-        R,
-        eps,
-        c=c,
-        C=padded(c),
-        HAS_RESIDUAL=residual is not None,
-        **options,
-    )
-    return dx, dweight.sum(0), dbias.sum(0)
+    dx = torch.empty_like(x) if out is None else out
+    sums = x.new_empty((programs, 3, c), dtype=torch.float32)
+    tensors = (grad, x, weight, grad if residual is None else residual, dx, sums)
+    sizes = {"c": c, "C": padded(c), "HAS_RESIDUAL": residual is not None}
+    launch(_layer_norm_backward, (programs,), *tensors, R, eps, **sizes, **options)
+    return dx, sums[:, : 2 if residual is None else 3].sum(0)
 
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model."""
     found = []
-    for c in (256, 384, 768):
-        options = config(c)
+    for c in sorted({768, *(c for c, _ in tiles.STAGES)}):
+        options = tiles.layer_norm(c)
         sizes: dict[str, Any] = {"c": c, "C": padded(c), "BLOCK_R": options.pop("BLOCK_R")}
         ends = {"R": "i32", "eps": "fp32"}
         forward = {"x_ptr": f"*{dtype}", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": f"*{dtype}", **ends}
         found.append(Ahead(f"layer_norm c={c}", _layer_norm, forward, sizes, options))
         tensors = dict.fromkeys(("grad_ptr", "x_ptr"), f"*{dtype}") | {"weight_ptr": "*fp32"}
         tensors |= dict.fromkeys(("residual_ptr", "dx_ptr"), f"*{dtype}")
-        tensors |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
+        tensors |= {"sums_ptr": "*fp32"}
         constexprs = {**sizes, "HAS_RESIDUAL": True}
         found.append(
             Ahead(f"layer_norm_backward c={c}", _layer_norm_backward, {**tensors, **ends}, constexprs, options)

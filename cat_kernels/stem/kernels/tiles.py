@@ -1,0 +1,154 @@
+"""Tiles of the stem's kernels: the one place that chooses them, by rule from width, dtype and chip.
+
+Nothing is tried out at run time, so all ranks of a job choose alike, and neither a new batch nor a new T compiles
+anything. A rule returns the constexpr sizes of a kernel (BLOCK_...) and the compiler's options (num_warps, num_stages);
+None where the fused kernel does not fit, or is no gain: float32 products, which are not for the matrix units, are
+PyTorch's everywhere but in the first embedding.
+
+What the rules rest on is the compiler's table of registers and shared memory (README.md), not yet a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cat_kernels._triton import padded
+
+Tiles = dict[str, int]
+
+# The most shared memory that a block can have, in KiB, by compute capability without the dot: the programming guide's
+# table. What is not listed is taken for the smallest.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a rule needs to know of a GPU. ``architecture``: 80, 90, ... for compute capability 8.0, 9.0."""
+
+    architecture: int = 90
+
+    @property
+    def shared_kib(self) -> int:
+        return SHARED_KIB.get(self.architecture, 99)
+
+    @staticmethod
+    def of(device: torch.device) -> Chip:
+        if device.type != "cuda":
+            return Chip()
+        major, minor = torch.cuda.get_device_capability(device)
+        return Chip(10 * major + minor)
+
+
+def layer_norm(c: int) -> Tiles:
+    """About 4096 elements: 32 for each thread of 4 warps."""
+    return {"BLOCK_R": max(1, 4096 // padded(c)), "num_warps": 4, "num_stages": 2}
+
+
+def norm_linear(c: int, n: int, dtype: torch.dtype) -> Tiles | None:
+    """The matrix units' 128 x 128."""
+    if dtype == torch.float32:
+        return None
+    sizes = {"BLOCK_R": 128, "BLOCK_N": min(128, padded(n)), "BLOCK_K": min(64, padded(c))}
+    return {**sizes, "num_warps": 8, "num_stages": 3}
+
+
+def depthwise(c: int, p: int, dtype: torch.dtype) -> Tiles:
+    """A thread gets one group of G rows and one load's worth of channels, 8 in half precision."""
+    G = math.gcd(p, 4)
+    chunk = 32 if dtype == torch.float32 else 64
+    return {"G": G, "BLOCK_R": 16 * G, "BLOCK_C": min(chunk, padded(c)), "num_warps": 4, "num_stages": 1}
+
+
+def conv_linear(c: int, p: int, dtype: torch.dtype) -> Tiles | None:
+    """DW(y) of the tile's rows, all channels, stays in shared memory beside the tiles of the weight that stream past
+    it: about 100 KB at c = 256, so that a multiprocessor of an H200 holds two programs.
+
+    Chunks of channels are unrolled; in wide kernels they are two loads wide (6 chunks made ptxas spill at c = 384 for
+    sm_100).
+    """
+    if dtype == torch.float32 or c > 1024:
+        return None
+    G = math.gcd(p, 4)
+    rows = 128 if c <= 256 else 64 if c <= 384 else 32
+    return {
+        "G": G,
+        "BLOCK_R": rows,
+        "BLOCK_N": min(32 if c <= 512 else 16, padded(c)),
+        "BLOCK_C": min(64 if c <= 256 else 128, padded(c)),
+        "num_warps": 8 if rows // G >= 32 else 4,
+        "num_stages": 2,
+    }
+
+
+def split_width(c: int) -> tuple[int, int]:
+    """c -> HI, LO: the largest power of two below c, and the tile that holds the rest; both at least 16."""
+    HI = max(16, padded(c) // 2)
+    return HI, padded(c - HI)
+
+
+def mlp(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
+    """A tile of rows stays in shared memory while the weights pass by, accumulators as wide as c stay in registers.
+    There is no room for them above c = 384."""
+    width = sum(split_width(c))
+    if dtype == torch.float32 or width > 384 or (width > 256 and chip.shared_kib < 128):
+        return None
+    rows = 64 if chip.architecture < 90 or chip.shared_kib < 128 else 128
+    return {"BLOCK_R": rows, "BLOCK_H": min(32, padded(h)), "num_warps": 8, "num_stages": 2}
+
+
+def mlp_hidden(c: int, h: int, dtype: torch.dtype) -> Tiles | None:
+    """Two accumulators of 128 x 64, each of half the registers, and operands of 24 KB a stage."""
+    if dtype == torch.float32:
+        return None
+    sizes = {"BLOCK_R": 128, "BLOCK_H": min(64, padded(h)), "BLOCK_K": min(32, padded(c))}
+    return {**sizes, "num_warps": 8, "num_stages": 3}
+
+
+WHOLE = 512  # columns of a row that one tile of `pixels` holds
+
+
+def pixels(c: int, inner: int, dtype: torch.dtype) -> dict[str, Tiles]:
+    """Of the four kernels: BLOCK_R rows, BLOCK_C channels, BLOCK_K inner indices at a time, and BLOCK_J of them in a
+    tile of a gradient.
+
+    Rows of up to 512 channels are held whole: 64 numbers a thread in the forward, fewer in the backward, which holds
+    several such tiles. Float32 products are not for matrix units, and take operands into registers: smaller tiles.
+    """
+    half = dtype != torch.float32
+    columns, depth = padded(c), padded(inner)
+    if columns <= WHOLE:
+        embed = {"BLOCK_R": _between(16, (16384 if half else 8192) // columns, 128), "BLOCK_C": columns}
+        statistics = {"BLOCK_R": _between(16, 8192 // columns, 128), "BLOCK_C": columns}
+    else:
+        embed = {"BLOCK_R": 64 if half else 32, "BLOCK_C": 128, "BLOCK_K": min(32 if half else 16, depth)}
+        statistics = {"BLOCK_R": 64 if half else 32, "BLOCK_C": 128}
+    if columns <= WHOLE and columns * depth <= (8192 if half else 4096):
+        rows = _between(16, 4096 // columns, 64)
+        weight = {"BLOCK_R": rows, "BLOCK_C": columns, "BLOCK_J": depth, "num_stages": 3}
+    else:
+        weight = {
+            "BLOCK_R": 64 if half else 32,
+            "BLOCK_C": min(64, columns),
+            "BLOCK_J": min(128 if half else 64, depth),
+        }
+    gradient = {
+        "BLOCK_R": 128 if half else 32,
+        "BLOCK_C": min(64, columns),
+        "BLOCK_J": min(128 if half else 64, depth),
+    }
+    common = {"BLOCK_K": min(64 if half else 16, depth), "num_warps": 8, "num_stages": 2}
+    kernels = {"embed": embed, "statistics": statistics, "weight": weight, "pixels": gradient}
+    return {name: {**common, **sizes} for name, sizes in kernels.items()}
+
+
+def _between(low: int, value: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+# What is compiled ahead: (channels, positions a side) of every conv stage of the resolution sets of the paper, and
+# (r_0, P, channels) of their first embeddings.
+STAGES = ((256, 4), (384, 2), (256, 8), (384, 4), (768, 2))
+FIRST = ((4, 16, 256), (4, 16, 384), (16, 16, 768), (2, 16, 256), (8, 16, 384))
