@@ -33,7 +33,7 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it agai
 	    --require-better --figures
 
 test: $(BUILT) ## run the tests; those marked gpu only where there is one
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff (rules and format), and mypy on both packages
 	$(BIN)/ruff check .
