@@ -45,8 +45,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """``a @ b``, added to ``total`` (in place) where given. Sum and result are float32 whatever the operands' dtype: for
-    the gradients of weights. It is PyTorch's product, which is the vendor's library."""
+    """``a @ b``, added to ``total`` (in place) where given; sum and result are float32 whatever the operands' dtype.
+
+    For the gradients of weights. It is PyTorch's product, which is the vendor's library."""
     wide = a.dtype == torch.float32 or a.device.type != "cuda"  # PyTorch takes out_dtype on CUDA tensors only
     found = a.float() @ b.float() if wide else torch.mm(a, b, out_dtype=torch.float32)
     return found if total is None else total.add_(found)
