@@ -57,9 +57,9 @@ class MultiResConv(nn.Module):
         depth: conv blocks per stage (the last stage has none).
         mlp_ratio: hidden width of a block's MLP over its width.
         kernel_size: depthwise kernel, odd.
-        backend: "visible" computes visible patches only (exact), "triton" does so in fused kernels (CUDA tensors;
-            widths that are multiples of 16; float32, bfloat16 or float16), "dense" is the formula over all positions of all
-            clones (the oracle), "auto" takes "triton" where it can run and "visible" elsewhere. State dicts are the
+        backend: "visible" computes visible patches only (exact); "triton" does so in fused kernels (CUDA tensors;
+            widths that are multiples of 16; float32, bfloat16 or float16); "dense" is the formula over all positions of
+            all clones (the oracle); "auto" takes "triton" where it can run and "visible" elsewhere. State dicts are the
             same for every backend.
         recompute: keep less for the backward and compute it again ("triton" only): of every conv block the input, not
             the rows in front of the depthwise convolution and those in front of the MLP.
