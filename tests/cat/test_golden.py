@@ -74,6 +74,18 @@ def test_dense_backend_of_the_stem():
         assert_close(stem(golden.spec, golden.visible), golden.out["stem_visible"], "stem_visible")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_stem_on_a_gpu(name):
+    """By the backend that "auto" takes there, in float32."""
+    golden = Golden(name)
+    stem = golden.model.student.stem.cuda()
+    with torch.no_grad():
+        assert_close(stem(golden.spec.cuda()).cpu(), golden.out["stem_dense"], "stem_dense")
+        visible = stem(golden.spec.cuda(), golden.visible.cuda())
+        assert_close(visible.cpu(), golden.out["stem_visible"], "stem_visible")
+
+
 def test_student_decoder_targets_features(golden):
     model, out = golden.model, golden.out
     with torch.no_grad():

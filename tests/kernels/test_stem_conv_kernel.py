@@ -118,9 +118,11 @@ SHAPES = [
     ((2, 2, 2), 3, 16),
 ]
 CASES = [(*SHAPES[0], dtype) for dtype in DTYPES] + [(*shape, DTYPES[i % 2]) for i, shape in enumerate(SHAPES[1:])]
+# Float32 products are PyTorch's.
+FUSED_CASES = [(*SHAPES[0], dtype) for dtype in DTYPES] + [(*shape, torch.bfloat16) for shape in SHAPES[1:]]
 
 
-@pytest.mark.parametrize(("factors", "kk", "c", "dtype"), CASES)
+@pytest.mark.parametrize(("factors", "kk", "c", "dtype"), FUSED_CASES)
 def test_conv_linear_residual(factors: tuple[int, ...], kk: int, c: int, dtype: torch.dtype, device: str) -> None:
     case = Case(factors, kk, c, dtype, device)
     tensors = (case.x, case.y, case.halo, case.order, case.dw_weight, case.dw_bias, case.weight, case.bias)
@@ -195,3 +197,19 @@ def test_halo_that_does_not_fit(device: str) -> None:
     case = Case((2,), 5, 16, torch.float32, device)
     with pytest.raises(ValueError, match="kk = 3"):
         conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.order, 3)
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31(device: str) -> None:
+    """Copies of a small case one after the other: the last one, beyond 2^31 elements, gives what the first gives."""
+    case = Case((2, 2), 5, 256, torch.bfloat16, device, K=8)
+    rows = case.y.shape[0]
+    copies = 2**31 // case.y.numel() + 1
+    first = torch.arange(copies, dtype=torch.int32, device=device)[:, None, None] * rows
+    halo = torch.where(case.halo < 0, -1, case.halo + first).flatten(0, 1)
+    x, y = case.x.repeat(copies, 1), case.y.repeat(copies, 1)
+    taps, last = (case.dw_weight, case.dw_bias), (case.weight, case.bias)
+    small = conv.depthwise(case.y, case.halo, case.order, *taps)
+    assert torch.equal(conv.depthwise(y, halo, case.order, *taps)[-rows:], small)
+    small = conv.conv_linear_residual(case.x, case.y, case.halo, case.order, *taps, *last)
+    assert torch.equal(conv.conv_linear_residual(x, y, halo, case.order, *taps, *last)[-rows:], small)

@@ -86,3 +86,20 @@ def test_offsets_do_not_cost_digits():
     torch.testing.assert_close(
         layer_norm(x, ones, zeros, EPS).double(), F.layer_norm(x.double(), (48,)), rtol=0, atol=2e-3
     )
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31():
+    """The last rows of a tensor of more than 2^31 elements, forward and backward."""
+    c, n, tail = 256, 16, 200
+    R = 2**31 // c + tail
+    x = torch.zeros(R, c, device=DEVICE, dtype=torch.bfloat16)
+    x[-tail:] = noise(tail, c, dtype=torch.bfloat16)
+    g, b, bias = noise(c, seed=2), noise(c, seed=3), noise(n, seed=4)
+    weight = noise(n, c, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(layer_norm(x, g, b, EPS)[-tail:], layer_norm(x[-tail:], g, b, EPS))
+    torch.testing.assert_close(
+        norm_linear(x, g, b, weight, bias, EPS)[-tail:], norm_linear(x[-tail:], g, b, weight, bias, EPS)
+    )
+    dx, _ = layer_norm_backward(x, x, g, EPS, x)
+    assert torch.equal(dx[-tail:], layer_norm_backward(x[-tail:], x[-tail:], g, EPS, x[-tail:])[0])
