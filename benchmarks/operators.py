@@ -48,8 +48,9 @@ class OperatorProvider:
                 return self.function(**self.inputs)
         outputs = specification.floats(self.function(**self.inputs))
         if self.incoming is None:
-            self.incoming = [torch.randn_like(out) for out in outputs]
-        return torch.autograd.grad(outputs, self.leaves, self.incoming)
+            # Of a loss: 1, as it comes from loss.backward().
+            self.incoming = [torch.randn_like(out) if out.ndim else torch.ones_like(out) for out in outputs]
+        return specification.gradients(outputs, self.leaves, self.incoming)
 
     def persistent_bytes(self) -> int:
         tensors = [t for t in pytree.tree_leaves(self.inputs) if isinstance(t, torch.Tensor)]

@@ -376,8 +376,7 @@ class CAT(nn.Module):
         target_BLD = self.targets(spec)
         x, cls = self.encode(spec, visible)
         prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
-        mask_NL = visible_to_mask(visible, grid[0] * grid[1])
-        regression = masked_regression_loss(prediction_NLD, target_BLD, mask_NL)
+        regression, pred_std, target_std = masked_regression_loss(prediction_NLD, target_BLD, visible)
 
         o = self.objective
         M = visible.shape[0] // max(spec.shape[0], 1)
@@ -394,10 +393,6 @@ class CAT(nn.Module):
             regularisation = reduce(distance(projected, embedding.float().repeat_interleave(M, dim=0)))
             loss = loss + o.regularisation_weight * regularisation
 
-        with torch.no_grad():
-            times_masked_BL = mask_NL.unflatten(0, (-1, M)).sum(1) if M else mask_NL
-            pred_std = token_std(prediction_NLD, mask_NL)
-            target_std = token_std(target_BLD, times_masked_BL)
         return PretrainOutput(
             loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std
         )
@@ -418,12 +413,3 @@ def masked_indices(visible_NK: Tensor, L: int) -> Tensor:
     """(N, L-K) int64: the masked patches in ascending order."""
     mask = visible_to_mask(visible_NK, L)
     return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : L - visible_NK.shape[1]]
-
-
-def token_std(x_NLD: Tensor, weight_NL: Tensor) -> Tensor:
-    """Deviation over tokens, each counted ``weight`` times, averaged over channels: mean_d sqrt(var_d + 1e-6)."""
-    x, weight = x_NLD.float(), weight_NL[..., None].float()
-    count = weight.sum()
-    mean = (x * weight).sum((0, 1)) / count
-    variance = ((x - mean).square() * weight).sum((0, 1)) / (count - 1)
-    return (variance + 1e-6).sqrt().mean()

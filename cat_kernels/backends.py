@@ -26,7 +26,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "gather_tokens": ("torch",),
     "restore_tokens": ("torch",),
     "average_targets": ("torch",),
-    "masked_regression_loss": ("torch",),
+    "masked_regression_loss": ("triton", "torch"),
     "ema_update_": ("torch",),
     "fbank": ("native", "torch"),
 }

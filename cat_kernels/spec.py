@@ -320,8 +320,14 @@ def run(
     grads: list[Tensor] = []
     if incoming is not None and sample.differentiable:
         leaves = floats([inputs[name] for name in sample.differentiable])
-        grads = list(torch.autograd.grad(outputs, leaves, incoming, materialize_grads=True))
+        grads = gradients(outputs, leaves, incoming, materialize_grads=True)
     return Run([out.detach() for out in outputs], grads)
+
+
+def gradients(outputs: list[Tensor], leaves: list[Tensor], incoming: list[Tensor], **options: bool) -> list[Tensor]:
+    """`torch.autograd.grad` from those outputs that carry a gradient."""
+    carry = [(out, grad) for out, grad in zip(outputs, incoming, strict=True) if out.requires_grad]
+    return list(torch.autograd.grad([out for out, _ in carry], leaves, [grad for _, grad in carry], **options))
 
 
 def to_float64(sample: Sample) -> Sample:

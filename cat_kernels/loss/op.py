@@ -1,6 +1,8 @@
-"""`masked_regression_loss`: squared error at the masked places. Formula: README.md; oracle: reference.py.
+"""`masked_regression_loss`: the loss at the masked places, its gradient, and the deviations that show collapse.
 
-Shapes: B clips, M masks a clip, N = B * M, L patches, D width.
+Formula: README.md; oracle: reference.py.
+
+Shapes: B clips, M masks a clip, N = B * M, L patches, K visible ones, D width.
 """
 
 import math
@@ -11,134 +13,312 @@ from torch import Tensor
 
 from cat_kernels import _checks as check
 from cat_kernels._library import register
+from cat_kernels.loss.reference import RegressionLoss
 
 OPERATOR = "masked_regression_loss"
 REDUCTIONS = ("mean", "sum")
+VARIANCE_EPS = 1e-6  # under the root of the deviations
 
 
 def masked_regression_loss(
-    pred: Tensor, targets: Tensor, mask: Tensor, *, reduction: str = "mean", backend: str = "auto"
-) -> Tensor:
-    """Sum over masked patches of sum_d (pred - targets)^2 / sqrt(D); "mean" divides it by the number of masked patches.
+    prediction: Tensor,
+    target: Tensor,
+    visible: Tensor,
+    *,
+    beta: float = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> RegressionLoss:
+    """Sum over masked patches of sum_d (p - y)^2 / sqrt(D); "mean" divides it by their number, N * (L - K).
 
-    pred: (N, L, D), any floating dtype; clip b owns rows b * M .. (b + 1) * M - 1.
-    targets: (B, L, D), of the clips, not repeated for their clones; any floating dtype.
-    mask: (N, L) bool, True = masked = counted.
+    prediction: (N, L, D), any floating dtype; clip b owns rows b * M .. (b + 1) * M - 1.
+    target: (B, L, D), of the clips, not repeated for their clones; any floating dtype.
+    visible: (N, K) int64, distinct patch indices within a row; every patch that is not listed is masked and counts.
+    beta: 0 for squared differences; above 0 for smooth L1 in their place, as `torch.nn.functional.smooth_l1_loss`
+        defines it: d^2 / (2 beta) where |d| < beta, |d| - beta / 2 elsewhere.
     reduction: "mean" or "sum".
-    Returns a 0-dim float32 tensor (float64 when an input is); 0 when nothing is masked.
+    Returns `RegressionLoss(loss, prediction_std, target_std)`, 0-dim float32 tensors (float64 when an input is). The
+    deviations are those of predictions and targets over masked tokens, mean_d sqrt(var_d + 1e-6), and carry no
+    gradient. With nothing masked the loss is 0, and with fewer than two tokens the variances are.
 
-    Source: arXiv 2601.21612, L_p. Differentiable in pred and targets; gradients come in their dtypes. Autocast does not
-    change it: inputs are read as they are, arithmetic is in float32. Raises TypeError or ValueError.
+    Source: arXiv 2601.21612, L_p; smooth L1 as in data2vec. Differentiable in prediction and target; gradients come in
+    their dtypes. Autocast does not change it: inputs are read as they are, arithmetic is in float32. Raises TypeError,
+    ValueError, and on the CPU IndexError for an index out of range; on a GPU `visible`'s values are not looked at.
     """
-    check.check_tensor(OPERATOR, "pred", pred, "(N, L, D)")
-    check.check_tensor(OPERATOR, "targets", targets, "(B, L, D)")
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"{OPERATOR}: mask must be a boolean tensor (N, L), True where masked, got {got}; convert it with .bool()"
-        )
-    check.check_rank(OPERATOR, "mask", mask, "(N, L)")
-    if mask.shape != pred.shape[:2]:
-        raise ValueError(
-            f"{OPERATOR}: mask must be (N, L) = {tuple(pred.shape[:2])}, one flag per prediction, "
-            f"got {tuple(mask.shape)}"
-        )
-    check.check_size(OPERATOR, "targets", 1, targets, pred.shape[1], "the patches L of pred")
-    check.check_size(OPERATOR, "targets", 2, targets, pred.shape[2], "the width D of pred")
-    check.check_clones(OPERATOR, "pred", pred.shape[0], "targets", targets.shape[0])
-    check.check_device(OPERATOR, "targets", targets, "pred", pred)
-    check.check_device(OPERATOR, "mask", mask, "pred", pred)
+    check.check_tensor(OPERATOR, "prediction", prediction, "(N, L, D)")
+    check.check_tensor(OPERATOR, "target", target, "(B, L, D)")
+    check.check_visible(OPERATOR, visible, "prediction", prediction)
+    N, L, D = prediction.shape
+    check.check_size(OPERATOR, "visible", 0, visible, N, "the rows N of prediction")
+    if visible.shape[1] > L:
+        raise ValueError(f"{OPERATOR}: visible lists {visible.shape[1]} patches a row and prediction has only {L}")
+    check.check_size(OPERATOR, "target", 1, target, L, "the patches L of prediction")
+    check.check_size(OPERATOR, "target", 2, target, D, "the width D of prediction")
+    check.check_clones(OPERATOR, "prediction", N, "target", target.shape[0])
+    check.check_device(OPERATOR, "target", target, "prediction", prediction)
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"{OPERATOR}: beta={beta} must be 0 (squared differences) or a positive number (smooth L1)")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OPERATOR}: reduction={reduction!r} must be 'mean' or 'sum'")
-    return torch.ops.cat_kernels.masked_regression_loss(pred, targets, mask, reduction, backend=backend)
+    # In float16 the gradient of a mean is below the smallest number until it is multiplied by a loss scale: there
+    # backward computes it, from the incoming gradient.
+    with_gradient = torch.is_grad_enabled() and prediction.requires_grad and prediction.dtype != torch.float16
+    loss, prediction_std, target_std, _ = torch.ops.cat_kernels.masked_regression_loss(
+        prediction, target, visible, float(beta), reduction, with_gradient, backend=backend
+    )
+    return RegressionLoss(loss, prediction_std, target_std)
 
 
-def _accumulator(pred: Tensor, targets: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (pred.dtype, targets.dtype) else torch.float32
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
-def _clones(pred: Tensor, targets: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For every m < M: the predictions (B, L, D) and masks (B, L, 1) of the m-th clone of each clip, as views.
-
-    Working clone by clone keeps the temporaries M times smaller than the repeated targets would be."""
-    M = pred.shape[0] // max(targets.shape[0], 1)
-    return [(pred[m::M], mask[m::M, :, None]) for m in range(M)]
+def _accumulator(prediction: Tensor, target: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (prediction.dtype, target.dtype) else torch.float32
 
 
-def _scale(mask: Tensor, width: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """1 / (sqrt(D) * divisor), a 0-dim tensor: no synchronisation with the host."""
-    divisor = mask.sum().clamp(min=1) if reduction == "mean" else torch.ones((), device=mask.device)
-    return (divisor.to(torch.float64) * math.sqrt(width)).reciprocal().to(dtype)
+def _scale(prediction: Tensor, visible: Tensor, reduction: str) -> float:
+    """What a sum of distances is multiplied by: 1 / sqrt(D), and for a mean 1 / the number of masked tokens."""
+    N, L, D = prediction.shape
+    return 1 / (math.sqrt(D) * (max(N * (L - visible.shape[1]), 1) if reduction == "mean" else 1))
 
 
-def _forward(pred: Tensor, targets: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
-    dtype = _accumulator(pred, targets)
-    targets_BLD = targets.to(dtype)
-    total = torch.zeros((), dtype=dtype, device=pred.device)
-    for pred_BLD, mask_BL1 in _clones(pred, targets, mask):
-        squares_BL = (pred_BLD - targets_BLD).square_().sum(2, dtype=dtype)
-        total += squares_BL.masked_fill_(~mask_BL1[..., 0], 0).sum()
-    return total * _scale(mask, pred.shape[2], reduction, dtype)
+def _mask(visible: Tensor, length: int) -> Tensor:
+    """(N, L, 1) bool, True where masked."""
+    check.check_visible_values(OPERATOR, visible, length, distinct=True)
+    mask_NL = torch.ones(visible.shape[0], length, dtype=torch.bool, device=visible.device)
+    return mask_NL.scatter_(1, visible, False)[:, :, None]
 
 
-def _fake(pred: Tensor, targets: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
-    return pred.new_empty((), dtype=_accumulator(pred, targets))
+def _distances(difference: Tensor, beta: float) -> Tensor:
+    if beta == 0:
+        return difference.square()
+    size = difference.abs()
+    return torch.where(size < beta, size.square() / (2 * beta), size - beta / 2)
 
 
-def _pred_backward(grad: Tensor, pred: Tensor, targets: Tensor, mask: Tensor, reduction: str) -> Tensor:
-    dtype = _accumulator(pred, targets)
-    factor = 2 * grad * _scale(mask, pred.shape[2], reduction, dtype)
-    targets_BLD = targets.to(dtype)
-    out_NLD = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    M = pred.shape[0] // max(targets.shape[0], 1)
-    for m, (pred_BLD, mask_BL1) in enumerate(_clones(pred, targets, mask)):
-        out_NLD[m::M] = (pred_BLD - targets_BLD).mul_(factor).masked_fill_(~mask_BL1, 0)
+def _slopes(difference: Tensor, beta: float) -> Tensor:
+    """Their derivatives, in place."""
+    return difference.mul_(2) if beta == 0 else difference.div_(beta).clamp_(-1, 1)
+
+
+# Everything goes clone by clone, over views [m::M]: temporaries are M times smaller than repeated targets would be.
+
+
+def _forward(
+    prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _accumulator(prediction, target)
+    N, L, _ = prediction.shape
+    M = N // max(target.shape[0], 1)
+    mask_NL1, target_BLD = _mask(visible, L), target.to(dtype)
+    scale = _scale(prediction, visible, reduction)
+    total = torch.zeros((), dtype=dtype, device=prediction.device)
+    gradient = _new_gradient(prediction, with_gradient)
+    for m in range(M):
+        unmasked_BL1 = ~mask_NL1[m::M]
+        difference_BLD = (prediction[m::M] - target_BLD).masked_fill_(unmasked_BL1, 0)
+        total += _distances(difference_BLD, beta).sum(dtype=dtype)
+        if with_gradient:
+            gradient[m::M] = _slopes(difference_BLD, beta).mul_(scale)
+    count = N * (L - visible.shape[1])
+    times_BL1 = mask_NL1.unflatten(0, (-1, M)).sum(1) if M else mask_NL1
+    prediction_std = _deviation([(prediction[m::M], mask_NL1[m::M]) for m in range(M)], count, prediction, dtype)
+    target_std = _deviation([(target_BLD, times_BL1)], count, target, dtype)
+    return total * scale, prediction_std, target_std, gradient
+
+
+def _new_gradient(prediction: Tensor, wanted: bool) -> Tensor:
+    return prediction.new_empty(prediction.shape if wanted else (0,))
+
+
+def _deviation(parts: list[tuple[Tensor, Tensor]], count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """mean_d sqrt(var_d + eps) over the tokens of all parts; each part: (B, L, D), and (B, L, 1) how often they count.
+    In two passes: the mean, then the squares of what is left."""
+    mean_D, squares_D = torch.zeros(2, like.shape[2], dtype=dtype, device=like.device)
+    for x_BLD, times_BL1 in parts:
+        mean_D += x_BLD.to(dtype).masked_fill(times_BL1 == 0, 0).mul_(times_BL1).sum((0, 1))
+    mean_D /= max(count, 1)
+    for x_BLD, times_BL1 in parts:
+        squares_D += (x_BLD - mean_D).masked_fill_(times_BL1 == 0, 0).square_().mul_(times_BL1).sum((0, 1))
+    return squares_D.div_(max(count - 1, 1)).add_(VARIANCE_EPS).sqrt_().mean()
+
+
+def _fake(
+    prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _accumulator(prediction, target)
+    scalars = [prediction.new_empty((), dtype=dtype) for _ in range(3)]
+    return scalars[0], scalars[1], scalars[2], _new_gradient(prediction, with_gradient)
+
+
+def _prediction_backward(
+    grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
+) -> Tensor:
+    M = prediction.shape[0] // max(target.shape[0], 1)
+    mask_NL1, target_BLD = _mask(visible, prediction.shape[1]), target.to(_accumulator(prediction, target))
+    factor = grad * _scale(prediction, visible, reduction)
+    out_NLD = _new_gradient(prediction, True)
+    for m in range(M):
+        slopes_BLD = _slopes(prediction[m::M] - target_BLD, beta)
+        out_NLD[m::M] = slopes_BLD.mul_(factor).masked_fill_(~mask_NL1[m::M], 0)
     return out_NLD
 
 
-def _targets_backward(grad: Tensor, pred: Tensor, targets: Tensor, mask: Tensor, reduction: str) -> Tensor:
-    dtype = _accumulator(pred, targets)
-    targets_BLD = targets.to(dtype)
-    total_BLD = torch.zeros(targets.shape, dtype=dtype, device=targets.device)
-    for pred_BLD, mask_BL1 in _clones(pred, targets, mask):
-        total_BLD += (targets_BLD - pred_BLD).masked_fill_(~mask_BL1, 0)
-    return total_BLD.mul_(2 * grad * _scale(mask, pred.shape[2], reduction, dtype)).to(targets.dtype)
+def _target_backward(
+    grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
+) -> Tensor:
+    M = prediction.shape[0] // max(target.shape[0], 1)
+    mask_NL1, target_BLD = _mask(visible, prediction.shape[1]), target.to(_accumulator(prediction, target))
+    total_BLD = torch.zeros(target.shape, dtype=target_BLD.dtype, device=target.device)
+    for m in range(M):
+        total_BLD -= _slopes(prediction[m::M] - target_BLD, beta).masked_fill_(~mask_NL1[m::M], 0)
+    return total_BLD.mul_(grad * _scale(prediction, visible, reduction)).to(target.dtype)
 
+
+def _scale_gradient(gradient: Tensor, grad: Tensor) -> None:
+    gradient.mul_(grad)
+
+
+def _scaled_gradient(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
+    return gradient * grad
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from cat_kernels.loss import kernels
+
+    check.check_visible_values(OPERATOR, visible, prediction.shape[1], distinct=True)
+    gradient = _new_gradient(prediction, with_gradient)
+    scale = _scale(prediction, visible, reduction)
+    scalars = kernels.forward(
+        prediction, target, visible, beta, scale, VARIANCE_EPS, gradient if with_gradient else None
+    )
+    return *scalars, gradient
+
+
+def _prediction_backward_triton(
+    grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
+) -> Tensor:
+    from cat_kernels.loss import kernels
+
+    out = _new_gradient(prediction, True)
+    kernels.backward(grad, prediction, target, visible, beta, _scale(prediction, visible, reduction), out, None)
+    return out
+
+
+def _target_backward_triton(
+    grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
+) -> Tensor:
+    from cat_kernels.loss import kernels
+
+    out = target.new_empty(target.shape)
+    kernels.backward(grad, prediction, target, visible, beta, _scale(prediction, visible, reduction), None, out)
+    return out
+
+
+def _scale_gradient_triton(gradient: Tensor, grad: Tensor) -> None:
+    from cat_kernels.loss import kernels
+
+    kernels.scale(gradient, grad, gradient)
+
+
+def _scaled_gradient_triton(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
+    from cat_kernels.loss import kernels
+
+    out = gradient.new_empty(gradient.shape)
+    kernels.scale(gradient, grad, out)
+    return out
+
+
+def _why_not_triton(*args: Any) -> str | None:
+    return "float64 input" if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) else None
+
+
+REFUSES = {"triton": _why_not_triton}
+
+# --- registration -----------------------------------------------------------------------------------------------------
 
 _BACKWARD_SCHEMA = (
-    '(Tensor grad, Tensor pred, Tensor targets, Tensor mask, str reduction, *, str backend="auto") -> Tensor'
+    "(Tensor grad, Tensor prediction, Tensor target, Tensor visible, float beta, str reduction, *, "
+    'str backend="auto") -> Tensor'
 )
-_pred_backward_op = register(
+_prediction_backward_op = register(
     OPERATOR,
-    "masked_regression_loss_backward_pred" + _BACKWARD_SCHEMA,
-    {"torch": _pred_backward},
-    fake=lambda grad, pred, targets, mask, reduction: pred.new_empty(pred.shape),
+    "masked_regression_loss_backward_prediction" + _BACKWARD_SCHEMA,
+    {"triton": _prediction_backward_triton, "torch": _prediction_backward},
+    refuses=REFUSES,
+    fake=lambda grad, prediction, *others: prediction.new_empty(prediction.shape),
 )
-_targets_backward_op = register(
+_target_backward_op = register(
     OPERATOR,
-    "masked_regression_loss_backward_targets" + _BACKWARD_SCHEMA,
-    {"torch": _targets_backward},
-    fake=lambda grad, pred, targets, mask, reduction: targets.new_empty(targets.shape),
+    "masked_regression_loss_backward_target" + _BACKWARD_SCHEMA,
+    {"triton": _target_backward_triton, "torch": _target_backward},
+    refuses=REFUSES,
+    fake=lambda grad, prediction, target, *others: target.new_empty(target.shape),
+)
+_scale_op = register(
+    OPERATOR,
+    'masked_regression_loss_scale_(Tensor(a!) gradient, Tensor grad, *, str backend="auto") -> ()',
+    {"triton": _scale_gradient_triton, "torch": _scale_gradient},
+    refuses=REFUSES,
+    fake=lambda gradient, grad: None,
+)
+# `loss` is not read: through it the result depends on the loss's inputs, so that a second derivative is refused.
+_scaled_op = register(
+    OPERATOR,
+    'masked_regression_loss_scaled(Tensor gradient, Tensor grad, Tensor loss, *, str backend="auto") -> Tensor',
+    {"triton": _scaled_gradient_triton, "torch": _scaled_gradient},
+    refuses=REFUSES,
+    fake=lambda gradient, grad, loss: gradient.new_empty(gradient.shape),
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pred, targets, mask, ctx.reduction = inputs
-    ctx.save_for_backward(pred, targets, mask)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    prediction, target, visible, ctx.beta, ctx.reduction, ctx.with_gradient = inputs
+    loss, prediction_std, target_std, gradient = output
+    ctx.mark_non_differentiable(prediction_std, target_std, gradient)
+    ctx.set_materialize_grads(False)  # no zeros of the gradient's size for the gradient that `gradient` does not get
+    kept = (loss, gradient) if ctx.with_gradient else (None, None)
+    again = not ctx.with_gradient or ctx.needs_input_grad[1]
+    ctx.save_for_backward(*kept, *((prediction, target, visible) if again else (None, None, None)))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = (grad, *ctx.saved_tensors, ctx.reduction)
-    grad_pred = _pred_backward_op(*arguments, backend=ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_targets = _targets_backward_op(*arguments, backend=ctx.backend) if ctx.needs_input_grad[1] else None
-    return grad_pred, grad_targets, None, None
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    loss, gradient, *inputs = ctx.saved_tensors
+    arguments = (*inputs, ctx.beta, ctx.reduction)
+    grad_prediction = grad_target = None
+    if ctx.needs_input_grad[0] and not ctx.with_gradient:
+        grad_prediction = _prediction_backward_op(grad, *arguments, backend=ctx.backend)
+    elif ctx.needs_input_grad[0] and _may_overwrite(gradient):
+        grad_prediction = gradient
+        _scale_op(gradient, grad, backend=ctx.backend)
+    elif ctx.needs_input_grad[0]:
+        grad_prediction = _scaled_op(gradient, grad, loss, backend=ctx.backend)
+    if ctx.needs_input_grad[1]:
+        grad_target = _target_backward_op(grad, *arguments, backend=ctx.backend)
+    return grad_prediction, grad_target, None, None, None, None
+
+
+def _may_overwrite(saved: Tensor) -> bool:
+    """Whether no backward can follow this one: neither retain_graph nor create_graph. A tracer's tensors, which are of
+    types of their own, are left alone: it would have to copy them."""
+    if type(saved) is not Tensor or torch.is_grad_enabled():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 register(
     OPERATOR,
-    "masked_regression_loss(Tensor pred, Tensor targets, Tensor mask, str reduction='mean', *, "
-    'str backend="auto") -> Tensor',
-    {"torch": _forward},
+    "masked_regression_loss(Tensor prediction, Tensor target, Tensor visible, float beta, str reduction, "
+    'bool with_gradient, *, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
+    {"triton": _forward_triton, "torch": _forward},
+    refuses=REFUSES,
     fake=_fake,
     setup_context=_save,
     backward=_backward,

@@ -1,6 +1,7 @@
 """Specification of `masked_regression_loss`."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,97 +10,126 @@ from cat_kernels.loss.op import masked_regression_loss
 from cat_kernels.loss.reference import masked_regression_loss_reference
 from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
 
-# name: clips B, masks M, patches L, masked places a row, width D
+# name: clips B, masks M, patches L, visible patches K, width D
 SHAPES = {
-    "plain": (2, 3, 20, 14, 24),
-    "longer": (4, 3, 26, 18, 24),
-    "odd": (3, 1, 35, 28, 17),
-    "wide": (1, 2, 9, 5, 130),
-    "all masked": (2, 2, 12, 12, 8),
-    "one masked": (2, 2, 12, 1, 8),
-    "one patch": (2, 2, 1, 1, 5),
-    "nothing masked": (2, 2, 6, 0, 5),
-    "empty batch": (0, 2, 12, 4, 8),
+    "plain": (2, 3, 20, 7, 24),
+    "longer": (4, 3, 26, 9, 24),
+    "odd": (3, 1, 35, 7, 17),
+    "wide": (1, 2, 9, 4, 300),
+    "all masked": (2, 2, 12, 0, 8),
+    "one masked": (2, 2, 12, 11, 8),
+    "one patch": (2, 2, 1, 0, 5),
+    "one token": (1, 1, 1, 0, 5),
+    "nothing masked": (2, 2, 6, 6, 5),
+    "empty batch": (0, 2, 12, 8, 8),
 }
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    for name, (B, M, L, masked, D) in SHAPES.items():
+    for name, (B, M, L, K, D) in SHAPES.items():
         random = Random(device)
         inputs = {
-            "pred": random.normal(B * M, L, D, dtype=dtype),
-            "targets": random.normal(B, L, D),
-            "mask": random.mask(B * M, L, masked),
+            "prediction": random.normal(B * M, L, D, dtype=dtype),
+            "target": random.normal(B, L, D),
+            "visible": random.visible(B * M, L, K),
         }
-        sample = Sample(name=name, inputs=inputs, differentiable=("pred", "targets"))
+        sample = Sample(name=name, inputs=inputs, differentiable=("prediction", "target"))
         yield sample
-        yield sample.with_inputs(f"{name}, sum", reduction="sum")
+        if name in ("plain", "odd"):
+            yield sample.with_inputs(f"{name}, sum", reduction="sum")
+            # Differences have deviation 1.4: many are on either side of it.
+            yield sample.with_inputs(f"{name}, smooth", beta=1.0)
         if name == "plain":
-            yield sample.with_inputs("low-precision targets", targets=inputs["targets"].to(dtype))
-            unread = inputs["pred"].masked_fill(~inputs["mask"][..., None], float("nan"))
-            yield sample.with_inputs("NaN where nothing is masked", pred=unread)
+            yield replace(sample, name="of predictions", differentiable=("prediction",))
+            yield replace(sample, name="of targets", differentiable=("target",))
+            yield sample.with_inputs("low-precision targets", target=inputs["target"].to(dtype))
+            unread = inputs["prediction"].scatter(1, inputs["visible"][..., None].expand(-1, -1, D), float("nan"))
+            yield sample.with_inputs("NaN where nothing is masked", prediction=unread)
+            # A mean far from zero, where a variance from sums of squares would cancel.
+            shifted = {name: inputs[name] + 100 for name in ("prediction", "target")}
+            yield sample.with_inputs("far mean", **shifted)
 
 
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
     ops = torch.ops.cat_kernels
     i = sample.inputs
-    arguments = (i["pred"], i["targets"], i["mask"], i.get("reduction", "mean"))
-    yield ops.masked_regression_loss.default, arguments
-    dtype = torch.promote_types(torch.promote_types(i["pred"].dtype, i["targets"].dtype), torch.float32)
-    grad = torch.ones((), dtype=dtype, device=i["pred"].device)
-    detached = (grad, i["pred"].detach(), i["targets"].detach(), *arguments[2:])
-    yield ops.masked_regression_loss_backward_pred.default, detached
-    yield ops.masked_regression_loss_backward_targets.default, detached
+    ends = (i.get("beta", 0.0), i.get("reduction", "mean"))
+    inputs = (i["prediction"], i["target"], i["visible"])
+    for with_gradient in (False, True):
+        yield ops.masked_regression_loss.default, (*inputs, *ends, with_gradient)
+    dtype = torch.promote_types(torch.promote_types(i["prediction"].dtype, i["target"].dtype), torch.float32)
+    grad = torch.full((), 0.5, dtype=dtype, device=i["prediction"].device)
+    detached = (grad, *(t.detach() for t in inputs), *ends)
+    yield ops.masked_regression_loss_backward_prediction.default, detached
+    yield ops.masked_regression_loss_backward_target.default, detached
+    gradient = torch.ones_like(i["prediction"], memory_format=torch.contiguous_format, requires_grad=False)
+    yield ops.masked_regression_loss_scale_.default, (gradient, grad)
+    yield ops.masked_regression_loss_scaled.default, (gradient, grad, grad)
 
 
 def _bad_inputs(device: torch.device) -> Iterator[BadInput]:
     good = next(_samples(device, torch.float32)).inputs
-    pred, targets, mask = good["pred"], good["targets"], good["mask"]
+    prediction, target, visible = good["prediction"], good["target"], good["visible"]
 
     def bad(name: str, error: type[Exception], message: str, **changes: Any) -> BadInput:
         return BadInput(name=name, inputs={**good, **changes}, error=error, message=message)
 
-    yield bad("pred rank", ValueError, r"pred must have 3 dimensions \(N, L, D\)", pred=pred[0])
-    yield bad(
-        "mask of integers", TypeError, r"boolean tensor.*got torch.int64; convert it with .bool\(\)", mask=mask.long()
-    )
-    yield bad("mask shape", ValueError, r"mask must be \(N, L\) = \(6, 20\).*got \(6, 19\)", mask=mask[:, 1:])
-    yield bad("patches", ValueError, r"dimension 1 must be 20, the patches L of pred", targets=targets[:, 1:])
-    yield bad("width", ValueError, r"dimension 2 must be 24, the width D of pred", targets=targets[..., 1:])
-    yield bad("clips", ValueError, r"pred has 6 rows and targets 4 clips", targets=torch.cat((targets, targets)))
+    yield bad("rank", ValueError, r"prediction must have 3 dimensions \(N, L, D\)", prediction=prediction[0])
+    yield bad("a mask", TypeError, r"visible must hold int64 patch indices.*boolean", visible=visible > 0)
+    yield bad("int32", TypeError, r"visible must be int64, got torch.int32", visible=visible.int())
+    yield bad("rows", ValueError, r"visible has shape \(5, 7\); dimension 0 must be 6", visible=visible[1:])
+    many = visible.new_zeros(6, 21)
+    yield bad("too many", ValueError, r"visible lists 21 patches a row and prediction has only 20", visible=many)
+    yield bad("patches", ValueError, r"dimension 1 must be 20, the patches L of prediction", target=target[:, 1:])
+    yield bad("width", ValueError, r"dimension 2 must be 24, the width D of prediction", target=target[..., 1:])
+    yield bad("clips", ValueError, r"prediction has 6 rows and target 4 clips", target=torch.cat((target, target)))
+    yield bad("beta", ValueError, r"beta=-1.0 must be 0 .* or a positive number", beta=-1.0)
     yield bad("reduction", ValueError, r"reduction='none' must be 'mean' or 'sum'", reduction="none")
+    if device.type == "cpu":
+        twice = visible.clone()
+        twice[2, 1] = twice[2, 0]
+        yield bad("twice", ValueError, r"visible\[2\] lists patch \d+ twice", visible=twice)
+        yield bad("out of range", IndexError, r"visible\[\d, \d\] = \d+, but there are 20", visible=visible + 1)
 
 
 def _large_samples(device: torch.device, elements: int) -> Iterator[LargeSample]:
-    L, D = 64, 128
-    B = elements // (L * D) + 1
-    pred = torch.randn(B, L, D, device=device, dtype=torch.bfloat16)
-    targets = torch.randn(B, L, D, device=device, dtype=torch.bfloat16)
-    mask = torch.zeros(B, L, dtype=torch.bool, device=device)
-    mask[-3:] = Random(device).mask(3, L, 50)
+    B, L, D = 128, 64, 128
+    copies = elements // (B * L * D) + 1
+    random = Random(device)
+    small = {
+        "prediction": random.normal(B, L, D, dtype=torch.bfloat16),
+        "target": random.normal(B, L, D, dtype=torch.bfloat16),
+        "visible": random.visible(B, L, 14),
+    }
+    # The same clips over and over: means stay what they are (the deviations, of 6400 tokens or more, up to 8e-5).
     yield LargeSample(
         name="large batch",
-        inputs={"pred": pred, "targets": targets, "mask": mask},
-        small={"pred": pred[-3:].clone(), "targets": targets[-3:].clone(), "mask": mask[-3:]},
-        part=lambda loss: loss,
-        differentiable=("pred",),
-        grad_parts=(lambda g: g[-3:],),
+        inputs={name: tensor.repeat(copies, *[1] * (tensor.ndim - 1)) for name, tensor in small.items()},
+        small=small,
+        part=lambda result: result,
+        differentiable=("prediction",),
+        grad_parts=(lambda g: g[-B:] * copies,),
     )
 
 
 def _benchmark(device: torch.device, dtype: torch.dtype, clips: int) -> Sample:
     N, L, D = clips * 4, 512, 768
     inputs = {
-        "pred": torch.randn(N, L, D, device=device, dtype=dtype),
-        "targets": torch.randn(clips, L, D, device=device, dtype=dtype),
-        "mask": Random(device).mask(N, L, 410),
+        "prediction": torch.randn(N, L, D, device=device, dtype=dtype),
+        "target": torch.randn(clips, L, D, device=device, dtype=dtype),
+        "visible": Random(device).visible(N, L, 102),
     }
-    return Sample(name="base", inputs=inputs, differentiable=("pred",))
+    return Sample(name="base", inputs=inputs, differentiable=("prediction",))
 
 
-def _masked_bytes(inputs: Mapping[str, Any]) -> int:
-    mask, pred = inputs["mask"], inputs["pred"]
-    return int(mask.sum()) * pred.shape[2] * pred.element_size()
+def _masked_elements(inputs: Mapping[str, Any]) -> int:
+    N, L, D = inputs["prediction"].shape
+    return int(N * (L - inputs["visible"].shape[1]) * D)
+
+
+def _bytes_forward(inputs: Mapping[str, Any]) -> int:
+    prediction = _masked_elements(inputs) * inputs["prediction"].element_size()
+    return prediction + nbytes(inputs["target"], inputs["visible"])
 
 
 SPEC = OperatorSpec(
@@ -111,10 +141,23 @@ SPEC = OperatorSpec(
     bad_inputs=_bad_inputs,
     large_samples=_large_samples,
     resized=("plain", "longer"),
+    triton_samples=(
+        "plain",
+        "plain, smooth",
+        "odd, sum",
+        "wide",
+        "one token",
+        "nothing masked",
+        "empty batch",
+        "of predictions",
+        "NaN where nothing is masked",
+        "far mean",
+    ),
     benchmark=_benchmark,
-    bytes_forward=lambda inputs: _masked_bytes(inputs) + nbytes(inputs["targets"], inputs["mask"]),
-    # Predictions and targets in again, the gradient out.
-    bytes_backward=lambda inputs: _masked_bytes(inputs) + nbytes(inputs["targets"], inputs["mask"], inputs["pred"]),
-    flops_forward=lambda inputs: 3 * int(inputs["mask"].sum()) * inputs["pred"].shape[2],
-    flops_backward=lambda inputs: 2 * int(inputs["mask"].sum()) * inputs["pred"].shape[2],
+    bytes_forward=_bytes_forward,
+    # The gradient out, zeros at visible places included; nothing is read again.
+    bytes_backward=lambda inputs: nbytes(inputs["prediction"]),
+    # Distance and sum; the deviation of predictions.
+    flops_forward=lambda inputs: 9 * _masked_elements(inputs),
+    flops_backward=lambda inputs: 2 * _masked_elements(inputs),
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cat.masks import MaskConfig, inverse_block_masks
-from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions, token_std
+from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions
 
 SMALL = ModelConfig(channels=(8, 16), embed_dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_layers=2)
 RNG = torch.tensor([1, 2])
@@ -175,13 +175,6 @@ def test_noise_depends_on_rng_alone():
 def test_masked_indices_complete_the_visible_ones():
     visible = torch.tensor([[3, 0], [1, 2]])
     assert masked_indices(visible, 5).tolist() == [[1, 2, 4], [0, 3, 4]]
-
-
-def test_token_std_counts_weights():
-    x = torch.randn(2, 3, 4)
-    weight = torch.tensor([[1, 0, 2], [0, 1, 1]])
-    rows = torch.stack([x[0, 0], x[0, 2], x[0, 2], x[1, 1], x[1, 2]])
-    torch.testing.assert_close(token_std(x, weight), (rows.var(0) + 1e-6).sqrt().mean())
 
 
 def test_bf16_autocast_keeps_losses_in_fp32():

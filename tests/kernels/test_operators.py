@@ -195,7 +195,7 @@ def test_inputs_and_incoming_gradients_stay(spec, device):
             incoming = S.incoming_gradients(outputs)
             incoming_before = S.clone_tensors(incoming)
             leaves = S.floats([inputs[name] for name in sample.differentiable])
-            torch.autograd.grad(outputs, leaves, incoming)
+            S.gradients(outputs, leaves, incoming)
             assert_same(incoming, incoming_before, f"{sample.name}, incoming gradient")
         tensors = [(a, b) for a, b in zip(pytree.tree_leaves(kept), before, strict=True) if isinstance(a, torch.Tensor)]
         assert_same([a for a, _ in tensors], [b for _, b in tensors], f"{sample.name}, inputs")
@@ -209,8 +209,8 @@ def test_two_backward_passes(spec, device):
     outputs = pytree.tree_leaves(spec.operator(**inputs))
     leaves = S.floats([inputs[name] for name in sample.differentiable])
     incoming = S.incoming_gradients(outputs)
-    first = torch.autograd.grad(outputs, leaves, incoming, retain_graph=True)
-    second = torch.autograd.grad(outputs, leaves, incoming)
+    first = S.gradients(outputs, leaves, incoming, retain_graph=True)
+    second = S.gradients(outputs, leaves, incoming)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -429,7 +429,7 @@ def test_large_tensors(spec, device, elements):
             grads = []
             if large.differentiable:
                 leaves = S.floats([inputs[name] for name in large.differentiable])
-                grads = list(torch.autograd.grad(outputs, leaves, [ramp(out) for out in outputs]))
+                grads = S.gradients(outputs, leaves, [ramp(out) for out in outputs])
             results.append((outputs, grads))
         (outputs, grads), (small_outputs, small_grads) = results
         largest = max(t.numel() for t in S.floats(dict(large.inputs)) + outputs)
@@ -461,7 +461,7 @@ def test_no_synchronisation(spec):
     try:
         result = spec.operator(**inputs)
         if incoming is not None:
-            torch.autograd.grad(pytree.tree_leaves(result), leaves, incoming)
+            S.gradients(pytree.tree_leaves(result), leaves, incoming)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
