@@ -1,8 +1,9 @@
 """Recipes: YAML files and ``key.sub=value`` overrides to plain dataclasses, and back.
 
-The dataclasses themselves belong to the modules that use them; this file knows only how to fill one. Every mistake in a
-recipe is a `ConfigError` that names the place (file or command line), the key, the value, what was expected and what to
-do.
+The dataclasses themselves belong to the modules that use them; this file knows only how to fill one. One that has
+changed gives a static method ``upgrade(values) -> values`` that puts what earlier versions wrote under today's names.
+Every mistake in a recipe is a `ConfigError` that names the place (file or command line), the key, the value, what was
+expected and what to do.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def _build(
             f"{', '.join(_names(cls))}"
         )
     values = dict(raw)
+    if hasattr(cls, "upgrade"):
+        values = cls.upgrade(values)
     preset = _preset(cls, values, path, where, presets)
     hints = typing.get_type_hints(cls)
     for name in values:

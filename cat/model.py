@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,24 @@ from cat_kernels.stem.layout import patchify
 
 MAX_ROWS = 768  # rows of patches the table of positions covers: two minutes of audio at P = 16
 
+# ModelConfig.kernels -> backend of the stem and of every other operator
+KERNELS = {
+    "auto": ("auto", "auto"),
+    "triton": ("triton", "triton"),
+    "reference": ("visible", "torch"),
+    "dense": ("dense", "torch"),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture of encoder and decoder; the defaults are the paper's base model.
 
     ``stem`` is "multires" (the convolution stem) or "patch" (one plain P x P patch embedding; resolutions = (P,)).
+
+    ``kernels`` says what runs the operators of `cat_kernels` and changes numbers by rounding only: "auto" the fastest
+    that can run, "reference" plain PyTorch, "triton" the Triton kernels or an error, "dense" plain PyTorch with the
+    stem on all positions of all clones, as its formula is written.
     """
 
     stem: str = "multires"
@@ -50,11 +62,13 @@ class ModelConfig:
     decoder_layers: int = 6
     decoder_groups: int = 16
     decoder_kernel: int = 3
-    stem_backend: str = "auto"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if self.stem not in ("multires", "patch"):
             raise ValueError(f"stem={self.stem!r}; expected 'multires' or 'patch'")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels={self.kernels!r}; expected one of {', '.join(map(repr, KERNELS))}")
         if self.depth < 1:
             raise ValueError(f"depth={self.depth}; expected at least one transformer block")
         if self.stem == "patch" and len(self.resolutions) != 1:
@@ -73,6 +87,23 @@ class ModelConfig:
     @property
     def patch_size(self) -> int:
         return self.resolutions[-1]
+
+    @property
+    def stem_backend(self) -> str:
+        return KERNELS[self.kernels][0]
+
+    @property
+    def backend(self) -> str:
+        """Of every operator but the stem."""
+        return KERNELS[self.kernels][1]
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Fields as earlier versions wrote them, in recipes and checkpoints, under today's names."""
+        if "stem_backend" in values:
+            old = values.pop("stem_backend")
+            values.setdefault("kernels", "reference" if old == "visible" else old)
+        return values
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -190,7 +221,10 @@ class Encoder(nn.Module):
         """What the first block sees: (N, 1+K, D), CLS first, or (B, 1+L, D) without ``visible``."""
         self._check_spec(spec)
         tokens = self.stem(spec, visible)
-        return self.norm(gather_tokens(tokens, visible, self.positions, self.cls.flatten(), select=False))
+        x = gather_tokens(
+            tokens, visible, self.positions, self.cls.flatten(), select=False, backend=self.config.backend
+        )
+        return self.norm(x)
 
     def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
         """Output of the last block.
@@ -327,7 +361,8 @@ class CAT(nn.Module):
         for i, block in enumerate(self.teacher.blocks, start=1):
             x, t = block(x)
             if i > depth - used:
-                total = average_targets([t[:, 1:]], partial=total, num_layers=used if i == depth else None)
+                last = used if i == depth else None
+                total = average_targets([t[:, 1:]], partial=total, num_layers=last, backend=self.config.backend)
         assert total is not None  # depth >= used >= 1
         return total
 
@@ -347,7 +382,7 @@ class CAT(nn.Module):
         """Predictions (N, L, D) from the student's output; ``noise`` (N, L-K, D) replaces what ``rng`` would draw."""
         H, W = grid
         sigma = self.objective.noise_std if noise is None else 0.0
-        tokens_NLD = restore_tokens(x[:, 1:], visible, H * W, rng, sigma=sigma)
+        tokens_NLD = restore_tokens(x[:, 1:], visible, H * W, rng, sigma=sigma, backend=self.config.backend)
         if noise is not None:
             masked = masked_indices(visible, H * W)[:, :, None].expand(noise.shape)
             tokens_NLD = tokens_NLD.scatter(1, masked, noise.to(tokens_NLD.dtype))
@@ -376,7 +411,9 @@ class CAT(nn.Module):
         target_BLD = self.targets(spec)
         x, cls = self.encode(spec, visible)
         prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
-        regression, pred_std, target_std = masked_regression_loss(prediction_NLD, target_BLD, visible)
+        regression, pred_std, target_std = masked_regression_loss(
+            prediction_NLD, target_BLD, visible, backend=self.config.backend
+        )
 
         o = self.objective
         M = visible.shape[0] // max(spec.shape[0], 1)
@@ -400,7 +437,8 @@ class CAT(nn.Module):
     @torch.no_grad()
     def update_teacher(self, decay: float | Tensor) -> None:
         """teacher = decay * teacher + (1 - decay) * student, in float32."""
-        ema_update_(list(self.teacher.parameters()), list(self.student.parameters()), decay)
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        ema_update_(teacher, student, decay, backend=self.config.backend)
 
 
 def visible_to_mask(visible_NK: Tensor, L: int) -> Tensor:

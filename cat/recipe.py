@@ -151,7 +151,7 @@ _FREE = {
     "data.prefetch",
     "data.features",
     "data.max_failed_share",
-    "model.stem_backend",
+    "model.kernels",
 }
 _BOUND_IN_RUN = {"run.seed"}
 

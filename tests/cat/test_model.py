@@ -1,11 +1,14 @@
 """The model beyond what the golden tensors fix: sizes, any T, options of the objective, errors."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cat.config import ConfigError, from_mapping
 from cat.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions
 
@@ -198,6 +201,46 @@ def test_whole_step_is_one_graph():
     torch.testing.assert_close(list(result), list(expected))
     result.loss.backward()
     assert model.student.cls.grad is not None
+
+
+def operators_called(kernels):
+    """Backends that a step of a model with these kernels asks for, by operator."""
+    asked = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "cat_kernels":
+                asked.setdefault(func._schema.name.split("::")[1], set()).add((kwargs or {}).get("backend", "auto"))
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model = CAT(dataclasses.replace(SMALL, channels=(16, 32), kernels=kernels))
+        spec, visible = torch.empty(2, 1, 64, 128), torch.empty(4, 6, dtype=torch.int64)
+        with Watch():
+            model(spec, visible, rng=torch.empty(2, dtype=torch.int64)).loss.backward()
+            model.update_teacher(0.9)
+    return asked, model.student.stem.backend
+
+
+@pytest.mark.parametrize(("kernels", "backend", "stem"), [
+    ("auto", "auto", "auto"),
+    ("reference", "torch", "visible"),
+    ("dense", "torch", "dense"),
+])  # fmt: skip
+def test_kernels_choose_the_backend_of_every_operator(kernels, backend, stem):
+    asked, stem_backend = operators_called(kernels)
+    assert stem_backend == stem
+    assert {name.partition("_backward")[0] for name in asked} >= {
+        "gather_tokens", "restore_tokens", "average_targets", "masked_regression_loss", "ema_update_",
+    }  # fmt: skip
+    assert set().union(*asked.values()) == {backend}
+
+
+def test_an_earlier_versions_stem_backend_is_kernels():
+    assert from_mapping(ModelConfig, {"stem_backend": "visible"}).kernels == "reference"
+    assert from_mapping(ModelConfig, {"stem_backend": "triton"}).kernels == "triton"
+    with pytest.raises(ConfigError, match="kernels='fast'; expected one of 'auto'"):
+        from_mapping(ModelConfig, {"kernels": "fast"})
 
 
 @pytest.mark.parametrize(("bad", "message"), [
