@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import memory, others
 from benchmarks.results import Key, Parity, Results
 from benchmarks.runner import DTYPES, Settings, arguments, finish, reason, release, say, speedup_line
-from benchmarks.step import StepProvider
+from benchmarks.step_time import StepProvider
 from benchmarks.timing import interleaved, overhead_us
 from cat_kernels import backends, fbank
 from cat_kernels.mel.reference import FbankSettings, fbank_reference

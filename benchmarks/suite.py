@@ -44,7 +44,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
             Piece("fbank", "fbank", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
             Piece("memcheck", "sanitize", ("--tool", "memcheck")),
             Piece("stem fp32", "stem", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
-            Piece("step fp32", "step", (*on, *tiny)),
+            Piece("step fp32", "step_time", (*on, *tiny)),
             Piece("operators", "operators", (*on, *few)),
         ]
     found = [
@@ -55,7 +55,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
     ]
     for dtype in ("bf16", "fp16", "fp32"):
         found += [Piece(f"stem {dtype}", "stem", (*on, "--dtypes", dtype, "--budget", "2"), 80)]
-        found += [Piece(f"step {dtype}", "step", (*on, "--dtypes", dtype, "--budget", "3"), 110)]
+        found += [Piece(f"step {dtype}", "step_time", (*on, "--dtypes", dtype, "--budget", "3"), 110)]
         if dtype == "bf16":
             found += [Piece("operators", "operators", (*on, "--dtypes", "bf16,fp32"), 90)]
     return found

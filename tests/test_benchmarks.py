@@ -19,7 +19,7 @@ from benchmarks.flops import multiply_adds
 from benchmarks.pieces import run_limited
 from benchmarks.results import Key, Parity, Results, load
 from benchmarks.runner import Case, Settings, distance, run_case
-from benchmarks.step import count
+from benchmarks.step_time import count
 from benchmarks.timing import Quantiles, interleaved, ratio
 from cat_kernels.mel.reference import FbankSettings, fbank_reference
 

@@ -1,7 +1,7 @@
 """A whole pre-training step: student, decoder, teacher, losses, backward, clipping, AdamW, EMA.
 
-    python -m benchmarks.step            # two clips on a CPU, 96 on a GPU; base model, 4 masks
-    python -m benchmarks.step --check    # fails below 1.8x on a CPU
+    python -m benchmarks.step_time            # two clips on a CPU, 96 on a GPU; base model, 4 masks
+    python -m benchmarks.step_time --check    # fails below 1.8x on a CPU
 
 Candidates: "visible" is this package's step. "dense" is the step as the paper's authors released it: the stem runs on
 all positions of every clone, and once more without a mask, its result unused. Everything else is the same code. Where a
@@ -49,10 +49,14 @@ OBJECTIVE = ObjectiveConfig(global_loss_reduction="mean")
 OPTIM = OptimConfig(lr=1e-7, warmup_steps=0)
 
 
+# Candidate -> model.kernels
+KERNELS = {"dense": "dense", "visible": "reference", "triton": "auto"}
+
+
 def build_model(preset: str, backend: str) -> CAT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return CAT(dataclasses.replace(PRESETS[preset], stem_backend=backend), OBJECTIVE).train()
+        return CAT(dataclasses.replace(PRESETS[preset], kernels=KERNELS[backend]), OBJECTIVE).train()
 
 
 def compile_regions(model: CAT, compiler: str) -> None:
@@ -175,7 +179,7 @@ def case(
     peak = None
     if s.device.type == "cpu" and s.memory:
         peak = lambda name: memory.peak_in_fresh_process(  # noqa: E731
-            "step", {"name": name, "shape": shape, "dtype": dtype}, threads=s.threads
+            "step_time", {"name": name, "shape": shape, "dtype": dtype}, threads=s.threads
         )
     return Case(
         key=Key(benchmark="step", mode="step", dtype=dtype, shape=shape),
