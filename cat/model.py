@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cat.parts import part
 from cat_kernels import (
     MultiResConv,
     average_targets,
@@ -345,35 +346,64 @@ class CAT(nn.Module):
         if self.regulariser is not None:
             _init_linear(self.regulariser)
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
+        self._low: tuple[Encoder, ...] = ()  # in a tuple: no submodule, and not in the state dict
+        self.register_load_state_dict_post_hook(lambda model, _: model.copy_teacher())
 
     def train(self, mode: bool = True) -> CAT:
         super().train(mode)
         self.teacher.eval()
         return self
 
+    @property
+    def acting_teacher(self) -> Encoder:
+        """The teacher that computes: the average itself, or its copy in low precision."""
+        return self._low[0] if self._low else self.teacher
+
+    def lower_teacher(self, dtype: torch.dtype) -> None:
+        """Let the teacher compute with weights that are rounded once, when they are averaged, not at every use.
+
+        For training under autocast to ``dtype``: what that would round is kept rounded, and the results are the same.
+        The average stays in float32, and so does the state dict. Call it when the model is on its device.
+        """
+        low: list[Any] = [module.weight for module in self.teacher.modules() if _multiplies(module)]
+        low += [module.bias for module in self.teacher.blocks.modules() if isinstance(module, nn.Linear)]
+        memo = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
+        memo |= {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in low}
+        self._low = (deepcopy(self.teacher, memo),)
+
+    @torch.no_grad()
+    def copy_teacher(self) -> None:
+        """Round the teacher's weights into its copy anew, after they were set."""
+        for low, own in zip(self.acting_teacher.parameters(), self.teacher.parameters(), strict=True):
+            if low is not own:
+                low.copy_(own)
+
     @torch.no_grad()
     def targets(self, spec: Tensor) -> Tensor:
         """Y (B, L, D) float32: the teacher's MLP outputs, instance-normalised over L, averaged, then LayerNorm."""
-        x = self.teacher.embed(spec)
-        depth = self.config.depth
+        teacher, depth = self.acting_teacher, self.config.depth
+        x = teacher.embed(spec)
         used = self.objective.teacher_top_k or depth
         total: Tensor | None = None
-        for i, block in enumerate(self.teacher.blocks, start=1):
+        for i, block in enumerate(teacher.blocks, start=1):
             x, t = block(x)
             if i > depth - used:
                 last = used if i == depth else None
-                total = average_targets([t[:, 1:]], partial=total, num_layers=last, backend=self.config.backend)
+                with part("targets"):
+                    total = average_targets([t[:, 1:]], partial=total, num_layers=last, backend=self.config.backend)
         assert total is not None  # depth >= used >= 1
         return total
 
     def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """The student on its visible patches: last block's output (N, 1+K, D), and the CLS (N, D) that L_r looks at."""
-        x = self.student.embed(spec, visible)
+        with part("stem"):
+            x = self.student.embed(spec, visible)
         cls = None
-        for i, block in enumerate(self.student.blocks, start=1):
-            x, t = block(x)
-            if i == self.objective.regularisation_layer:
-                cls = t[:, 0]
+        with part("blocks"):
+            for i, block in enumerate(self.student.blocks, start=1):
+                x, t = block(x)
+                if i == self.objective.regularisation_layer:
+                    cls = t[:, 0]
         return x, x[:, 0] if cls is None else cls
 
     def decode(
@@ -408,15 +438,29 @@ class CAT(nn.Module):
         """
         P = self.config.patch_size
         grid = (spec.shape[2] // P, spec.shape[3] // P)
-        target_BLD = self.targets(spec)
+        with part("teacher"):
+            target_BLD = self.targets(spec)
         x, cls = self.encode(spec, visible)
-        prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
+        with part("decoder"):
+            prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
+        with part("loss"):
+            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embedding)
+
+    def _losses(
+        self,
+        x: Tensor,
+        cls: Tensor,
+        prediction_NLD: Tensor,
+        target_BLD: Tensor,
+        visible: Tensor,
+        embedding: Tensor | None,
+    ) -> PretrainOutput:
         regression, pred_std, target_std = masked_regression_loss(
             prediction_NLD, target_BLD, visible, backend=self.config.backend
         )
 
         o = self.objective
-        M = visible.shape[0] // max(spec.shape[0], 1)
+        M = visible.shape[0] // max(target_BLD.shape[0], 1)
         reduce = torch.sum if o.global_loss_reduction == "sum" else torch.mean
         target_cls = target_BLD.mean(1).repeat_interleave(M, dim=0)
         global_ = reduce(squared_distance(x[:, 0].float(), target_cls))
@@ -437,8 +481,16 @@ class CAT(nn.Module):
     @torch.no_grad()
     def update_teacher(self, decay: float | Tensor) -> None:
         """teacher = decay * teacher + (1 - decay) * student, in float32."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
-        ema_update_(teacher, student, decay, backend=self.config.backend)
+        trios = list(zip(*(m.parameters() for m in (self.teacher, self.student, self.acting_teacher)), strict=True))
+        for with_copies in (True, False):
+            chosen = [trio for trio in trios if (trio[0] is not trio[2]) == with_copies]
+            teacher, student, copies = ([trio[i] for trio in chosen] for i in range(3))
+            ema_update_(teacher, student, decay, copies=copies if with_copies else None, backend=self.config.backend)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether its weight is the matrix of a product: not a norm's, nor a depthwise convolution's taps."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def visible_to_mask(visible_NK: Tensor, L: int) -> Tensor:

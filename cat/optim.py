@@ -88,22 +88,30 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over two groups, with and without weight decay, one fused kernel a group where there is one."""
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, *, capturable: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over two groups, with and without weight decay, one fused kernel a group where there is one.
+
+    ``capturable``: for a CUDA graph; the rate is then a tensor on the parameters' device.
+    """
     if not parameters:
         raise ValueError("no parameters to optimise; expected at least one with requires_grad=True")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters.values() if decays(p)], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters.values() if not decays(p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    groups = [g for g in groups if g["params"]]
+    lr = torch.tensor(config.lr, device=groups[0]["params"][0].device) if capturable else config.lr
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True, capturable=capturable)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:

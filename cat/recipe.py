@@ -30,7 +30,8 @@ class RunConfig:
     seed: int = 0  # of the weights, the data order, the masks and the noise
     device: str = "auto"  # "auto": the GPU where there is one; "cpu", "cuda", "cuda:1"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
-    compile: bool = False  # torch.compile of the model
+    compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
+    cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it
     threads: int = 0  # CPU threads; 0: torch's choice
     stop_at: int | None = (
         None  # stop with a checkpoint after so many updates of the schedule's optim.steps; --resume goes on
@@ -55,6 +56,13 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at is {self.stop_at}; expected at least 1, or null")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Fields as earlier versions wrote them, in recipes and checkpoints, as today's: ``compile`` was a bool."""
+        if isinstance(values.get("compile"), bool):
+            values["compile"] = "step" if values["compile"] else "none"
+        return values
 
 
 @dataclass(frozen=True)

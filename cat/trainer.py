@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from cat import checkpoint as checkpoints
 from cat.checkpoint import Checkpoint, CheckpointError
@@ -26,19 +27,12 @@ from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_ba
 from cat.failures import FailureLog
 from cat.masks import inverse_block_masks
 from cat.metrics import CollapseCheck, Metrics, Progress, read_rows
-from cat.model import CAT, PretrainOutput
-from cat.optim import (
-    build_optimizer,
-    clip_gradients,
-    ema_decay,
-    learning_rate,
-    optimizer_tensors,
-    restore_optimizer,
-    set_learning_rate,
-    trainable,
-)
+from cat.model import CAT
+from cat.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
+from cat.parts import part
 from cat.recipe import PretrainConfig, check_same_run, pick_device, pick_features, pick_precision
 from cat.signals import StopSignals
+from cat.step import PretrainStep
 
 LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")  # in the order of PretrainOutput
 NOISE_PER_STEP = 1 << 32  # offsets of the decoder's noise that one step may use; a batch of 96 takes 2^25
@@ -80,10 +74,19 @@ class Trainer:
         self.features = pick_features(config.data.features, self.device)
         self.step = 0
         self.checkpoint: Path | None = None
+        if config.run.cuda_graph and self.device.type != "cuda":
+            raise ConfigError(
+                f"run.cuda_graph=true needs a GPU, but run.device={config.run.device} is {self.device} here; "
+                "use run.cuda_graph=false"
+            )
         self.model = self._build_model().to(self.device)
-        self.parameters = trainable(self.model)
-        self.optimizer = build_optimizer(self.parameters, config.optim)
-        self._forward = torch.compile(self.model) if config.run.compile else self.model
+        self.update = PretrainStep(
+            self.model,
+            config.optim,
+            precision=self.precision,
+            compile=config.run.compile,
+            cuda_graph=config.run.cuda_graph,
+        )
         self._rng = torch.tensor([config.run.seed, 0], device=self.device)
         self._log = torch.zeros(config.run.log_every, len(LOSSES) + 1, device=self.device)
         self._rows: list[dict[str, Any]] = []  # of the updates whose losses are still on the device
@@ -122,7 +125,7 @@ class Trainer:
         checkpoints.load_tensors(self.model, saved.model, str(saved.path))
         try:
             if saved.step:
-                restore_optimizer(self.optimizer, self.parameters, saved.optimizer)
+                restore_optimizer(self.update.optimizer, self.update.parameters, saved.optimizer)
         except ValueError as error:
             raise CheckpointError(
                 f"{saved.path / checkpoints.OPTIMIZER}: {error}; {checkpoints.remedy(saved.path)}"
@@ -141,6 +144,7 @@ class Trainer:
             "device": self.device.type,
             "precision": self.precision,
             "compile": self.config.run.compile,
+            "kernels": self.config.model.kernels,
             "features": self.features,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
@@ -192,7 +196,7 @@ class Trainer:
         )
         self.progress = Progress(end, self.step, label=self.run_dir.name, enabled=self._progress)
         records.callback(self.progress.close)
-        size = sum(parameter.numel() for parameter in self.parameters.values()) / 1e6
+        size = sum(parameter.numel() for parameter in self.update.parameters.values()) / 1e6
         self.progress.say(
             f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.manifest)} clips, {self.device} in "
             f"{self.precision}"
@@ -215,23 +219,18 @@ class Trainer:
     def _update(self, batch: Batch) -> None:
         """One optimiser step. Nothing here waits for the device."""
         lr, decay = learning_rate(self.config.optim, self.step), ema_decay(self.config.ema, self.step + 1)
-        set_learning_rate(self.optimizer, lr)
-        output = self._losses(batch, self.step * NOISE_PER_STEP)
-        output.loss.backward()
-        grad_norm = clip_gradients(self.parameters.values(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_teacher(decay)
-        self._log[len(self._rows)] = torch.stack([*(value.detach().float() for value in output), grad_norm.float()])
+        tensors = self._inputs(batch, self.step * NOISE_PER_STEP)
+        self._log[len(self._rows)] = self.update(*tensors, lr=lr, decay=decay)
         self.step += 1
         self._clips += len(batch.clips)
         self._rows.append({"lr": lr, "ema_decay": decay})
 
-    def _losses(self, batch: Batch, noise_offset: int) -> PretrainOutput:
-        batch = batch.to(self.device).with_features(self.config.features)
-        self._rng[1].fill_(noise_offset)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self._forward(batch.spec, batch.visible, batch.embedding, rng=self._rng)
+    def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What the model takes, on its device."""
+        with part("input"):
+            batch = batch.to(self.device).with_features(self.config.features)
+            self._rng[1].fill_(noise_offset)
+        return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng
 
     # ------------------------------------------------------------ records
 
@@ -268,7 +267,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
-        norms = torch.nn.utils.get_total_norm(self.parameters.values())
+        norms = torch.nn.utils.get_total_norm(self.update.parameters.values())
         if not math.isfinite(norms.item()):
             raise TrainingError(f"the weights are not finite after step {self.step}; {self._remedy()}")
 
@@ -289,7 +288,7 @@ class Trainer:
             self.failures.add(batch.failures, self.step, split="valid")
             visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
             batch = dataclasses.replace(batch, visible=visible)
-            output = self._losses(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP)
+            output = self.update.losses(*self._inputs(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP))
             total += torch.stack([value.float() for value in output]) * len(batch.clips)
             clips += len(batch.clips)
         self.model.train()
@@ -312,7 +311,7 @@ class Trainer:
             self.run_dir / "checkpoints",
             step=self.step,
             model=self.model.state_dict(),
-            optimizer=optimizer_tensors(self.optimizer, self.parameters),
+            optimizer=optimizer_tensors(self.update.optimizer, self.update.parameters),
             config=to_mapping(self.config),
             score=score,
             extra={"made_with": self._made_with(), "data": self._data_identity()},
