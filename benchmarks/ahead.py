@@ -57,12 +57,14 @@ class Resources:
 def compile_ahead(a: Any, architecture: int, folder: str = "") -> Resources:
     """`a`: `cat_kernels._triton.Ahead`."""
     import triton
+    from triton._utils import find_paths_if
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: a.signature.get(name, "constexpr") for name in a.kernel.arg_names}
     # As at a launch: tensors that PyTorch allocates are aligned to 16 bytes.
-    attrs = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith("*")}
+    pointers = find_paths_if(list(signature.values()), lambda _, type_: isinstance(type_, str) and type_[0] == "*")
+    attrs = {path: [["tt.divisibility", 16]] for path in pointers}
     source = ASTSource(fn=a.kernel, signature=signature, constexprs=a.constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=a.options)
     usage = resource_usage(compiled.asm["cubin"])

@@ -60,7 +60,7 @@ class Ahead:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]  # of strings, and tuples of strings
     constexprs: dict[str, Any]
     options: dict[str, int]
 

@@ -99,6 +99,18 @@ def _forward(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int |
     return F.layer_norm(total_BLD.div_(num_layers), total_BLD.shape[-1:], eps=eps)
 
 
+def _forward_triton(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int | None, eps: float) -> Tensor:
+    from cat_kernels.targets import kernels
+
+    out = _fake(layers, partial, num_layers, eps)
+    kernels.forward(layers, partial, num_layers, eps, out)
+    return out
+
+
+def _why_not_triton(layers: Sequence[Tensor], partial: Tensor | None, *_: Any) -> str | None:
+    return "float64 input" if _accumulator(layers, partial) == torch.float64 else None
+
+
 def _fake(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int | None, eps: float) -> Tensor:
     template = layers[0] if partial is None else partial
     return template.new_empty(template.shape, dtype=_accumulator(layers, partial))
@@ -138,7 +150,8 @@ _backward_op = register(
     OPERATOR,
     "average_targets_backward(Tensor grad, Tensor[] layers, Tensor? partial, SymInt? num_layers, float eps, *, "
     'str backend="auto") -> (Tensor, Tensor[])',
-    {"torch": _backward_impl},
+    # The teacher is not differentiated: there are no kernels for it.
+    {"triton": _backward_impl, "torch": _backward_impl},
     fake=_backward_fake,
 )
 
@@ -162,8 +175,9 @@ def _backward(ctx: Any, grad_BLD: Tensor) -> tuple[Any, ...]:
 register(
     OPERATOR,
     'average_targets(Tensor[] layers, Tensor? partial, SymInt? num_layers, float eps, *, str backend="auto") -> Tensor',
-    {"torch": _forward},
+    {"triton": _forward_triton, "torch": _forward},
     fake=_fake,
+    refuses={"triton": _why_not_triton},
     setup_context=_save,
     backward=_backward,
 )

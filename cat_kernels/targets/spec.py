@@ -97,6 +97,7 @@ def _benchmark(device: torch.device, dtype: torch.dtype, clips: int) -> Sample:
 
 
 def _bytes_forward(inputs: Mapping[str, Any]) -> int:
+    """Everything in once, the sum or the targets out once."""
     layers, partial = inputs["layers"], inputs.get("partial")
     template = partial if partial is not None else layers[0]
     return nbytes(*layers, partial) + 4 * template.numel()
@@ -111,6 +112,18 @@ SPEC = OperatorSpec(
     bad_inputs=_bad_inputs,
     large_samples=_large_samples,
     resized=("plain", "longer"),
+    triton_samples=(
+        "plain",
+        "plain, onto a sum",
+        "odd, sum",
+        "odd, last block",
+        "wide",
+        "one patch, last block",
+        "one channel",
+        "empty batch",
+        "far mean",
+        "only a sum",
+    ),
     benchmark=_benchmark,
     bytes_forward=_bytes_forward,
     # About 8 operations an element: mean, squares, centring, scale and sum.
