@@ -2,7 +2,7 @@
 
 A run directory holds everything about a run: ``config.yaml`` (every field of the recipe), ``metrics.jsonl`` (see
 `cat.metrics`), ``failures.jsonl`` (audio that could not be read), ``tensorboard/``, ``checkpoints/`` (see
-`cat.checkpoint`) and ``figures/``.
+`cat.checkpoint`), ``figures/`` and, after ``--profile``, ``profile/``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ import torch
 from cat import checkpoint as checkpoints
 from cat.config import ConfigError
 from cat.data import load_manifest
+from cat.profiling import STEPS, StepProfile, profile_steps
 from cat.recipe import PretrainConfig, load_recipe, pick_device
 from cat.trainer import RunResult, Trainer, TrainingError
 
-__all__ = ["RunResult", "TrainingError", "pretrain"]
+__all__ = ["RunResult", "StepProfile", "TrainingError", "pretrain", "profile"]
 
 EXAMPLES = """\
 examples:
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio          on a folder of one's own
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
+  cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """
@@ -56,6 +58,28 @@ def pretrain(
     `cat.data.loader.TooManyFailures`.
     """
     run_dir = Path(run_dir or config.run_dir)
+    with _trainer(config, run_dir, resume=resume, progress=progress) as trainer:
+        # Only now, when everything else has proved fit: nothing is deleted for a run that cannot start.
+        _make_room(run_dir, resume=resume, overwrite=overwrite)
+        return trainer.run()
+
+
+def profile(
+    config: PretrainConfig, run_dir: str | os.PathLike[str] | None = None, *, steps: int = STEPS, resume: bool = False
+) -> StepProfile:
+    """Time ``steps`` updates by a recipe, part by part, and write a trace of two more to ``run_dir/profile``.
+
+    Trains from the newest checkpoint (``resume``) or afresh, and saves nothing else. Raises as `pretrain`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}; expected at least 1")
+    with _trainer(config, Path(run_dir or config.run_dir), resume=resume, progress=True) as trainer:
+        return profile_steps(trainer, steps)
+
+
+@contextlib.contextmanager
+def _trainer(config: PretrainConfig, run_dir: Path, *, resume: bool, progress: bool) -> Iterator[Trainer]:
+    """The trainer of a run, at step 0 or where its newest checkpoint left it."""
     if not config.data.train:
         raise ConfigError(
             "data.train is missing; expected a folder of audio or a manifest: add data.train=PATH to the command"
@@ -71,9 +95,7 @@ def pretrain(
                 0, f"going on from {newest}" if newest else f"{run_dir} has no checkpoint yet: starting at step 0"
             )
             print("\n".join(notes), file=sys.stderr)
-        # Only now, when everything else has proved fit: nothing is deleted for a run that cannot start.
-        _make_room(run_dir, resume=resume, overwrite=overwrite)
-        return trainer.run()
+        yield trainer
 
 
 def _make_room(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
@@ -85,9 +107,10 @@ def _make_room(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
             f"{run_dir} already holds a run; go on with it (--resume), replace it (--overwrite) or choose another "
             "name (run.name=OTHER)"
         )
-    if not is_run and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if not is_run and (not run_dir.is_dir() or any(path.name != "profile" for path in run_dir.iterdir())):
         raise ConfigError(f"{run_dir} exists and is not a run directory; choose another name (run.name=OTHER)")
-    shutil.rmtree(run_dir)
+    if is_run:
+        shutil.rmtree(run_dir)
 
 
 @contextlib.contextmanager
@@ -124,6 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="fields of the recipe to change")
     parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    parser.add_argument(
+        "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -131,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = Path(args.recipe)
     if args.resume and args.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    if args.profile and args.overwrite:
+        raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
     if recipe.is_dir():
         if not (recipe / "config.yaml").is_file():
             raise ConfigError(
@@ -143,6 +171,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = load_recipe(recipe, args.overrides)
         run_dir = config.run_dir
+    if args.profile:
+        print(profile(config, run_dir, resume=args.resume).table())
+        return 0
     result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
     print(_summary(result, config))
     return 128 + result.stopped_by if result.stopped_by else 0

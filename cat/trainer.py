@@ -97,7 +97,8 @@ class Trainer:
     def _build_model(self) -> CAT:
         store = open_embeddings(self.manifest) if self.config.objective.regularisation_weight else None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.run.seed)
+            run = self.config.run
+            torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
             return CAT(self.config.model, self.config.objective, embedding_dim=store.dim if store else None)
 
     # ------------------------------------------------------------ resuming
@@ -176,6 +177,19 @@ class Trainer:
                     self._save()
             self._save(hurried=stop.received is not None)
         return self._result(stop.received)
+
+    def unrecorded(self, count: int) -> Iterator[int]:
+        """For profiling: ``count`` updates from where the run stands, one a turn, that leave no records. Yields their
+        numbers of clips."""
+        self.model.train()
+        self._restart_clock()
+        batches = self._batches(self.step + count)
+        for _ in range(count):
+            with part("data wait"):
+                batch = next(batches)
+            self._update(batch)
+            self._rows.clear()
+            yield len(batch.clips)
 
     def _open_records(self, records: contextlib.ExitStack, end: int) -> None:
         run, data = self.config.run, self.config.data

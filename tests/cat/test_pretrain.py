@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from cat.config import ConfigError
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
 from cat.metrics import read_rows
-from cat.pretrain import TrainingError, pretrain
+from cat.pretrain import TrainingError, pretrain, profile
 from cat.recipe import PretrainConfig, load_recipe
 
 soundfile = pytest.importorskip("soundfile")
@@ -200,6 +201,43 @@ def test_regularisation_by_external_embeddings(tmp_path, recipe, audio):
     assert min(terms[1.0]) > 0
     saved = checkpoints.load(checkpoints.newest(runs[1.0])).model
     assert saved["regulariser.weight"].shape == (6, 16)
+
+
+# ---------------------------------------------------------------- profiling
+
+
+def test_profile_names_every_part_and_leaves_the_run_alone(tmp_path, recipe, uninterrupted, capsys):
+    run = ["pretrain", str(recipe), f"run.dir={tmp_path}", "run.name=run", "data.valid=null"]
+    assert main([*run, "--profile"]) == 0
+    table = capsys.readouterr().out
+    for name in (
+        "data wait", "input", "teacher", "targets", "stem", "blocks", "decoder", "loss", "backward", "optimiser", "EMA",
+    ):  # fmt: skip
+        assert re.search(rf"^{name} +\d+\.\d\d +\d", table, re.MULTILINE), name
+    assert "mean of 10 steps of 3 clips, cpu in fp32" in table
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["profile"]
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
+    ranges = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert ranges.count("backward") == ranges.count("blocks") == 2
+    assert pretrain(load_recipe(recipe, ["run.stop_at=1"]), tmp_path / "run", progress=False).step == 1
+    assert (tmp_path / "run" / "profile" / "trace.json").exists()
+
+
+def test_parts_add_up_to_the_step(tmp_path, recipe):
+    started = time.perf_counter()
+    found = profile(load_recipe(recipe, ["data.valid=null", "run.precision=bf16"]), tmp_path / "run", steps=3)
+    assert 0 < 3 * found.step_ms < 1e3 * (time.perf_counter() - started)
+    assert min(found.parts.values()) >= 0
+    assert found.parts["rest"] < 0.5 * found.step_ms
+
+
+def test_profile_goes_on_from_a_checkpoint_and_changes_nothing(tmp_path, recipe):
+    config = load_recipe(recipe, ["run.stop_at=2", "data.valid=null"])
+    pretrain(config, tmp_path / "run", progress=False)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    profile(config, tmp_path / "run", steps=1, resume=True)
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "trace.json"}
+    assert after == before
 
 
 # ---------------------------------------------------------------- resuming
@@ -443,6 +481,10 @@ def test_too_many_unreadable_files_stop_the_run(tmp_path, recipe):
         (["{recipe}", "data.train="], "data.train is missing"),
         (["{recipe}", "data.train=nowhere"], "nowhere: no such file or folder"),
         (["{recipe}", "--resume", "--overwrite"], "give one of them"),
+        (["{recipe}", "--profile", "--overwrite"], "leave it out"),
+        (["{recipe}", "run.compile=true"], "run.compile is true; expected one of none, blocks, step"),
+        (["{recipe}", "run.cuda_graph=true"], "run.cuda_graph=true needs a GPU"),
+        (["{recipe}", "model.kernels=fast"], "expected one of 'auto', 'triton', 'reference', 'dense'"),
         (["{folder}", "--resume"], "directory without config.yaml"),
         (["{recipe}", "objective.regularisation_weight=1"], "needs external embeddings"),
     ],
