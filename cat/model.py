@@ -411,8 +411,8 @@ class CAT(nn.Module):
     ) -> Tensor:
         """Predictions (N, L, D) from the student's output; ``noise`` (N, L-K, D) replaces what ``rng`` would draw."""
         H, W = grid
-        sigma = self.objective.noise_std if noise is None else 0.0
-        tokens_NLD = restore_tokens(x[:, 1:], visible, H * W, rng, sigma=sigma, backend=self.config.backend)
+        noise_std = self.objective.noise_std if noise is None else 0.0
+        tokens_NLD = restore_tokens(x[:, 1:], visible, H * W, rng, noise_std=noise_std, backend=self.config.backend)
         if noise is not None:
             masked = masked_indices(visible, H * W)[:, :, None].expand(noise.shape)
             tokens_NLD = tokens_NLD.scatter(1, masked, noise.to(tokens_NLD.dtype))

@@ -23,9 +23,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # An operator's own implementations, in the order "auto" prefers them.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "MultiResConv": ("triton", "visible", "dense"),
-    "gather_tokens": ("torch",),
-    "restore_tokens": ("torch",),
-    "average_targets": ("torch",),
+    "gather_tokens": ("triton", "torch"),
+    "restore_tokens": ("triton", "torch"),
+    "average_targets": ("triton", "torch"),
     "masked_regression_loss": ("triton", "torch"),
     "ema_update_": ("torch",),
     "fbank": ("native", "torch"),

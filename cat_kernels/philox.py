@@ -83,8 +83,13 @@ def normal(rng: Tensor, count: int) -> Tensor:
     return fill_normal_(out, rng)
 
 
-def fill_normal_(out: Tensor, rng: Tensor, sigma: float = 1.0) -> Tensor:
-    """Fill the contiguous 1-D tensor `out` with sigma * `normal(rng, out.numel())`, rounded to its dtype; return it."""
+def rng(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """int64 (2,) = (seed, offset) for `normal`, copied to the device."""
+    return torch.tensor([_wrap(seed), _wrap(offset)], device=device)
+
+
+def fill_normal_(out: Tensor, rng: Tensor, std: float = 1.0) -> Tensor:
+    """Fill the contiguous 1-D tensor `out` with std * `normal(rng, out.numel())`, rounded to its dtype; return it."""
     seed, offset = rng[0], rng[1]
     whole, rest = divmod(out.numel(), 4)
     lanes_C4 = out[: 4 * whole].view(whole, 4)
@@ -93,10 +98,10 @@ def fill_normal_(out: Tensor, rng: Tensor, sigma: float = 1.0) -> Tensor:
         stop = min(start + step, whole)
         counter = torch.arange(start, stop, dtype=torch.int64, device=rng.device) + offset
         for lane, noise in enumerate(randn4x(seed, counter)):
-            torch.mul(noise, sigma, out=lanes_C4[start:stop, lane])
+            torch.mul(noise, std, out=lanes_C4[start:stop, lane])
     if rest:
         last = torch.stack(randn4x(seed, offset + whole))
-        torch.mul(last[:rest], sigma, out=out[4 * whole :])
+        torch.mul(last[:rest], std, out=out[4 * whole :])
     return out
 
 

@@ -8,17 +8,22 @@ from torch import Tensor
 
 
 def gather_tokens_reference(
-    tokens: Tensor, visible: Tensor | None, pos: Tensor, cls: Tensor, *, select: bool = True
+    tokens: Tensor,
+    visible: Tensor | None,
+    positions: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    *,
+    select: bool = True,
 ) -> Tensor:
     """See `cat_kernels.gather_tokens`."""
-    if visible is None:
-        body_NKD = tokens + pos[: tokens.shape[1]]
-    elif select:
+    body_NKD = tokens
+    if visible is not None and select:
         clones = visible.shape[0] // max(tokens.shape[0], 1)
         tokens_NLD = tokens.repeat_interleave(clones, dim=0)
-        index_NKD = visible[:, :, None].expand(-1, -1, tokens.shape[2])
-        body_NKD = tokens_NLD.gather(1, index_NKD) + pos[visible]
-    else:
-        body_NKD = tokens + pos[visible]
-    cls_N1D = cls.expand(body_NKD.shape[0], 1, -1)
-    return torch.cat((cls_N1D, body_NKD), dim=1).to(tokens.dtype)
+        body_NKD = tokens_NLD.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
+    if positions is not None:
+        body_NKD = body_NKD + (positions[: tokens.shape[1]] if visible is None else positions[visible])
+    if cls_token is not None:
+        cls_N1D = cls_token.expand(body_NKD.shape[0], 1, -1)
+        body_NKD = torch.cat((cls_N1D, body_NKD), dim=1)
+    return body_NKD.to(tokens.dtype)

@@ -1,6 +1,6 @@
 """`restore_tokens`: visible tokens back on the grid, noise elsewhere. Formula: README.md; oracle: reference.py.
 
-Shapes: N clip-clones, K visible patches, L = length patches, D width.
+Shapes: N clip-clones, K visible patches, L = num_patches, D width.
 """
 
 from typing import Any
@@ -19,25 +19,27 @@ OPERATOR = "restore_tokens"
 def restore_tokens(
     tokens: Tensor,
     visible: Tensor,
-    length: int,
-    rng: Tensor,
+    num_patches: int,
+    seed: Tensor | int,
     *,
-    sigma: float = 0.01,
+    noise_std: float = 0.01,
     backend: str = "auto",
 ) -> Tensor:
-    """Tokens at their patches, N(0, sigma^2) noise at every other patch.
+    """Tokens at their patches, N(0, noise_std^2) noise at every other patch.
 
     tokens: (N, K, D).
-    visible: (N, K) int64 patch indices in [0, length), distinct within a row, in any order.
-    length: patches L of the grid.
-    rng: (2,) int64 = (seed, offset) on the device of tokens. A tensor, so that the next step's numbers neither
+    visible: (N, K) int64 patch indices in [0, num_patches), distinct within a row, in any order.
+    num_patches: patches L of the grid.
+    seed: (2,) int64 = (seed, offset) on the device of tokens. A tensor, so that the next step's numbers neither
         recompile nor synchronise, and a CUDA graph can be replayed with new ones. Noise of an element depends only on
-        (seed, offset, its flat index); use offsets at least N * L * D / 4 apart.
-    sigma: standard deviation of the noise, at least 0.
+        (seed, offset, its flat index); use offsets at least N * L * D / 4 apart. Or an int, for offset 0: convenient,
+        but it is copied to the device at every call, and compiled code holds it as a constant.
+    noise_std: standard deviation of the noise, at least 0.
     Returns (N, L, D) in the dtype of tokens (of autocast where that is active).
 
     Differentiable in tokens. Raises TypeError, ValueError or, for an index outside the grid, IndexError (values of
-    `visible` are looked at on the CPU only; a GPU reports a device-side assertion).
+    `visible` are looked at on the CPU only; on a GPU Triton leaves out a token outside the grid, PyTorch gives a
+    device-side assertion).
     """
     check.check_tensor(OPERATOR, "tokens", tokens, "(N, K, D)")
     check.check_visible(OPERATOR, visible, "tokens", tokens)
@@ -46,44 +48,66 @@ def restore_tokens(
             f"{OPERATOR}: visible must be (N, K) = {tuple(tokens.shape[:2])}, one index per token, "
             f"got {tuple(visible.shape)}"
         )
-    if length < visible.shape[1]:
+    if num_patches < visible.shape[1]:
         raise ValueError(
-            f"{OPERATOR}: length={length} patches cannot hold {visible.shape[1]} visible ones; "
-            "length is the number L of all patches of the grid"
+            f"{OPERATOR}: num_patches={num_patches} cannot hold {visible.shape[1]} visible ones; "
+            "it is the number L of all patches of the grid"
         )
-    if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or rng.shape != (2,):
-        got = f"{rng.dtype} {tuple(rng.shape)}" if isinstance(rng, Tensor) else type(rng).__name__
+    if isinstance(seed, int):
+        seed = philox.rng(seed, device=tokens.device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (2,):
+        got = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
         raise TypeError(
-            f"{OPERATOR}: rng must be an int64 tensor (2,) = (seed, offset), got {got}; "
+            f"{OPERATOR}: seed must be an int64 tensor (2,) = (seed, offset), or an int, got {got}; "
             "make it with torch.tensor([seed, offset])"
         )
-    check.check_device(OPERATOR, "rng", rng, "tokens", tokens)
-    if not sigma >= 0:
-        raise ValueError(f"{OPERATOR}: sigma={sigma} must be a standard deviation, at least 0")
-    return torch.ops.cat_kernels.restore_tokens(tokens, visible, length, rng, sigma, backend=backend)
+    check.check_device(OPERATOR, "seed", seed, "tokens", tokens)
+    if not noise_std >= 0:
+        raise ValueError(f"{OPERATOR}: noise_std={noise_std} must be a standard deviation, at least 0")
+    return torch.ops.cat_kernels.restore_tokens(tokens, visible, num_patches, seed, noise_std, backend=backend)
 
 
-def _forward(tokens: Tensor, visible: Tensor, length: int, rng: Tensor, sigma: float = 0.01) -> Tensor:
-    check.check_visible_values(OPERATOR, visible, length, distinct=True)
+def _forward(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
+    check.check_visible_values(OPERATOR, visible, num_patches, distinct=True)
     N, K, D = tokens.shape
-    out_RD = tokens.new_empty(N * length, D)
-    philox.fill_normal_(out_RD.view(-1), rng, sigma)
-    out_RD.index_copy_(0, flat_rows(visible, N, length), tokens.reshape(N * K, D))
-    return out_RD.view(N, length, D)
+    out_RD = tokens.new_empty(N * num_patches, D)
+    philox.fill_normal_(out_RD.view(-1), seed, noise_std)
+    out_RD.index_copy_(0, flat_rows(visible, N, num_patches), tokens.reshape(N * K, D))
+    return out_RD.view(N, num_patches, D)
 
 
-def _fake(tokens: Tensor, visible: Tensor, length: int, rng: Tensor, sigma: float = 0.01) -> Tensor:
-    return tokens.new_empty(tokens.shape[0], length, tokens.shape[2])
+def _forward_triton(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
+    from cat_kernels.restore import kernels
+
+    check.check_visible_values(OPERATOR, visible, num_patches, distinct=True)
+    return kernels.restore(tokens, visible, num_patches, seed, noise_std)
+
+
+def _backward_triton(grad: Tensor, visible: Tensor) -> Tensor:
+    from cat_kernels.gather import kernels
+
+    return kernels.gather(grad, visible)
+
+
+def _fake(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], num_patches, tokens.shape[2])
 
 
 def _backward_fake(grad: Tensor, visible: Tensor) -> Tensor:
     return grad.new_empty(*visible.shape, grad.shape[2])
 
 
+def _why_not_triton(tokens: Tensor, *_: Any) -> str | None:
+    if tokens.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return f"its kernels take float32, bfloat16 and float16, not {tokens.dtype}"
+
+
 _backward_op = register(
     OPERATOR,
     'restore_tokens_backward(Tensor grad, Tensor visible, *, str backend="auto") -> Tensor',
-    {"torch": gather_rows},
+    {"triton": _backward_triton, "torch": gather_rows},
+    refuses={"triton": _why_not_triton},
     fake=_backward_fake,
 )
 
@@ -99,9 +123,10 @@ def _backward(ctx: Any, grad_NLD: Tensor) -> tuple[Tensor | None, ...]:
 
 register(
     OPERATOR,
-    "restore_tokens(Tensor tokens, Tensor visible, SymInt length, Tensor rng, float sigma=0.01, *, "
+    "restore_tokens(Tensor tokens, Tensor visible, SymInt num_patches, Tensor seed, float noise_std=0.01, *, "
     'str backend="auto") -> Tensor',
-    {"torch": _forward},
+    {"triton": _forward_triton, "torch": _forward},
+    refuses={"triton": _why_not_triton},
     fake=_fake,
     setup_context=_save,
     backward=_backward,
