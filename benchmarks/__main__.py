@@ -1,4 +1,4 @@
-"""The CPU benchmarks, ``make bench``: stem, step, features and operators, one result file, tables.
+"""The CPU benchmarks, ``make bench``: stem, its kernels, step, features and operators, one result file, tables.
 
     python -m benchmarks                    # results into benchmarks/results/<machine>-<date>.json
     python -m benchmarks --out FILE
@@ -25,9 +25,13 @@ PIECES = [
     Piece("ceilings", "ceilings", ("--device", "cpu"), 60),
     Piece("stem", "stem", ("--device", "cpu", "--check", "--budget", "15"), 240),
     Piece("step", "step_time", ("--device", "cpu", "--check", "--budget", "60"), 420),
+    # Short clips: ten minutes for all, and what is compared scales alike.
+    Piece("stem sweep", "stem", ("--device", "cpu", "--check", "--budget", "1", "--frames", "128", "--sweep", "1", "2",
+                                 "--resolutions", "4,16", "2,4,8,16"), 180),
+    Piece("kernels", "kernels", ("--device", "cpu", "--check", "--budget", "0.1", "--frames", "128"), 120),
     Piece("fbank", "fbank", ("--device", "cpu", "--check", "--budget", "10"), 240),
     Piece("operators", "operators", ("--device", "cpu", "--check", "--budget", "1", "--no-memory"), 180),
-]
+]  # fmt: skip
 
 
 def main() -> int:

@@ -13,6 +13,9 @@ COLOURS = {
     "dense compiled": "#5f5f5f",
     "visible": "#e8a33d",
     "visible compiled": "#c4541c",
+    "triton": "#1f6f8b",
+    "triton, cublas": "#7fb2c2",
+    "pytorch": "#9a9a9a",
     "reference": "#9a9a9a",
     "operator": "#c4541c",
     "torchaudio": "#5f5f5f",
@@ -26,7 +29,8 @@ COLOURS = {
 
 
 def plot(data: dict[str, Any], directory: Path) -> list[Path]:
-    """Write stem.png, step.png, fbank.png and operators.png, of those that have rows.
+    """Write stem.png, stem-resolutions.png, step.png, kernels.png, fbank.png, operators.png and stem-sweep.png, of
+    those that have rows.
 
     Raises ImportError without matplotlib.
     """
@@ -39,20 +43,38 @@ def plot(data: dict[str, Any], directory: Path) -> list[Path]:
             path = directory / f"{name}.png"
             _bars(rows, panels, f"{name}, {machine_name(data)}, {data['date'][:10]}", path)
             written.append(path)
+    swept = _swept(data)
+    if swept:
+        path = directory / "stem-sweep.png"
+        _lines(swept, f"stem by batch, {machine_name(data)}, {data['date'][:10]}", path)
+        written.append(path)
     return written
 
 
 def _figures(data: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]]:
     time_and_memory = [("median_ms", "milliseconds"), ("peak_MiB", "peak MiB of a call")]
-    of = {name: [r for r in data["rows"] if r["benchmark"] == name] for name in ("stem", "step", "fbank", "features")}
+    apart = ("stem", "stem sweep", "stem resolutions", "kernels", "step", "fbank", "features")
+    of = {name: [r for r in data["rows"] if r["benchmark"] == name] for name in apart}
     operators = [r for r in data["rows"] if r["benchmark"] not in of]
     time_and_share = [("median_ms", "milliseconds"), ("share_of_floor", "share of the copy bandwidth")]
     return [
         ("stem", of["stem"], time_and_memory),
+        ("stem-resolutions", of["stem resolutions"], time_and_memory),
         ("step", of["step"], time_and_memory),
+        (
+            "kernels",
+            _compared(of["kernels"]),
+            [("median_ms", "milliseconds"), ("share_of_floor", "share of the floor")],
+        ),
         ("fbank", of["fbank"], time_and_share),
         ("operators", operators, time_and_share),
     ]
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels of ours, where any were measured, with what they are compared with: not the library's alone."""
+    ours = {r["mode"] for r in rows if r["provider"] == "triton"}
+    return [r for r in rows if r["mode"] in ours or not ours]
 
 
 def _bars(rows: list[dict[str, Any]], panels: list[tuple[str, str]], title: str, path: Path) -> None:
@@ -66,9 +88,10 @@ def _bars(rows: list[dict[str, Any]], panels: list[tuple[str, str]], title: str,
     figure, axes = plt.subplots(
         1,
         len(panels),
-        figsize=(5.5 * len(panels), 1.2 + 0.24 * len(groups) * len(providers)),
+        figsize=(5.5 * len(panels), 1.2 + 0.2 * len(groups) * (len(providers) + 0.5)),
         sharey=True,
         squeeze=False,
+        layout="constrained",
     )
     for axis, (quantity, label) in zip(axes[0], panels, strict=True):
         for i, provider in enumerate(providers):
@@ -84,16 +107,77 @@ def _bars(rows: list[dict[str, Any]], panels: list[tuple[str, str]], title: str,
         axis.set_xlabel(label)
         if quantity == "median_ms" and max(r[quantity] for r in rows) > 50 * min(r[quantity] for r in rows):
             axis.set_xscale("log")
+            _plain_ticks(axis.xaxis)
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(groups)), groups)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(groups) - 0.4, -0.6)
     axes[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _swept(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the sweep, and those of the main comparison that differ in the batch alone."""
+    swept = [r for r in data["rows"] if r["benchmark"] == "stem sweep"]
+    shapes = [{**r["shape"], "clips": None} for r in swept]
+    return swept + [r for r in data["rows"] if r["benchmark"] == "stem" and {**r["shape"], "clips": None} in shapes]
+
+
+def _lines(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Time and peak memory by batch, both axes logarithmic; a row of panels for every pass and precision."""
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker
+
+    quantities = [("median_ms", "milliseconds"), ("peak_MiB", "peak MiB of a call")]
+    quantities = [q for q in quantities if any(r[q[0]] for r in rows)]
+    cases = list(dict.fromkeys((r["mode"], r["dtype"]) for r in rows))
+    providers = list(dict.fromkeys(r["provider"] for r in rows))
+    batches = sorted({r["shape"]["clips"] for r in rows})
+    figure, axes = plt.subplots(
+        len(cases),
+        len(quantities),
+        figsize=(5 * len(quantities), 1 + 3 * len(cases)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, (mode, dtype) in zip(axes, cases, strict=True):
+        for axis, (quantity, label) in zip(line, quantities, strict=True):
+            for provider in providers:
+                own = [r for r in rows if (r["mode"], r["dtype"], r["provider"]) == (mode, dtype, provider)]
+                points = sorted((r["shape"]["clips"], r[quantity]) for r in own if r[quantity])
+                clips, values = [p[0] for p in points], [p[1] for p in points]
+                axis.plot(clips, values, "o-", color=COLOURS.get(provider), label=provider, ms=4)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            _plain_ticks(axis.yaxis)
+            axis.set_xticks(batches, batches)
+            axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axis.set_xlabel("clips")
+            axis.set_ylabel(label)
+            axis.set_title(f"{mode}, {dtype}", fontsize=9)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def _group(row: dict[str, Any]) -> str:
+    if row["benchmark"] == "kernels":
+        return f"{row['mode']}, {row['dtype']}"
+    if row["benchmark"] == "stem resolutions":
+        return f"{row['shape']['resolutions']}, {row['mode']}, {row['dtype']}"
     name = "" if row["benchmark"] in ("stem", "step", "fbank") else f"{row['benchmark']}, "
     return f"{name}{row['mode']}, {row['dtype']}, {row['shape']['clips']} clips"

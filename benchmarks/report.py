@@ -8,8 +8,8 @@ A document asks for a table with a pair of markers, what stands between them is 
     <!-- benchmark:begin step -->
     <!-- benchmark:end -->
 
-Names: headline (also where there is no name), stem, step, fbank, features, operators, multiply-adds. Every machine's
-newest file in benchmarks/results gives one table.
+Names: headline (also where there is no name), stem, step, stem-sweep, kernels, fbank, features, operators,
+multiply-adds. Every machine's newest file in benchmarks/results gives one table.
 """
 
 from __future__ import annotations

@@ -204,8 +204,9 @@ def run_case(
 def speedup_line(c: Mapping[str, Any]) -> str:
     """A comparison in words."""
     saved = f", peak memory {c['peak_memory_ratio']:.2f} of its" if c["peak_memory_ratio"] else ""
+    resolutions = f", resolutions {c['shape']['resolutions']}" if "resolutions" in c["shape"] else ""
     return (
-        f"{c['benchmark']} {c['mode']} {c['dtype']} {c['shape']['clips']} clips: {c['provider']} is "
+        f"{c['benchmark']} {c['mode']} {c['dtype']} {c['shape']['clips']} clips{resolutions}: {c['provider']} is "
         f"{c['speedup']:.2f}x {c['baseline']} ({c['speedup_p20']:.2f} to {c['speedup_p80']:.2f}){saved}"
     )
 

@@ -39,26 +39,35 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         on += ("--clips", "1", "--dtypes", "fp32", "--budget", "0.1", "--min-rounds", "1", "--no-memory")
         tiny = ("--preset", "tiny", "--frames", "64", "--masks", "2")
         few = ("--only", "gather_tokens,masked_regression_loss")
+        other = ("--sweep", "1", "2", "--resolutions", "4,16")
         return [
             Piece("ceilings", "ceilings", ("--device", device, "--quick")),
             Piece("fbank", "fbank", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
             Piece("memcheck", "sanitize", ("--tool", "memcheck")),
             Piece("stem fp32", "stem", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
             Piece("step fp32", "step_time", (*on, *tiny)),
+            Piece("kernels", "kernels", (*on, *tiny, "--only", "norm_linear")),
+            Piece("stem sweep", "stem", (*on, *tiny, *other)),
             Piece("operators", "operators", (*on, *few)),
         ]
-    found = [
+    bf16, fp16, fp32 = (("--dtypes", dtype) for dtype in ("bf16", "fp16", "fp32"))
+    eager = ("--no-compiled",)  # compilers get one precision and one batch: they take longer than all else
+    return [
         Piece("ceilings", "ceilings", on, 60),
+        Piece("stem bf16", "stem", (*on, *bf16, "--budget", "2"), 90),
+        Piece("step bf16", "step_time", (*on, *bf16, "--budget", "3"), 110),
+        Piece("kernels", "kernels", (*on, *bf16), 60),
+        Piece("stem sweep", "stem", (*on, *bf16, "--budget", "0.3", "--sweep"), 45),
+        Piece("operators", "operators", (*on, "--dtypes", "bf16,fp32"), 90),
         Piece("fbank", "fbank", (*on, "--dtypes", "fp32,bf16", "--budget", "2"), 100),
         Piece("memcheck", "sanitize", ("--tool", "memcheck"), 90),
         Piece("racecheck", "sanitize", ("--tool", "racecheck"), 90),
+        Piece("stem fp16", "stem", (*on, *fp16, *eager, "--budget", "1"), 40),
+        Piece("step fp16", "step_time", (*on, *fp16, *eager, "--budget", "2"), 60),
+        Piece("stem fp32", "stem", (*on, *fp32, *eager, "--budget", "1"), 50),
+        Piece("step fp32", "step_time", (*on, *fp32, *eager, "--budget", "2"), 80),
+        Piece("stem resolutions", "stem", (*on, *bf16, "--budget", "0.2", "--resolutions"), 60),
     ]
-    for dtype in ("bf16", "fp16", "fp32"):
-        found += [Piece(f"stem {dtype}", "stem", (*on, "--dtypes", dtype, "--budget", "2"), 80)]
-        found += [Piece(f"step {dtype}", "step_time", (*on, "--dtypes", dtype, "--budget", "3"), 110)]
-        if dtype == "bf16":
-            found += [Piece("operators", "operators", (*on, "--dtypes", "bf16,fp32"), 90)]
-    return found
 
 
 def run_build(results: Results, log: TextIO, limit_s: float) -> None:

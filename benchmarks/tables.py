@@ -73,15 +73,17 @@ def _identity(row: dict[str, Any]) -> str:
     return f"{row['benchmark']}|{row['mode']}|{row['dtype']}|{shape}|{row['provider']}"
 
 
-def _model_table(data: Data, benchmark: str, title: str) -> Table:
+def _model_table(data: Data, benchmark: str, title: str, *, rate: bool = False) -> Table:
     speedups = _speedups(data)
-    header = ["candidate", "pass", "precision", "clips", "ms", "20 to 80 %", "speed-up", "peak GiB", "of matrix rate"]
+    header = ["candidate", "pass", "precision", "clips", "ms", "20 to 80 %", "speed-up",
+              *(["clips/s"] if rate else []), "peak GiB", "of matrix rate"]  # fmt: skip
     rows = []
     for r in (row for row in data["rows"] if row["benchmark"] == benchmark):
         c = speedups.get(_identity(r))
         rows.append([
             r["provider"], r["mode"], r["dtype"], str(r["shape"]["clips"]), _ms(r["median_ms"]),
             f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{c['speedup']:.2f}x {c['baseline']}" if c else "",
+            *([f"{1e3 * r['shape']['clips'] / r['median_ms']:.3g}"] if rate else []),
             _gib(r), _percent(r.get("share_of_floor")),
         ])  # fmt: skip
     return Table(title, header, rows)
@@ -91,8 +93,46 @@ def stem_table(data: Data) -> Table:
     return _model_table(data, "stem", "Stem")
 
 
+def sweep_table(data: Data) -> Table:
+    """Other batches, and other resolution sets."""
+    speedups = _speedups(data)
+    header = ["candidate", "resolutions", "clips", "frames", "pass", "precision", "ms", "speed-up", "peak GiB",
+              "of matrix rate"]  # fmt: skip
+    rows = []
+    for r in (row for row in data["rows"] if row["benchmark"] in ("stem sweep", "stem resolutions")):
+        c, shape = speedups.get(_identity(r)), r["shape"]
+        rows.append([
+            r["provider"], shape.get("resolutions", f"{shape['preset']}'s"), str(shape["clips"]), str(shape["frames"]),
+            r["mode"], r["dtype"], _ms(r["median_ms"]), f"{c['speedup']:.2f}x {c['baseline']}" if c else "",
+            _gib(r), _percent(r.get("share_of_floor")),
+        ])  # fmt: skip
+    return Table("Stem at other batches and resolutions", header, rows)
+
+
+def kernels_table(data: Data) -> Table:
+    """A line a kernel and precision: each candidate's time, the kernel's share of its floor, what it is faster than."""
+    header = ["kernel of the stem", "precision", "MB", "GFLOP", "floor, ms", "triton, ms", "of floor",
+              "triton, cublas, ms", "pytorch, ms", "fastest", "peak MiB", "pytorch, MiB"]  # fmt: skip
+    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for r in (row for row in data["rows"] if row["benchmark"] == "kernels"):
+        lines.setdefault((r["mode"], r["dtype"]), {})[r["provider"]] = r
+    rows = []
+    for (name, dtype), by in lines.items():
+        r = by.get("triton") or next(iter(by.values()))
+        times = [_ms(by[p]["median_ms"]) if p in by else "" for p in ("triton", "triton, cublas", "pytorch")]
+        peaks = ["" if p not in by or by[p]["peak_MiB"] is None else f"{by[p]['peak_MiB']:.0f}" for p in
+                 ("triton", "pytorch")]  # fmt: skip
+        fastest = min(by, key=lambda p: by[p]["median_ms"]) if len(by) > 1 else ""
+        floor = f"{r['floor_ms']:.2g}" if r.get("floor_ms") else ""
+        rows.append([
+            name, dtype, _ms(r["bytes"] / 1e6), _ms(2 * r["multiply_adds"] / 1e9), floor,
+            times[0], _percent(r.get("share_of_floor")), *times[1:], fastest, *peaks,
+        ])  # fmt: skip
+    return Table("The stem's kernels alone", header, rows)
+
+
 def step_table(data: Data) -> Table:
-    return _model_table(data, "step", "Pre-training step")
+    return _model_table(data, "step", "Pre-training step", rate=True)
 
 
 def fbank_table(data: Data) -> Table:
@@ -163,7 +203,11 @@ def headline_table(data: Data) -> Table:
     header = ["visible patches only, against dense", "ms", "dense, ms", "speed-up", "peak GiB", "dense, GiB"]
     rows = []
     for c in data["comparisons"]:
-        if c["mode"] in ("forward+backward", "step") and (c["provider"], c["baseline"]) == ("visible", "dense"):
+        if (
+            c["benchmark"] in ("stem", "step")
+            and c["mode"] in ("forward+backward", "step")
+            and (c["provider"], c["baseline"]) == ("visible", "dense")
+        ):
             r, dense = rows_by[_identity(c)], rows_by[_identity({**c, "provider": "dense"})]
             what = "stem, forward + backward" if c["benchmark"] == "stem" else "whole pre-training step"
             shape = c["shape"]
@@ -178,6 +222,8 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "headline": headline_table,
     "stem": stem_table,
     "step": step_table,
+    "stem-sweep": sweep_table,
+    "kernels": kernels_table,
     "fbank": fbank_table,
     "features": features_table,
     "operators": operators_table,

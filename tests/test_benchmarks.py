@@ -1,6 +1,7 @@
 """The benchmarks: the arithmetic of results, parity that rejects, reports, and the GPU suite's path on the CPU."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -14,11 +15,25 @@ import torch
 from torch import nn
 
 import cat_kernels
-from benchmarks import fbank, memory, others, pieces, report, sanitize, suite, tables
+from benchmarks import (
+    ahead,
+    fbank,
+    kernels,
+    memory,
+    others,
+    pieces,
+    plots,
+    predict,
+    report,
+    sanitize,
+    stem,
+    suite,
+    tables,
+)
 from benchmarks.flops import multiply_adds
 from benchmarks.pieces import run_limited
 from benchmarks.results import Key, Parity, Results, load
-from benchmarks.runner import Case, Settings, distance, run_case
+from benchmarks.runner import DTYPES, FLOOR, Case, Settings, distance, run_case
 from benchmarks.step_time import count
 from benchmarks.timing import Quantiles, interleaved, ratio
 from cat_kernels.mel.reference import FbankSettings, fbank_reference
@@ -276,6 +291,204 @@ def test_features_on_a_gpu():
     assert {r["provider"] for r in results.rows} - {"torchaudio"} == here
 
 
+# ---------------------------------------------------------------- the stem and its kernels
+
+TINY = {"preset": "tiny", "clips": 1, "masks": 1, "frames": 48}
+BASE = {"preset": "base", "clips": 1, "masks": 4, "frames": 1024}
+
+
+def test_the_teachers_pass_is_measured_without_masks():
+    results = stem.run(settings())
+    assert not results.rejected
+    dense = [r for r in results.rows if r["mode"] == "dense forward"]
+    assert {r["provider"] for r in dense} == {"dense", "visible"}
+    assert {r["shape"]["masks"] for r in dense} == {0}
+    # Every position once: masked, the dense formula does it for each of the two masks.
+    masked = [r for r in results.rows if (r["mode"], r["provider"]) == ("forward", "dense")]
+    assert 2 * dense[0]["multiply_adds"] == pytest.approx(masked[0]["multiply_adds"], rel=0.02)
+
+
+def test_other_batches_and_resolutions_are_rows_with_their_shape():
+    results = Results()
+    shape = {"preset": "tiny", "masks": 1, "frames": 32}
+    stem.run_others(settings(min_rounds=1), [{**shape, "clips": 2}], "stem sweep", results)
+    sets = [{**shape, "clips": 1, "resolutions": r} for r in ("16", "4,8")]
+    stem.run_others(settings(min_rounds=1), sets, "stem resolutions", results)
+    assert not results.rejected
+    found = {(r["benchmark"], r["shape"]["clips"], r["shape"].get("resolutions")) for r in results.rows}
+    assert found == {("stem sweep", 2, None), ("stem resolutions", 1, "16"), ("stem resolutions", 1, "4,8")}
+    table = tables.sweep_table(results.as_dict(CPU))
+    assert [row[1:3] for row in table.rows[::2]] == [["tiny's", "2"], ["16", "1"], ["4,8", "1"]]
+    assert tables.headline_table(results.as_dict(CPU)).rows == []
+
+
+@pytest.mark.parametrize("resolutions", stem.RESOLUTIONS)
+def test_every_resolution_set_has_its_width(resolutions):
+    shape = {**BASE, "resolutions": resolutions}
+    model = stem.sizes(shape)
+    with torch.device("meta"):
+        module = stem.build_stem(shape, "visible")
+    assert module.resolutions == model.resolutions
+    assert len(model.channels) == len(model.resolutions) - 1
+    assert all(c % 16 == 0 for c in stem.sizes({**shape, "preset": "tiny"}).channels)
+
+
+def test_multiply_adds_of_the_kernels_add_up_to_the_stem():
+    listed = list(kernels.kernels(BASE, torch.device("meta"), torch.bfloat16))
+    assert len({k.name for k in listed}) == len(listed)
+    work = [k.work() for k in listed]
+    forward = sum(k.forward * macs for k, (_, macs) in zip(listed, work, strict=True))
+    backward = sum(k.backward * macs for k, (_, macs) in zip(listed, work, strict=True))
+    assert forward == pytest.approx(stem.count(BASE, "visible", "forward"), rel=0.001)
+    # Without what the backward computes again: fc1, the depthwise convolution and the pixels' embedding.
+    plain = stem.count(BASE, "visible", "forward+backward") - forward
+    assert plain < backward < 1.25 * plain
+    by_name = dict(zip((k.name for k in listed), work, strict=True))
+    R, c = 4 * 102 * 16, 256
+    assert by_name["norm_linear c=256"] == (2 * R * c * 2 + (c * c) * 2 + 3 * c * 4, R * c * c)
+    assert by_name["mlp_hidden c=256"][1] == 8 * R * c * c
+
+
+def test_kernels_give_what_pytorchs_operations_give():
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    tried = set()
+    for kernel in kernels.kernels(TINY, device, torch.bfloat16):
+        names = kernel.providers()
+        tried |= set(names)
+        if kernel.triton is None:
+            continue
+        exact = kernels.reference(kernel)
+        errors = {n: distance(kernels.KernelProvider(kernel, n, DTYPES["bf16"]).check(), exact) for n in names}
+        assert all(error <= FLOOR["bf16"] for error in errors.values()), (kernel.name, errors)
+    assert tried == set(kernels.PROVIDERS)
+
+
+def test_kernels_on_a_cpu_are_pytorchs_operations():
+    results = kernels.run(settings(ceilings={"copy_GBps": 10.0, "matmul_fp32_TFLOPS": 0.1}), only="norm_linear")
+    assert not results.rejected
+    assert [(r["mode"], r["provider"]) for r in results.rows] == [
+        ("norm_linear c=48", "pytorch"), ("norm_linear c=96", "pytorch"),
+    ]  # fmt: skip
+    for row in results.rows:
+        assert row["floor_ms"] == pytest.approx(max(row["bytes"] / 1e7, 2 * row["multiply_adds"] / 1e8))
+    assert "interpreter" in results.notes[0]
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu():
+    results = kernels.run(settings(device=torch.device("cuda"), dtypes=["bf16", "fp32"], min_rounds=1))
+    assert not results.rejected
+    assert {r["provider"] for r in results.rows} == set(kernels.PROVIDERS)
+
+
+def made_up(benchmark, mode, clips, provider, milliseconds, **shape):
+    key = Key(benchmark=benchmark, mode=mode, dtype="bf16", shape={**BASE, "clips": clips, **shape})
+    work = {"bytes": 2_000_000, "multiply_adds": 3_000_000_000, "floor_ms": milliseconds / 4}
+    return key, provider, [milliseconds] * 3, Parity(0.0, 1.0), work
+
+
+def add_made_up(results, *arguments, **shape):
+    key, provider, times, parity, work = made_up(*arguments, **shape)
+    results.add(key, provider, times, parity, peak_MiB=10.0, work=work)
+
+
+def test_goals_on_an_h200():
+    results = Results()
+    assert len(stem.missed_on_h200(results)) == 3
+    add_made_up(results, "stem", "forward+backward", 96, "triton", 23.0)
+    add_made_up(results, "stem", "forward+backward", 96, "dense compiled", 130.0)
+    add_made_up(results, "stem", "dense forward", 96, "triton", 9.0, masks=0)
+    assert stem.missed_on_h200(results) == []
+    # Where the compiled dense stem has no memory for the batch, both are compared at a smaller one.
+    results.rows[1]["shape"]["clips"] = 48
+    assert stem.missed_on_h200(results) == [
+        "stem forward+backward, bf16, triton against dense compiled: 0.00x, goal 5.0x"
+    ]
+    add_made_up(results, "stem", "forward+backward", 48, "triton", 12.0)
+    assert stem.missed_on_h200(results) == []
+    results.rows[2]["median_ms"] = 10.5
+    assert stem.missed_on_h200(results) == ["stem dense forward, triton, bf16, 96 clips: 10.5 ms, goal 10 ms"]
+
+
+def test_tables_and_plots_of_kernels_and_batches(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = Results()
+    for provider, milliseconds in (("pytorch", 3.0), ("triton", 2.0), ("triton, cublas", 1.0)):
+        add_made_up(results, "kernels", "norm_linear c=256", 96, provider, milliseconds)
+    add_made_up(results, "kernels", "side 0, 4096 to 768", 96, "pytorch", 5.0)
+    for clips in (1, 4):
+        add_made_up(results, "stem sweep", "forward", clips, "triton", float(clips))
+    add_made_up(results, "stem", "forward", 96, "triton", 50.0)
+    add_made_up(results, "stem", "dense forward", 96, "triton", 50.0, masks=0)
+    data = results.as_dict(CPU)
+    first, second = tables.kernels_table(data).rows
+    assert first == ["norm_linear c=256", "bf16", "2", "6", "0.5", "2", "25 %", "1", "3", "triton, cublas", "10", "10"]
+    assert second[5:] == ["", "25 %", "", "5", "", "", "10"]
+    assert {path.name for path in plots.plot(data, tmp_path)} == {"stem.png", "stem-sweep.png", "kernels.png"}
+    assert [r["shape"]["clips"] for r in plots._swept(data)] == [1, 4, 96]
+    assert {r["mode"] for r in plots._compared(data["rows"][:4])} == {"norm_linear c=256"}
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def test_programs_that_a_multiprocessor_holds():
+    a = predict.Assumptions()
+
+    def held(warps, registers, shared_kib):
+        return predict.resident(predict.Resources("stem", "k", 90, warps, registers, shared_kib << 10, 0), a)
+
+    assert held(8, 200, 20) == 1  # registers
+    assert held(8, 128, 20) == 2
+    assert held(8, 122, 20) == 2  # given out by eights
+    assert held(4, 32, 100) == 2  # shared memory
+    assert held(8, 32, 0) == 8  # warps
+
+
+def test_prediction_takes_the_slowest_and_adds_up_a_lone_programs_work():
+    pytest.importorskip("triton")
+    a = predict.Assumptions(launch_us=0.0)
+    listed = {k.name: k for k in predict.stem(4)}
+    kernel = listed["norm_mlp_residual c=256"]
+    sizes = {"c": 256, "h": 1024, "BLOCK_R": 128, "BLOCK_H": 32}
+
+    def predicted(registers):
+        resources = predict.Resources("stem", kernel.name, 90, 8, registers, 20 << 10, 0)
+        return predict.predict(kernel, {kernel.name: (resources, sizes)}, a)
+
+    alone, two = predicted(250), predicted(128)
+    assert alone.bound == "products + instructions"
+    assert alone.ms == pytest.approx(two.needs["products"] + two.needs["instructions"])
+    assert two.ms == max(two.needs.values()) >= two.floor_ms
+    assert two.floor_ms == pytest.approx(2 * 8 * 256**2 * 96 * 4 * 102 * 16 / 790e9)
+    library = predict.predict(listed["side 0, 4096 to 768"], {}, a)
+    assert library.resident is None
+    assert library.ms == pytest.approx(library.floor_ms / a.library_share)
+    for table in (predict.kernel_table([alone, library]), predict.pass_table([alone], [library])):
+        assert table.title.startswith("PREDICTION, not measured")
+
+
+def test_every_predicted_kernel_is_compiled_ahead():
+    pytest.importorskip("triton")
+
+    modules = [importlib.import_module(m) for m in ahead.modules() if m.startswith("cat_kernels.stem.")]
+    listed = {a.name for module in modules for a in module.ahead("bf16", predict.ARCHITECTURE)}
+    assert predict.compiled_names(predict.stem(4)) <= listed
+    assert predict.compiled_names(predict.stem(0)) <= listed
+
+
+def test_predictions_stay_out_of_result_files():
+    for path in report.RESULTS.glob("*.json"):
+        assert "predict" not in path.read_text().lower()
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    shown = readme.split("<!-- predict:begin -->")[1].split("<!-- predict:end -->")[0]
+    titles = [line for line in shown.splitlines() if line.startswith("**")]
+    assert titles
+    assert all(title.startswith("**PREDICTION, not measured") for title in titles)
+
+
 # ---------------------------------------------------------------- sanitizers
 
 
@@ -417,19 +630,29 @@ def test_suite_path_on_the_cpu(tmp_path):
     out = tmp_path / "out"
     done = run_suite("--device", "cpu", "--quick", "--no-build", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
-    assert {path.name for path in out.iterdir()} == {
-        "results.json", "log.txt", "stem.png", "step.png", "fbank.png", "operators.png",
-    }  # fmt: skip
+    drawn = ("stem", "stem-sweep", "stem-resolutions", "step", "kernels", "fbank", "operators")
+    assert {path.name for path in out.iterdir()} == {"results.json", "log.txt", *(f"{name}.png" for name in drawn)}
     data = load(out / "results.json")
     status = {piece["name"]: piece["status"] for piece in data["pieces"]}
     if not torch.cuda.is_available():
         assert status.pop("memcheck") == "skipped"
     assert status == dict.fromkeys(status, "ok")
-    assert list(status) == ["ceilings", "tests", "fbank", "stem fp32", "step fp32", "operators"]
+    assert list(status) == [
+        "ceilings",
+        "tests",
+        "fbank",
+        "stem fp32",
+        "step fp32",
+        "kernels",
+        "stem sweep",
+        "operators",
+    ]
     found = {(row["benchmark"], row["mode"], row["provider"]) for row in data["rows"]}
     passes = itertools.product(("dense", "visible", "dense compiled", "visible compiled"), ("forward+backward",))
     assert found >= {("stem", mode, provider) for provider, mode in passes}
     assert found >= {("step", "step", "dense"), ("step", "step", "visible"), ("gather_tokens", "forward", "operator")}
+    assert found >= {("stem", "dense forward", "visible"), ("stem sweep", "forward+backward", "visible")}
+    assert found >= {("stem resolutions", "forward+backward", "dense"), ("kernels", "norm_linear c=48", "pytorch")}
     assert found >= {("fbank", "log-mel", "torch"), ("features", "model input", "torch")}
     assert data["ceilings"]["copy_GBps"] > 0
     assert done.stdout.index("Pre-training step") > done.stdout.index("operators  ")  # the tables come last
