@@ -27,7 +27,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "restore_tokens": ("triton", "torch"),
     "average_targets": ("triton", "torch"),
     "masked_regression_loss": ("triton", "torch"),
-    "ema_update_": ("torch",),
+    "ema_update_": ("triton", "torch"),
     "fbank": ("native", "torch"),
 }
 

@@ -27,6 +27,9 @@ def ema_update_(
         neither recompiles nor, on the device, synchronises (its range is then not checked).
     copies: low-precision copies of the teacher, same shapes, any floating dtype; written in the same pass.
 
+    In Triton the tensors' addresses are put into a table on the device, which is kept while the lists stay the same; a
+    CUDA graph must be captured after a call on the same tensors. `EMA` does this for whole modules, and checks less.
+
     Not differentiable: it raises ValueError when a teacher tensor requires gradients. Raises TypeError or ValueError.
     """
     teacher, student = _as_list("teacher", teacher), _as_list("student", student)
@@ -108,6 +111,19 @@ def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies
         torch._foreach_copy_(copies, teacher)
 
 
+def _forward_triton(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
+    if not teacher:
+        return
+    from cat_kernels.ema import kernels
+
+    table = kernels.table(teacher, student, copies)
+    table.run(decay)
+    if table.rest:
+        lists = ([tensors[i] for i in table.rest] for tensors in (teacher, student))
+        _forward(*lists, decay, [copies[i] for i in table.rest] if copies else [])
+    torch.autograd.graph.increment_version([*teacher, *copies])
+
+
 def _fake(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
     return None
 
@@ -116,6 +132,6 @@ register(
     OPERATOR,
     "ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor decay, Tensor(b!)[] copies, *, "
     'str backend="auto") -> ()',
-    {"torch": _forward},
+    {"triton": _forward_triton, "torch": _forward},
     fake=_fake,
 )
