@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cat_kernels._triton import Ahead, launch, padded
 
-PROGRAMS = 512  # that share the rows, for every chunk of channels: their sums are 6 MB at the base width
+PROGRAMS = 1024  # that share the rows, for every chunk of channels: their sums are 12 MB at the base width
 FLAGS = 256  # patches of a program that marks masked ones
 LISTED = 32  # visible patches that it compares with at once
 MERGED = 32  # channels, and programs at once, of a program that merges sums
@@ -29,7 +29,7 @@ def config(D: int) -> dict[str, int]:
     """A tile of 1024 elements, 8 for each thread of 4 warps: with 16, two thirds of the warps would not fit on a
     multiprocessor. 512 contiguous bytes a row in bf16."""
     BLOCK_D = min(256, padded(D))
-    return {"BLOCK_R": 1024 // BLOCK_D, "BLOCK_D": BLOCK_D, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_R": 1024 // BLOCK_D, "BLOCK_D": BLOCK_D, "STAGES": 3, "num_warps": 4}
 
 
 # --- masked patches ---------------------------------------------------------------------------------------------------
@@ -108,13 +108,14 @@ def _forward(
     GRADIENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     # The chunks of a row are neighbours, so that they are read at the same time.
     program = tl.program_id(0) // CHUNKS
     chunk = tl.program_id(0) % CHUNKS
     programs = tl.num_programs(0) // CHUNKS
-    d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     in_D = d < D
     loss = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     p_mean = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -127,13 +128,13 @@ def _forward(
         in_R = row < R
         b = (row // L).to(tl.int64)
         l = (row % L).to(tl.int64)
-        y_at = (b * y_b + l * y_l)[:, None] + (d * y_d)
+        y_at = (b * y_b + l * y_l)[:, None] + d * y_d
         y = tl.load(y_ptr + y_at, in_R[:, None] & in_D, 0.0).to(tl.float32)
         before = count
-        for m in tl.range(M, num_stages=3):
+        for m in tl.range(M, num_stages=STAGES):
             n = b * M + m
             masked = tl.load(masked_ptr + n * L + l, in_R, 0) != 0
-            p_at = (n * p_n + l * p_l)[:, None] + (d * p_d)
+            p_at = (n * p_n + l * p_l)[:, None] + d * p_d
             read = masked[:, None] & in_D
             p = tl.load(p_ptr + p_at, read, 0.0).to(tl.float32)
             difference = tl.where(read, p - y, 0.0)
@@ -293,20 +294,21 @@ def _backward(
     OF_TARGET: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    d = tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     row = (tl.program_id(0) // CHUNKS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     b = row // L
     l = row % L
     inside = (row < R)[:, None] & (d < D)
     factor = tl.load(grad_ptr).to(tl.float32) * scale
-    y = tl.load(y_ptr + (b * y_b + l * y_l)[:, None] + (d * y_d), inside, 0.0).to(tl.float32)
+    y = tl.load(y_ptr + (b * y_b + l * y_l)[:, None] + d * y_d, inside, 0.0).to(tl.float32)
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for m in range(M):
+    for m in tl.range(M, num_stages=STAGES):
         n = b * M + m
         read = (tl.load(masked_ptr + n * L + l, row < R, 0) != 0)[:, None] & inside
-        p = tl.load(p_ptr + (n * p_n + l * p_l)[:, None] + (d * p_d), read, 0.0).to(tl.float32)
+        p = tl.load(p_ptr + (n * p_n + l * p_l)[:, None] + d * p_d, read, 0.0).to(tl.float32)
         slope = tl.where(read, _slope(p - y, beta, SMOOTH), 0.0)
         if OF_PREDICTION:
             tl.store(dp_ptr + ((n * L + l) * D)[:, None] + d, slope * factor, inside)
@@ -374,7 +376,7 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model: predictions in `dtype`, targets in float32."""
     D = 768
     options = config(D)
-    sizes: dict[str, Any] = {"D": D, **{name: options.pop(name) for name in ("BLOCK_R", "BLOCK_D")}}
+    sizes: dict[str, Any] = {"D": D, **{name: options.pop(name) for name in ("BLOCK_R", "BLOCK_D", "STAGES")}}
     ends = dict.fromkeys(("R", "L", "M"), "i32") | {"beta": "fp32", "scale": "fp32"}
     contiguous = {"p_n": 512 * D, "p_l": D, "p_d": 1, "y_b": 512 * D, "y_l": D, "y_d": 1}
     read = {"p_ptr": f"*{dtype}", "y_ptr": "*fp32", "masked_ptr": "*i8"}

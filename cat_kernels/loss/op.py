@@ -82,11 +82,13 @@ def _scale(prediction: Tensor, visible: Tensor, reduction: str) -> float:
     return 1 / (math.sqrt(D) * (max(N * (L - visible.shape[1]), 1) if reduction == "mean" else 1))
 
 
-def _mask(visible: Tensor, length: int) -> Tensor:
-    """(N, L, 1) bool, True where masked."""
-    check.check_visible_values(OPERATOR, visible, length, distinct=True)
-    mask_NL = torch.ones(visible.shape[0], length, dtype=torch.bool, device=visible.device)
-    return mask_NL.scatter_(1, visible, False)[:, :, None]
+def _difference(a_BLD: Tensor, b: Tensor, visible_BK: Tensor) -> Tensor:
+    """a - b at masked patches, 0 at visible ones: filled row by row, ten times faster on a CPU than by a mask."""
+    B, L, D = a_BLD.shape
+    rows_BK = visible_BK + L * torch.arange(B, device=visible_BK.device)[:, None]
+    difference_BLD = (a_BLD - b).contiguous()
+    difference_BLD.view(B * L, D).index_fill_(0, rows_BK.flatten(), 0)
+    return difference_BLD
 
 
 def _distances(difference: Tensor, beta: float) -> Tensor:
@@ -96,9 +98,10 @@ def _distances(difference: Tensor, beta: float) -> Tensor:
     return torch.where(size < beta, size.square() / (2 * beta), size - beta / 2)
 
 
-def _slopes(difference: Tensor, beta: float) -> Tensor:
-    """Their derivatives, in place."""
-    return difference.mul_(2) if beta == 0 else difference.div_(beta).clamp_(-1, 1)
+def _write_slopes(out: Tensor, difference: Tensor, beta: float, factor: float | Tensor) -> None:
+    """Their derivatives times `factor`; overwrites `difference`."""
+    slopes = difference.mul_(2) if beta == 0 else difference.div_(beta).clamp_(-1, 1)
+    torch.mul(slopes, factor, out=out)
 
 
 # Everything goes clone by clone, over views [m::M]: temporaries are M times smaller than repeated targets would be.
@@ -108,39 +111,42 @@ def _forward(
     prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _accumulator(prediction, target)
-    N, L, _ = prediction.shape
+    N, L, D = prediction.shape
     M = N // max(target.shape[0], 1)
-    mask_NL1, target_BLD = _mask(visible, L), target.to(dtype)
+    check.check_visible_values(OPERATOR, visible, L, distinct=True)
+    target_BLD = target.to(dtype)
+    count = N * (L - visible.shape[1])
     scale = _scale(prediction, visible, reduction)
     total = torch.zeros((), dtype=dtype, device=prediction.device)
     gradient = _new_gradient(prediction, with_gradient)
+    # How often a target counts.
+    times_NL1 = torch.ones(N, L, 1, dtype=dtype, device=target.device).scatter_(1, visible[:, :, None], 0)
+    times_BL1 = times_NL1.unflatten(0, (-1, M)).sum(1) if M else times_NL1
+    # Deviations in two passes: means, the predictions' from the differences', then the squares of what is left.
+    target_sum_D = (target_BLD * times_BL1).masked_fill_(times_BL1 == 0, 0).sum((0, 1))
+    prediction_sum_D = target_sum_D.clone()
     for m in range(M):
-        unmasked_BL1 = ~mask_NL1[m::M]
-        difference_BLD = (prediction[m::M] - target_BLD).masked_fill_(unmasked_BL1, 0)
+        difference_BLD = _difference(prediction[m::M], target_BLD, visible[m::M])
         total += _distances(difference_BLD, beta).sum(dtype=dtype)
+        prediction_sum_D += difference_BLD.sum((0, 1))
         if with_gradient:
-            gradient[m::M] = _slopes(difference_BLD, beta).mul_(scale)
-    count = N * (L - visible.shape[1])
-    times_BL1 = mask_NL1.unflatten(0, (-1, M)).sum(1) if M else mask_NL1
-    prediction_std = _deviation([(prediction[m::M], mask_NL1[m::M]) for m in range(M)], count, prediction, dtype)
-    target_std = _deviation([(target_BLD, times_BL1)], count, target, dtype)
-    return total * scale, prediction_std, target_std, gradient
+            _write_slopes(gradient[m::M], difference_BLD, beta, scale)
+    target_mean_D, prediction_mean_D = target_sum_D / max(count, 1), prediction_sum_D / max(count, 1)
+    prediction_squares_D = torch.zeros(D, dtype=dtype, device=prediction.device)
+    for m in range(M):
+        centred_BLD = _difference(prediction[m::M], prediction_mean_D, visible[m::M])
+        prediction_squares_D += centred_BLD.square_().sum((0, 1))
+    centred_BLD = (target_BLD - target_mean_D).masked_fill_(times_BL1 == 0, 0)
+    target_squares_D = centred_BLD.square_().mul_(times_BL1).sum((0, 1))
+    return total * scale, _deviation(prediction_squares_D, count), _deviation(target_squares_D, count), gradient
+
+
+def _deviation(squares_D: Tensor, count: int) -> Tensor:
+    return (squares_D / max(count - 1, 1) + VARIANCE_EPS).sqrt().mean()
 
 
 def _new_gradient(prediction: Tensor, wanted: bool) -> Tensor:
     return prediction.new_empty(prediction.shape if wanted else (0,))
-
-
-def _deviation(parts: list[tuple[Tensor, Tensor]], count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """mean_d sqrt(var_d + eps) over the tokens of all parts; each part: (B, L, D), and (B, L, 1) how often they count.
-    In two passes: the mean, then the squares of what is left."""
-    mean_D, squares_D = torch.zeros(2, like.shape[2], dtype=dtype, device=like.device)
-    for x_BLD, times_BL1 in parts:
-        mean_D += x_BLD.to(dtype).masked_fill(times_BL1 == 0, 0).mul_(times_BL1).sum((0, 1))
-    mean_D /= max(count, 1)
-    for x_BLD, times_BL1 in parts:
-        squares_D += (x_BLD - mean_D).masked_fill_(times_BL1 == 0, 0).square_().mul_(times_BL1).sum((0, 1))
-    return squares_D.div_(max(count - 1, 1)).add_(VARIANCE_EPS).sqrt_().mean()
 
 
 def _fake(
@@ -155,12 +161,12 @@ def _prediction_backward(
     grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
 ) -> Tensor:
     M = prediction.shape[0] // max(target.shape[0], 1)
-    mask_NL1, target_BLD = _mask(visible, prediction.shape[1]), target.to(_accumulator(prediction, target))
+    target_BLD = target.to(_accumulator(prediction, target))
     factor = grad * _scale(prediction, visible, reduction)
     out_NLD = _new_gradient(prediction, True)
     for m in range(M):
-        slopes_BLD = _slopes(prediction[m::M] - target_BLD, beta)
-        out_NLD[m::M] = slopes_BLD.mul_(factor).masked_fill_(~mask_NL1[m::M], 0)
+        difference_BLD = _difference(prediction[m::M], target_BLD, visible[m::M])
+        _write_slopes(out_NLD[m::M], difference_BLD, beta, factor)
     return out_NLD
 
 
@@ -168,11 +174,14 @@ def _target_backward(
     grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
 ) -> Tensor:
     M = prediction.shape[0] // max(target.shape[0], 1)
-    mask_NL1, target_BLD = _mask(visible, prediction.shape[1]), target.to(_accumulator(prediction, target))
+    target_BLD = target.to(_accumulator(prediction, target))
+    factor = grad * _scale(prediction, visible, reduction)
     total_BLD = torch.zeros(target.shape, dtype=target_BLD.dtype, device=target.device)
     for m in range(M):
-        total_BLD -= _slopes(prediction[m::M] - target_BLD, beta).masked_fill_(~mask_NL1[m::M], 0)
-    return total_BLD.mul_(grad * _scale(prediction, visible, reduction)).to(target.dtype)
+        slopes_BLD = _difference(prediction[m::M], target_BLD, visible[m::M])
+        _write_slopes(slopes_BLD, slopes_BLD, beta, factor)
+        total_BLD -= slopes_BLD
+    return total_BLD.to(target.dtype)
 
 
 def _scale_gradient(gradient: Tensor, grad: Tensor) -> None:

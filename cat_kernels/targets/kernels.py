@@ -69,7 +69,7 @@ def _add(
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     b = (tl.program_id(0) // CHUNKS).to(tl.int64)
     l = tl.arange(0, BLOCK_L).to(tl.int64)
-    d = tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     inside = (l < L)[:, None] & (d < D)
     if HAS_PARTIAL:
         at = (b * partial_b + l * partial_l)[:, None] + d * partial_d
@@ -113,7 +113,7 @@ def _statistics(
     """
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     b = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    d = tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     l = tl.arange(0, BLOCK_L).to(tl.int64)
     start = tl.load(x_ptr + (b * x_b + l * x_l)[:, None] + d * x_d, (l < L)[:, None] & (d < D), 0.0).to(tl.float32)
     start = tl.sum(start, 0) / tl.minimum(L, BLOCK_L)
@@ -168,7 +168,7 @@ def _rows(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     l = program % tiles * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64)
-    d = tl.arange(0, P)
+    d = tl.arange(0, P).to(tl.int64)
     inside = (l < L)[:, None] & (d < D)
     if HAS_PARTIAL:
         at = (b * partial_b + l * partial_l)[:, None] + d * partial_d

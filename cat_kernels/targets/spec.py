@@ -112,6 +112,7 @@ SPEC = OperatorSpec(
     bad_inputs=_bad_inputs,
     large_samples=_large_samples,
     resized=("plain", "longer"),
+    interpreted_dtypes=(torch.float32, torch.bfloat16),
     triton_samples=(
         "plain",
         "plain, onto a sum",
