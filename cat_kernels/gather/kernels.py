@@ -1,8 +1,8 @@
 """`gather_tokens` in Triton: rows gathered in one pass; and, for what goes the other way, a table of slots.
 
 A gradient is summed by the row that receives it, clone after clone, so that the order is fixed and nothing is added
-atomically. Where a patch's token went is looked up: the table gives its first slot in every clone and, for a list that
-names a patch more than once, every slot's next one.
+atomically. Where a patch's token went is looked up: the table tells its slot in every clone and, for lists that may
+name a patch more than once, every slot's next one.
 
 Shapes: B clips, M masks a clip, N = B * M, L patches, K visible patches, S rows out (K, and 1 for the CLS token),
 D width.
@@ -126,34 +126,39 @@ def gather(
 
 
 @triton.jit(do_not_specialize=["L", "K"])
-def _slots(visible_ptr, table_ptr, L, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+def _slots(visible_ptr, table_ptr, L, K, CHAINED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     visible_ptr += n * K
-    table_ptr += n * (L + K)
-    for first in range(0, L, BLOCK):
-        patch = first + tl.arange(0, BLOCK)
+    table_ptr += n * (L + K if CHAINED else L)
+    for start in range(0, L, BLOCK):
+        patch = start + tl.arange(0, BLOCK)
         tl.store(table_ptr + patch, tl.full((BLOCK,), -1, tl.int32), patch < L)
-    tl.debug_barrier()  # a thread writes where others have
-    for first in range(0, K, BLOCK):
-        k = first + tl.arange(0, BLOCK)
+    tl.debug_barrier()  # a thread now writes where another one has
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
         patch = tl.load(visible_ptr + k, k < K, -1)
-        following = tl.full((BLOCK,), K, tl.int32)
-        repeats = tl.zeros((BLOCK,), tl.int32)
-        for first_other in range(0, K, BLOCK_K):
-            other = (first_other + tl.arange(0, BLOCK_K))[:, None]
-            same = tl.load(visible_ptr + other, other < K, -1) == patch
-            following = tl.minimum(following, tl.min(tl.where(same & (other > k), other, K), 0))
-            repeats = tl.maximum(repeats, tl.max((same & (other < k)).to(tl.int32), 0))
-        tl.store(table_ptr + patch, k, (k < K) & (patch >= 0) & (patch < L) & (repeats == 0))
-        tl.store(table_ptr + L + k, tl.where(following < K, following, -1), k < K)
+        first = (k < K) & (patch >= 0) & (patch < L)
+        if CHAINED:
+            following = tl.full((BLOCK,), K, tl.int32)
+            before = tl.zeros((BLOCK,), tl.int32)
+            for start_other in range(0, K, BLOCK_K):
+                other = (start_other + tl.arange(0, BLOCK_K))[:, None]
+                same = tl.load(visible_ptr + other, other < K, -1) == patch
+                following = tl.minimum(following, tl.min(tl.where(same & (other > k), other, K), 0))
+                before = tl.maximum(before, tl.max((same & (other < k)).to(tl.int32), 0))
+            tl.store(table_ptr + L + k, tl.where(following < K, following, -1), k < K)
+            first &= before == 0
+        tl.store(table_ptr + patch, k, first)
 
 
-def slots(visible: Tensor, L: int) -> Tensor:
-    """(N, K) int64 -> (N, L + K) int32: the slot that names patch l first, then, for every slot, the next one that
-    names the same patch; -1 where there is none."""
+def slots(visible: Tensor, L: int, *, chained: bool = False) -> Tensor:
+    """(N, K) int64 -> (N, L) int32: the slot that names patch l, or -1.
+
+    chained: for lists that may name a patch more than once, (N, L + K): the slot that names patch l first, then, for
+        every slot, the next one that names the same patch, or -1."""
     N, K = visible.shape
-    table = visible.new_empty((N, L + K), dtype=torch.int32)
-    launch(_slots, (N,), visible.contiguous(), table, L, K, BLOCK=LOOKED_UP, BLOCK_K=LISTED)
+    table = visible.new_empty((N, L + K if chained else L), dtype=torch.int32)
+    launch(_slots, (N,), visible.contiguous(), table, L, K, CHAINED=chained, BLOCK=LOOKED_UP, BLOCK_K=LISTED)
     return table
 
 
@@ -183,7 +188,7 @@ def sum_rows(grad: Tensor, visible: Tensor, clips: int, length: int, dtype: torc
     grad: (N, K, D), any strides."""
     D = grad.shape[2]
     out = grad.new_empty((clips, length, D), dtype=dtype)
-    table = slots(visible, length)
+    table = slots(visible, length, chained=True)
     M = visible.shape[0] // max(clips, 1)
     sizes = (length, visible.shape[1], M)
     launch(_sum_rows, (clips * length,), grad, table, out, *grad.stride(), *sizes, D=D, **row_config(D))
@@ -205,7 +210,9 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
             tensors = {**tensors, "positions_ptr": f"*{dtype}", "cls_ptr": f"*{dtype}"}
         found.append(Ahead(name, _gather, tensors, {**sizes, **contiguous, **flags}, options))
     listed = {"visible_ptr": "*i64", "table_ptr": "*i32", "L": "i32", "K": "i32"}
-    found.append(Ahead("slots", _slots, listed, {"BLOCK": LOOKED_UP, "BLOCK_K": LISTED}, {}))
+    for name, chained in (("slots", False), ("slots chained", True)):
+        blocks = {"CHAINED": chained, "BLOCK": LOOKED_UP, "BLOCK_K": LISTED}
+        found.append(Ahead(name, _slots, listed, blocks, {}))
     options = row_config(D)
     sizes = {"D": D, "BLOCK_D": options.pop("BLOCK_D"), "grad_n": 103 * D, "grad_k": D, "grad_d": 1}
     summed = {"grad_ptr": f"*{dtype}", "table_ptr": "*i32", "out_ptr": f"*{dtype}"}

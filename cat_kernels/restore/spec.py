@@ -30,6 +30,7 @@ INTERPRETED_SAMPLES = (
     "few, odd, std 1",
     "few, wide, std 1",
     "negative seed and offset",
+    "seed as an int",
     "one patch, std 1",
     "empty batch, std 1",
 )
@@ -61,6 +62,8 @@ def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tup
     ops = torch.ops.cat_kernels
     i = sample.inputs
     tokens, visible, L = i["tokens"], i["visible"], i["num_patches"]
+    if isinstance(i["seed"], int):
+        return
     yield ops.restore_tokens.default, (tokens, visible, L, i["seed"], i.get("noise_std", 0.01))
     grad = tokens.detach().new_ones(tokens.shape[0], L, tokens.shape[2])
     yield ops.restore_tokens_backward.default, (grad, visible)
