@@ -48,10 +48,11 @@ def layer_norm(c: int) -> Tiles:
 
 
 def norm_linear(c: int, n: int, dtype: torch.dtype) -> Tiles | None:
-    """The matrix units' 128 x 128."""
+    """The matrix units' 128 x 128; operands in pieces so short that a multiprocessor holds two programs, and one's norm
+    is computed beside the other's product."""
     if dtype == torch.float32:
         return None
-    sizes = {"BLOCK_R": 128, "BLOCK_N": min(128, padded(n)), "BLOCK_K": min(64, padded(c))}
+    sizes = {"BLOCK_R": 128, "BLOCK_N": min(128, padded(n)), "BLOCK_K": min(32, padded(c))}
     return {**sizes, "num_warps": 8, "num_stages": 3}
 
 
@@ -91,12 +92,15 @@ def split_width(c: int) -> tuple[int, int]:
 
 def mlp(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
     """A tile of rows stays in shared memory while the weights pass by, accumulators as wide as c stay in registers.
-    There is no room for them above c = 384."""
+    There is no room for them above c = 384. At 256 a multiprocessor holds two programs of 64 rows, and one's GELU is
+    computed beside the other's products; on Hopper that takes 4 warps a program."""
     width = sum(split_width(c))
     if dtype == torch.float32 or width > 384 or (width > 256 and chip.shared_kib < 128):
         return None
-    rows = 64 if chip.architecture < 90 or chip.shared_kib < 128 else 128
-    return {"BLOCK_R": rows, "BLOCK_H": min(32, padded(h)), "num_warps": 8, "num_stages": 2}
+    hopper = 90 <= chip.architecture < 100
+    rows = 64 if chip.architecture < 90 or chip.shared_kib < 128 or (hopper and width <= 256) else 128
+    warps = 4 if hopper and rows == 64 else 8
+    return {"BLOCK_R": rows, "BLOCK_H": min(32, padded(h)), "num_warps": warps, "num_stages": 2}
 
 
 def mlp_hidden(c: int, h: int, dtype: torch.dtype) -> Tiles | None:
