@@ -3,7 +3,7 @@
     python -m benchmarks                    # results into benchmarks/results/<machine>-<date>.json
     python -m benchmarks --out FILE
 
-Exit code 1 when a goal is missed (stem 4.5x and step 1.8x the dense formulation, log-mel features 3x torchaudio's
+Exit code 1 when a goal is missed (stem 4.5x and step 1.9x the dense formulation, log-mel features 3x torchaudio's
 file), or a parity check failed.
 """
 

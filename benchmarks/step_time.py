@@ -1,12 +1,14 @@
 """A whole pre-training step: student, decoder, teacher, losses, backward, clipping, AdamW, EMA.
 
-    python -m benchmarks.step_time            # two clips on a CPU, 96 on a GPU; base model, 4 masks
-    python -m benchmarks.step_time --check    # fails below 1.8x on a CPU
+    python -m benchmarks.step_time                   # two clips on a CPU, 96 on a GPU; base model, 4 masks
+    python -m benchmarks.step_time --check           # fails below 1.9x on a CPU
+    python -m benchmarks.step_time --clips 8 --masks 2 --out step.json --plot .
 
-Candidates: "visible" is this package's step. "dense" is the step as the paper's authors released it: the stem runs on
-all positions of every clone, and once more without a mask, its result unused. Everything else is the same code. Where a
-compiler runs the dense step ("dense compiled"), that unused pass is left out, as a compiler would drop it.
-torch.compile is applied to the stem, to each block and to the decoder: the repeated block is then compiled once.
+Candidates, by `model.kernels` of a recipe: "visible" is this package's step in plain PyTorch (reference), "triton" the
+same in Triton kernels (auto; on a GPU). "dense" is the step as the paper's authors released it: the stem runs on all
+positions of every clone, and once more without a mask, its result unused. Everything else is the same code. Where a
+compiler runs the dense step ("dense compiled"), that unused pass is left out, as a compiler would drop it. Compiled is
+what `run.compile: blocks` compiles; "CUDA graph" is `run.cuda_graph`, compared on a small batch, where launches count.
 
 Shapes: B clips, M masks a clip, N = B * M, T frames, L patches, D width.
 """
@@ -15,15 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import memory
 from benchmarks.flops import multiply_adds
+from benchmarks.plots import plot
 from benchmarks.results import Key, Results
 from benchmarks.runner import (
+    DTYPES,
     Case,
     Groups,
     Settings,
@@ -36,11 +41,15 @@ from benchmarks.runner import (
     skipped_dtypes,
     speedup_line,
 )
-from benchmarks.stem import COMPILED, PROVIDERS, counted, eager, inputs, largest_batch
+from benchmarks.stem import COMPILED, PROVIDERS, eager, inputs, largest_batch
 from cat.model import CAT, PRESETS, ObjectiveConfig
 from cat.optim import OptimConfig, build_optimizer, clip_gradients, trainable
+from cat.step import EAGER_STEPS, Replay, compile_blocks
 
-CPU_GOAL = 1.8  # fp32, two cores
+CPU_GOAL = 1.9  # fp32, two cores
+COMPILED_FUSED = ("triton compiled",)  # on a GPU
+GRAPH_CLIPS = 4
+GRAPHS = ("triton, CUDA graph", "triton compiled, CUDA graph")
 REFERENCE_CLIPS = 4
 LOSS_SCALE = 2.0**12  # start of fp16's
 # A batch may be cut into pieces for the reference, so the global loss is a mean here; the kernels are the same.
@@ -49,22 +58,18 @@ OBJECTIVE = ObjectiveConfig(global_loss_reduction="mean")
 OPTIM = OptimConfig(lr=1e-7, warmup_steps=0)
 
 
-# Candidate -> model.kernels
 KERNELS = {"dense": "dense", "visible": "reference", "triton": "auto"}
 
 
-def build_model(preset: str, backend: str) -> CAT:
+def kernels(name: str) -> str:
+    """A candidate's `model.kernels`."""
+    return KERNELS[name.replace(",", " ").split()[0]]
+
+
+def build_model(preset: str, kernels: str) -> CAT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return CAT(dataclasses.replace(PRESETS[preset], kernels=KERNELS[backend]), OBJECTIVE).train()
-
-
-def compile_regions(model: CAT, compiler: str) -> None:
-    parts: list[nn.Module] = [model.decoder]
-    for encoder in (model.student, model.teacher):
-        parts += [encoder.stem, *encoder.blocks]
-    for part in parts:
-        part.compile(dynamic=False, backend=compiler)
+        return CAT(dataclasses.replace(PRESETS[preset], kernels=kernels), OBJECTIVE).train()
 
 
 def gradients(model: CAT) -> list[Tensor]:
@@ -72,22 +77,29 @@ def gradients(model: CAT) -> list[Tensor]:
 
 
 class StepProvider:
-    """One backend of the stem, eager or compiled, with the rest of the step."""
+    """A step: ``name`` says which kernels run it, and whether it is compiled or recorded."""
 
     def __init__(
         self, name: str, shape: dict[str, Any], dtype: str, device: torch.device, compiler: str = "inductor"
     ) -> None:
         self.device, self.dtype = device, dtype
-        self.model = build_model(shape["preset"], name.split()[0]).to(device)
+        graph = name.endswith("CUDA graph")
+        if graph and dtype == "fp16":
+            raise ValueError("a loss scale is looked at by the host in every step, so fp16 is not recorded")
+        self.model = build_model(shape["preset"], kernels(name)).to(device)
+        if dtype != "fp32":
+            self.model.lower_teacher(DTYPES[dtype])
         self.parameters = trainable(self.model)
-        self.optimizer = build_optimizer(self.parameters, OPTIM)
+        self.optimizer = build_optimizer(self.parameters, OPTIM, capturable=graph)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=dtype == "fp16")
         self.spec_B1TF, self.visible_NK = inputs(shape, device)
         self.rng = torch.tensor([0, 0], device=device)
+        self.decay = torch.tensor(0.9998, dtype=torch.float64, device=device) if graph else 0.9998
         self.unused_pass = name == "dense"
         self._make_optimizer_state()
         if "compiled" in name:
-            compile_regions(self.model, compiler)
+            compile_blocks(self.model, compiler)
+        self.replay = Replay(self._update) if graph else None
 
     def _make_optimizer_state(self) -> None:
         """So that it counts as what stays, not as what a step takes."""
@@ -102,21 +114,29 @@ class StepProvider:
                 self.model.student.stem(self.spec_B1TF)
             return self.model(self.spec_B1TF, self.visible_NK, rng=self.rng).loss
 
-    def call(self) -> object:
-        self.scaler.scale(self.loss()).backward()
+    def call(self) -> Tensor:
+        return self.replay() if self.replay else self._update()
+
+    def _update(self) -> Tensor:
+        loss = self.loss()
+        self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         clip_gradients(self.parameters.values(), OPTIM.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_teacher(0.9998)
-        return None
+        self.model.update_teacher(self.decay)
+        return loss.detach()
 
     def check(self) -> Groups:
+        replayed = [self.call() for _ in range(EAGER_STEPS + 2)][-1] if self.replay else None
         loss = self.loss()
         scale = LOSS_SCALE if self.dtype == "fp16" else 1.0
         (loss * scale).backward()
-        found = {"loss": [loss.detach()], "gradients": [g / scale for g in gradients(self.model)]}
+        found = {
+            "loss": [loss.detach() if replayed is None else replayed.clone()],
+            "gradients": [g / scale for g in gradients(self.model)],
+        }
         self.optimizer.zero_grad(set_to_none=True)
         return found
 
@@ -133,7 +153,7 @@ def make_provider(name: str, shape: dict[str, Any], dtype: str) -> StepProvider:
 
 def reference(shape: dict[str, Any], device: torch.device) -> Groups:
     """Loss and gradients by the dense formula in float32, a few clips at a time."""
-    model = build_model(shape["preset"], "dense").to(device)
+    model = build_model(shape["preset"], kernels("dense")).to(device)
     spec, visible = inputs(shape, device)
     B, M, P = shape["clips"], shape["masks"], model.config.patch_size
     noise_per_clip = M * (spec.shape[2] // P) * (spec.shape[3] // P) * model.config.embed_dim // 4  # Philox counters
@@ -151,7 +171,7 @@ def reference(shape: dict[str, Any], device: torch.device) -> Groups:
 def count(shape: dict[str, Any], name: str) -> dict[str, int]:
     """Multiply-adds of the parts of a step, forward, and of the whole with its backward, per clip."""
     with torch.device("meta"):
-        model = build_model(shape["preset"], counted(name))
+        model = build_model(shape["preset"], "dense" if kernels(name) == "dense" else "reference")
         rng = torch.empty(2, dtype=torch.int64)
     spec, visible = inputs({**shape, "clips": 1}, torch.device("cpu"))
     spec, visible = spec.to("meta"), visible.to("meta")
@@ -194,7 +214,7 @@ def case(
 def fits(shape: dict[str, Any], dtype: str, device: torch.device) -> bool:
     """Whether the eager dense candidate has the memory for this batch, with the others' weights beside it."""
     try:
-        others = [StepProvider("visible", {**shape, "clips": 1}, dtype, device) for _ in range(3)]
+        others = [StepProvider("visible", {**shape, "clips": 1}, dtype, device) for _ in range(5)]
         for provider in (*others, StepProvider("dense", shape, dtype, device)):
             provider.call()
     except RuntimeError:  # libraries that lack memory do not all raise OutOfMemoryError
@@ -205,10 +225,11 @@ def fits(shape: dict[str, Any], dtype: str, device: torch.device) -> bool:
 def run(s: Settings) -> Results:
     results = Results()
     skipped_dtypes(s, results)
-    plain = eager(s.device)
-    names, stages = (plain + COMPILED, [plain, COMPILED]) if s.compiled else (plain, None)
+    plain, cuda = eager(s.device), s.device.type == "cuda"
+    compiled = COMPILED + (COMPILED_FUSED if cuda else ())
+    names, stages = (plain + compiled, [plain, compiled]) if s.compiled else (plain, None)
     shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
-    counts = {name: count(shape, name) for name in names}
+    counts = {name: count(shape, name) for name in (*names, *(GRAPHS if cuda else ()))}
     results.multiply_adds[f"{s.preset}, one clip of {s.frames} frames, {s.masks} masks"] = counts
     for dtype in s.dtypes:
         clips = largest_batch(shape, lambda sh, dtype=dtype: fits(sh, dtype, s.device), s.device)
@@ -216,12 +237,20 @@ def run(s: Settings) -> Results:
         if clips != s.clips:
             results.notes.append(f"step {dtype}: the dense step has no memory for {s.clips} clips; compared at {clips}")
             run_case(case(shape, dtype, plain[1:], s, counts), results, s)
+        if cuda and dtype != "fp16":
+            few = plain + (GRAPHS if s.compiled else GRAPHS[:1])
+            run_case(case({**shape, "clips": min(GRAPH_CLIPS, s.clips)}, dtype, few, s, counts), results, s)
     return results
 
 
 def main() -> int:
-    s = Settings.of(arguments(__doc__.splitlines()[0]).parse_args(), clips_cpu=2, clips_cuda=96)
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--plot", type=Path, help="directory for step.png")
+    options = parser.parse_args()
+    s = Settings.of(options, clips_cpu=2, clips_cuda=96)
     results = run(s)
+    if options.plot:
+        plot(results.as_dict(s.device), options.plot)
     for counts in results.multiply_adds.values():
         dense, visible = (counts[name]["step"] / 1e9 for name in PROVIDERS)
         say(f"multiply-adds a clip: visible {visible:.0f} G, dense {dense:.0f} G, {dense / visible:.2f}x as many")
