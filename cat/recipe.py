@@ -28,6 +28,7 @@ class RunConfig:
     name: str = ""  # the run directory is dir/name; empty: the recipe's file name
     dir: Path = Path("runs")
     seed: int = 0  # of the weights, the data order, the masks and the noise
+    weights_seed: int | None = None  # of the weights alone; null: the seed
     device: str = "auto"  # "auto": the GPU where there is one; "cpu", "cuda", "cuda:1"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
     compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
