@@ -8,7 +8,7 @@ backend runs each of them here.
 __version__ = "0.1.0"
 
 from cat_kernels.backends import explain
-from cat_kernels.ema import ema_update_
+from cat_kernels.ema import EMA, ema_update_
 from cat_kernels.gather import gather_tokens
 from cat_kernels.loss import masked_regression_loss
 from cat_kernels.mel import LogMelFbank, fbank
@@ -17,6 +17,7 @@ from cat_kernels.stem import MultiResConv
 from cat_kernels.targets import average_targets
 
 __all__ = [
+    "EMA",
     "LogMelFbank",
     "MultiResConv",
     "__version__",

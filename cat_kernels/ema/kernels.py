@@ -120,7 +120,7 @@ class Table:
         # One launch for each pair of dtypes: tensors without a copy join those with one.
         self.launches: list[_Rows] = []
         for dtype, group in groups.items():
-            low = sorted(copy_dtypes[dtype], key=str) or [None]
+            low: Sequence[torch.dtype | None] = sorted(copy_dtypes[dtype], key=str) or [None]
             for number, copy in enumerate(low):
                 chosen = [g for g in group if (number == 0 if g[2] is None else g[2].dtype == copy)]
                 self.launches.append(_rows(chosen, dtype, copy))
@@ -159,8 +159,8 @@ def launch_rows(part: _Rows, decay: Tensor, weight: float, on_device: bool) -> N
 
 def table(teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor]) -> Table:
     """The table of these tensors, made once for as long as they stay where they are."""
-    key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in chain(teacher, student, copies))
-    key = (teacher[0].device, len(teacher), key)
+    facts = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in chain(teacher, student, copies))
+    key = (teacher[0].device, len(teacher), facts)
     found = _TABLES.pop(key, None)
     if found is None:
         found = Table(teacher, student, copies or [None] * len(teacher))

@@ -118,9 +118,8 @@ def _forward_triton(teacher: list[Tensor], student: list[Tensor], decay: Tensor,
 
     table = kernels.table(teacher, student, copies)
     table.run(decay)
-    if table.rest:
-        lists = ([tensors[i] for i in table.rest] for tensors in (teacher, student))
-        _forward(*lists, decay, [copies[i] for i in table.rest] if copies else [])
+    left = [[tensors[i] for i in table.rest] if tensors else [] for tensors in (teacher, student, copies)]
+    _forward(left[0], left[1], decay, left[2])
     torch.autograd.graph.increment_version([*teacher, *copies])
 
 
