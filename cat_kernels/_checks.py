@@ -67,7 +67,7 @@ def check_clones(operator: str, name: str, clones: int, clips_name: str, clips: 
 
 def check_visible_values(operator: str, visible_NK: Tensor, length: int, *, distinct: bool = False) -> None:
     """Indices in [0, length), and distinct within a row where asked. Reads values, so it is for CPU tensors only:
-    on a GPU it would make every call wait (there, PyTorch's device-side assertion catches the range)."""
+    on a GPU it would make every call wait (what happens there, an operator's docstring says)."""
     if visible_NK.device.type != "cpu" or visible_NK.numel() == 0:
         return
     low, high = torch.aminmax(visible_NK)

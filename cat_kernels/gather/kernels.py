@@ -62,7 +62,8 @@ def _gather(
     FIRST: tl.constexpr = 1 if HAS_CLS else 0
     S = K + FIRST
     blocks = tl.cdiv(S, BLOCK_S)
-    n = (tl.program_id(0) // CHUNKS // blocks).to(tl.int64)
+    clone = tl.program_id(0) // CHUNKS // blocks
+    n = clone.to(tl.int64)
     s = tl.program_id(0) // CHUNKS % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     d = tl.program_id(0) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)
     k = s - FIRST
@@ -71,7 +72,8 @@ def _gather(
     if HAS_VISIBLE:
         patch = tl.load(visible_ptr + n * K + k, inside, 0)
         inside &= (patch >= 0) & (patch < L)
-    source = n // M * tokens_n + patch * tokens_l if SELECT else n * tokens_n + k.to(tl.int64) * tokens_l
+    row = patch if SELECT else k.to(tl.int64)
+    source = (clone // M).to(tl.int64) * tokens_n + row * tokens_l
     mask = inside[:, None] & (d < D)
     # A patch that there is not reads nothing and gives NaN.
     x = tl.load(tokens_ptr + source[:, None] + d.to(tl.int64) * tokens_d, mask, float("nan"))
@@ -110,7 +112,7 @@ def gather(
         *tokens.stride(),
         L,
         K,
-        N // max(tokens.shape[0], 1),
+        N // max(tokens.shape[0], 1) if select else 1,
         D=D,
         SELECT=select,
         # Without a selection, the patches' numbers say where their positions are, and nothing else.

@@ -87,10 +87,12 @@ def _pair(w1, w2, std, FAST: tl.constexpr):
         # One factor, the uniform's and 2 pi, and not two.
         w2 = w2.to(tl.int32, bitcast=True)
         angle = tl.where(w2 < 0, -w2 - 1, w2) * (6.283185307179586 * 4.6566127342e-10)
+        if _INTERPRETED:
+            log2, sine, cosine = tl.log2(u1), tl.sin(angle), tl.cos(angle)
+        else:
+            log2, sine, cosine = libdevice.fast_log2f(u1), libdevice.fast_sinf(angle), libdevice.fast_cosf(angle)
         # log2's error is absolute: near 1 it may have the wrong sign. The factor is sqrt(2 ln 2).
-        radius = std * 1.1774100225154747 * tl.sqrt(tl.abs(libdevice.fast_log2f(u1)))
-        sine = libdevice.fast_sinf(angle)
-        cosine = libdevice.fast_cosf(angle)
+        radius = std * 1.1774100225154747 * tl.sqrt(tl.abs(log2))
     else:
         radius = std * tl.sqrt(-2.0 * tl.log(u1))
         sine, cosine = _sine_and_cosine(6.283185307179586 * tl.uint_to_uniform_float(w2))
@@ -169,7 +171,7 @@ def restore(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noi
         noise_std,
         D=D,
         COUNTERS=counters(D),
-        FAST=tokens.dtype != torch.float32 and not _INTERPRETED.value,
+        FAST=tokens.dtype != torch.float32,
         BLOCK_D=padded(D),
         **config(D),
     )
