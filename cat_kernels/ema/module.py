@@ -263,7 +263,7 @@ def _told(fact: Any) -> str:
 
 
 def _lie_together(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.numel() > 0 and a.device == b.device and a.data_ptr() == b.data_ptr())
+    return a is b or (a.device == b.device and a.data_ptr() == b.data_ptr() != 0)
 
 
 def _unzip(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
