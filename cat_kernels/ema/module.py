@@ -64,18 +64,21 @@ class EMA:
         if masters is not None:
             self._modules["masters"] = masters
         self._held: dict[str, Tensor] = {}  # averages of the parameters that are low, where no module holds them
+        parameters = {name: p for name, p in teacher.named_parameters() if p.is_floating_point()}
         if masters is None:
-            for name, tensor in teacher.named_parameters():
-                low = tensor.is_floating_point() and (copy_dtype is not None or tensor.dtype not in FULL)
-                if low:
+            for name, tensor in parameters.items():
+                if copy_dtype is not None or tensor.dtype not in FULL:
                     full = tensor.dtype if tensor.dtype in FULL else torch.float32
                     self._held[name] = tensor.detach().to(full, copy=True)
-                if low and copy_dtype is not None:
-                    tensor.data = tensor.data.to(copy_dtype)
         self._described = {label: _describe(module) for label, module in self._modules.items()}
         self._check_names()
         self._seen: list[Any] | None = None
         self._follow()
+        if copy_dtype is not None:  # now that nothing is wrong with the modules
+            for tensor in parameters.values():
+                tensor.data = tensor.data.to(copy_dtype)
+            self._described["teacher"] = _describe(teacher)
+            self._follow()
 
     @torch.no_grad()
     def update(self, decay: float | Tensor) -> None:
@@ -189,7 +192,7 @@ class EMA:
                 f"EMA: {name} of the teacher requires gradients, and it is not trained; call "
                 "teacher.requires_grad_(False)"
             )
-        if student.requires_grad and _lie_together(master, student):
+        if student.requires_grad and (_lie_together(master, student) or _lie_together(teacher, student)):
             raise ValueError(
                 f"EMA: {name} is one tensor in teacher and student, which leaves nothing to average; make the teacher "
                 "with copy.deepcopy(student)"

@@ -389,8 +389,10 @@ def test_what_makes_no_pair_is_refused():
         EMA(student, student)
     shared = copy.deepcopy(teacher)
     shared.scale.data = student.scale.data
-    with pytest.raises(ValueError, match=r"scale is one tensor in teacher and student.*deepcopy"):
-        EMA(shared, student)
+    for copy_dtype in (None, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"scale is one tensor in teacher and student.*deepcopy"):
+            EMA(shared, student, copy_dtype=copy_dtype)
+    assert all(p.dtype == torch.float32 for p in shared.parameters())  # refused before anything is rounded
     with pytest.raises(
         ValueError, match=r"student has the unexpected 'weight' and 1 more, lacks 'frozen'.*what the teacher"
     ):
