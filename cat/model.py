@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from cat.parts import part
 from cat_kernels import (
+    EMA,
     MultiResConv,
     average_targets,
-    ema_update_,
     gather_tokens,
     masked_regression_loss,
     restore_tokens,
@@ -346,8 +346,10 @@ class CAT(nn.Module):
         if self.regulariser is not None:
             _init_linear(self.regulariser)
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
-        self._low: tuple[Encoder, ...] = ()  # in a tuple: no submodule, and not in the state dict
-        self.register_load_state_dict_post_hook(lambda model, _: model.copy_teacher())
+        # In a tuple: no submodule, and so not in the state dict.
+        self._low: tuple[Encoder, ...] = ()
+        self._ema: EMA | None = None
+        self.register_load_state_dict_post_hook(_round_loaded_teacher)
 
     def train(self, mode: bool = True) -> CAT:
         super().train(mode)
@@ -369,14 +371,15 @@ class CAT(nn.Module):
         low += [module.bias for module in self.teacher.blocks.modules() if isinstance(module, nn.Linear)]
         memo = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
         memo |= {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in low}
-        self._low = (deepcopy(self.teacher, memo),)
+        self._low, self._ema = (deepcopy(self.teacher, memo),), None
 
-    @torch.no_grad()
-    def copy_teacher(self) -> None:
-        """Round the teacher's weights into its copy anew, after they were set."""
-        for low, own in zip(self.acting_teacher.parameters(), self.teacher.parameters(), strict=True):
-            if low is not own:
-                low.copy_(own)
+    def ema(self) -> EMA:
+        """What moves the teacher after the student; made on the device where the model is when first asked for."""
+        if self._ema is None:
+            self.teacher.positions = self.acting_teacher.positions = self.student.positions  # the same, always
+            masters = self.teacher if self._low else None
+            self._ema = EMA(self.acting_teacher, self.student, masters=masters, backend=self.config.backend)
+        return self._ema
 
     @torch.no_grad()
     def targets(self, spec: Tensor) -> Tensor:
@@ -478,14 +481,14 @@ class CAT(nn.Module):
             loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std
         )
 
-    @torch.no_grad()
     def update_teacher(self, decay: float | Tensor) -> None:
         """teacher = decay * teacher + (1 - decay) * student, in float32."""
-        trios = list(zip(*(m.parameters() for m in (self.teacher, self.student, self.acting_teacher)), strict=True))
-        for with_copies in (True, False):
-            chosen = [trio for trio in trios if (trio[0] is not trio[2]) == with_copies]
-            teacher, student, copies = ([trio[i] for trio in chosen] for i in range(3))
-            ema_update_(teacher, student, decay, copies=copies if with_copies else None, backend=self.config.backend)
+        self.ema().update(decay)
+
+
+def _round_loaded_teacher(model: CAT, _: Any) -> None:
+    if model._low:
+        model.ema().refresh()
 
 
 def _multiplies(module: nn.Module) -> bool:

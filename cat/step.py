@@ -46,6 +46,7 @@ class PretrainStep:
         self._bf16 = precision == "bf16"
         if self._bf16:
             model.lower_teacher(torch.bfloat16)
+        model.ema()  # before anything is compiled for the tensors as they are
         if compile == "blocks":
             compile_blocks(model)
         self._forward = torch.compile(model, backend=COMPILER) if compile == "step" else model
