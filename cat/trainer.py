@@ -145,6 +145,7 @@ class Trainer:
             "device": self.device.type,
             "precision": self.precision,
             "compile": self.config.run.compile,
+            "cuda_graph": self.config.run.cuda_graph,
             "kernels": self.config.model.kernels,
             "features": self.features,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,

@@ -20,12 +20,12 @@ from cat import checkpoint as checkpoints
 from cat import trainer
 from cat.checkpoint import load_encoder
 from cat.cli import main
-from cat.config import ConfigError
+from cat.config import ConfigError, from_mapping
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
 from cat.metrics import read_rows
 from cat.pretrain import TrainingError, pretrain, profile
-from cat.recipe import PretrainConfig, load_recipe
+from cat.recipe import PretrainConfig, RunConfig, load_recipe
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -348,6 +348,18 @@ def test_features_may_be_made_elsewhere_when_resuming(tmp_path, recipe, capsys):
     assert "features was cpu and is now gpu: losses will agree up to rounding" in capsys.readouterr().err
     for row, other in zip(numbers(tmp_path / "cpu"), numbers(tmp_path / "whole"), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_resuming_with_other_kernels(tmp_path, recipe, uninterrupted, capsys):
+    pretrain(load_recipe(recipe, ["run.stop_at=4"]), tmp_path / "run", progress=False)
+    pretrain(load_recipe(recipe, ["model.kernels=reference"]), tmp_path / "run", resume=True)
+    assert "kernels was auto and is now reference: losses will agree up to rounding" in capsys.readouterr().err
+    assert numbers(tmp_path / "run") == numbers(uninterrupted)  # on a CPU, auto is the reference
+
+
+def test_an_earlier_versions_recipe():
+    assert from_mapping(RunConfig, {"compile": True}).compile == "step"
+    assert from_mapping(RunConfig, {"compile": False}).compile == "none"
 
 
 def test_resuming_without_a_checkpoint_starts(tmp_path, recipe, capsys):

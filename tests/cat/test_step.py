@@ -152,15 +152,13 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
-@pytest.mark.parametrize("compile", ["none", "blocks", "step"])
-@pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_waits_for_nothing(kernels, compile, cuda_graph):
+@pytest.mark.parametrize(("kernels", "cuda_graph"), [("auto", False), ("reference", False), ("auto", True)])
+def test_a_step_waits_for_nothing(kernels, cuda_graph):
     cuda = torch.device("cuda")
     model = build(dataclasses.replace(MODEL, kernels=kernels), cuda)
-    update = PretrainStep(model, OPTIM, precision="bf16", compile=compile, cuda_graph=cuda_graph)
+    update = PretrainStep(model, OPTIM, precision="bf16", cuda_graph=cuda_graph)
     inputs = batch(0, cuda)
-    for _ in range(6):  # compiles, allocates, records
+    for _ in range(step.EAGER_STEPS + 2):  # compiles, allocates, records
         update(*inputs, lr=1e-3, decay=0.9)
     torch.cuda.set_sync_debug_mode("error")
     try:
