@@ -185,9 +185,10 @@ def reference(shape: dict[str, Any], mode: str, device: torch.device) -> Groups:
     backward, M = mode == "forward+backward", shape["masks"]
     incoming = cotangent(visible, stem.embed_dim) if backward else None
     tokens = []
-    for first in range(0, shape["clips"], REFERENCE_CLIPS):
-        clips = slice(first, first + REFERENCE_CLIPS)
-        clones = slice(first * M, (first + REFERENCE_CLIPS) * M)
+    size = 2 if "resolutions" in shape else REFERENCE_CLIPS  # the finest set needs several times the memory
+    for first in range(0, shape["clips"], size):
+        clips = slice(first, first + size)
+        clones = slice(first * M, (first + size) * M)
         with torch.set_grad_enabled(backward):
             piece = stem(spec[clips], visible if visible is None else visible[clones])
         if incoming is not None:
