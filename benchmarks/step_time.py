@@ -99,7 +99,7 @@ class StepProvider:
         self._make_optimizer_state()
         if "compiled" in name:
             compile_blocks(self.model, compiler)
-        self.replay = Replay(self._update) if graph else None
+        self.replay = Replay(self._update, device) if graph else None
 
     def _make_optimizer_state(self) -> None:
         """So that it counts as what stays, not as what a step takes."""

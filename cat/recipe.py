@@ -32,7 +32,7 @@ class RunConfig:
     device: str = "auto"  # "auto": the GPU where there is one; "cpu", "cuda", "cuda:1"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
     compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
-    cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it
+    cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it; GPU only
     threads: int = 0  # CPU threads; 0: torch's choice
     stop_at: int | None = (
         None  # stop with a checkpoint after so many updates of the schedule's optim.steps; --resume goes on

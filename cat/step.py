@@ -54,7 +54,7 @@ class PretrainStep:
         self._replay: Replay | None = None
         if cuda_graph:
             self._decay = torch.ones((), dtype=torch.float64, device=self.device)
-            self._replay = Replay(self._update)
+            self._replay = Replay(self._update, self.device)
 
     def losses(self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor) -> PretrainOutput:
         """As `CAT.forward`, in the step's precision."""
@@ -106,8 +106,8 @@ class Replay:
     replays. Whatever else the function reads must be a tensor that stays where it is.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function, self._device = function, device
         self._calls = 0
         self._side: torch.cuda.Stream | None = None
         self._held: list[Tensor | None] = []
@@ -120,7 +120,7 @@ class Replay:
                 return self._function(*arguments)
         if self._run is None:
             self._held = [None if a is None else a.clone() for a in arguments]
-            self._run = record(lambda: self._function(*self._held))
+            self._run = record(lambda: self._function(*self._held), self._device)
         for held, argument in zip(self._held, arguments, strict=True):
             if held is not None and argument is not None:
                 if held.shape != argument.shape:
@@ -134,19 +134,19 @@ class Replay:
 
     @contextlib.contextmanager
     def _side_stream(self) -> Iterator[None]:
-        current = torch.cuda.current_stream()
-        self._side = self._side or torch.cuda.Stream()
+        current = torch.cuda.current_stream(self._device)
+        self._side = self._side or torch.cuda.Stream(self._device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             yield
         current.wait_stream(self._side)
 
 
-def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def record(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """``function`` as a CUDA graph; the returned callable replays it, with its result always in the same memory."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     # thread_local: the thread that pins batches goes on allocating meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = function()
 
     def replay() -> Tensor:

@@ -376,6 +376,14 @@ def short(tmp_path, recipe) -> tuple[PretrainConfig, Path]:
     return config, tmp_path / "run"
 
 
+def test_a_resumed_run_in_bf16_is_the_run_that_was_not(tmp_path, recipe):
+    changes = ["data.valid=null", "run.precision=bf16"]
+    for stop_at in (3, 6):
+        pretrain(load_recipe(recipe, [*changes, f"run.stop_at={stop_at}"]), tmp_path / "run", resume=True)
+    pretrain(load_recipe(recipe, [*changes, "run.stop_at=6"]), tmp_path / "whole", progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_other_settings_do_not_resume(short, recipe):
     _, run_dir = short
     before = (run_dir / "metrics.jsonl").read_bytes()

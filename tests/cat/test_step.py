@@ -92,12 +92,12 @@ def test_kernels_agree_over_some_steps():
 def test_a_recorded_step_reads_only_what_it_is_given(monkeypatch):
     """With a graph that runs its function: new batches, rates and decays must reach it through tensors that stay."""
     recorded = []
-    monkeypatch.setattr(step, "record", lambda function: recorded.append(1) or function)
+    monkeypatch.setattr(step, "record", lambda function, device: recorded.append(device) or function)
     monkeypatch.setattr(step.Replay, "_side_stream", lambda self: contextlib.nullcontext())
     update = PretrainStep(build(), OPTIM, cuda_graph=True)
     state = [update._decay, *(group["lr"] for group in update.optimizer.param_groups)]
     found = run(update, steps=6)
-    assert recorded == [1]
+    assert recorded == [CPU]
     assert all(isinstance(value, torch.Tensor) for value in state)
     now = [update._decay, *(group["lr"] for group in update.optimizer.param_groups)]
     assert all(value is old for value, old in zip(now, state, strict=True))
