@@ -28,16 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from benchmarks import composed
+from benchmarks.composed import EPS
 from benchmarks.flops import multiply_adds
 from benchmarks.results import Key, Results
 from benchmarks.runner import DTYPES, Case, Groups, Settings, arguments, finish, floor_ms, reason, run_case, say
 from benchmarks.stem import sizes, stem_inputs
-from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
+from cat_kernels.stem.layout import block_order, halo_rows, strides
 
-EPS, RADIUS, BLOCKS = 1e-5, 2, 2  # of every LayerNorm, of the 5x5, conv blocks a stage
+RADIUS, BLOCKS = 2, 2  # of the 5x5, conv blocks a stage
 MIXED = "triton, cublas"
 PROVIDERS = ("pytorch", "triton", MIXED)
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -70,121 +71,6 @@ class Kernel:
 
 def tensors(results: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor)]
-
-
-# ---------------------------------------------------------------- by PyTorch's operations
-
-
-def embed_pixels(
-    spec: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, resolutions: Any
-) -> Tensor:
-    pre = F.linear(_pixels(spec, visible, resolutions), weight, bias)
-    return layer_norm(pre, ln_weight, ln_bias)
-
-
-def embed_pixels_backward(
-    grad: Tensor, spec: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, resolutions: Any
-) -> tuple[Tensor, ...]:
-    """dweight, dbias, dln_weight, dln_bias; the embedding is computed again."""
-    pixels = _pixels(spec, visible, resolutions)
-    dpre, dln_weight, dln_bias = _norm_backward(grad, F.linear(pixels, weight, bias), ln_weight)
-    return weight_gradient(dpre, pixels), dpre.sum(0), dln_weight, dln_bias
-
-
-def _pixels(spec: Tensor, visible: Tensor, resolutions: tuple[int, ...]) -> Tensor:
-    """Pixels of the visible patches: (R, r0 * r0)."""
-    N, B = visible.shape[0], spec.shape[0]
-    clip = torch.arange(N, device=spec.device) // (N // B)
-    return patchify(spec, resolutions)[clip[:, None], visible].flatten(0, -2)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[1:], weight, bias, EPS)
-
-
-def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """dx with the residual's gradient added; sums over the rows: dweight, dbias, the residual's."""
-    dx, dweight, dbias = _norm_backward(grad, x, weight)
-    return dx + residual, torch.stack([dweight, dbias, residual.sum(0)])
-
-
-def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    c = list(x.shape[1:])
-    _, mean, rstd = aten.native_layer_norm(x, c, weight, weight, EPS)
-    return aten.native_layer_norm_backward(grad, x, c, mean, rstd, weight, weight, [True] * 3)
-
-
-def norm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(layer_norm(x, ln_weight, ln_bias), weight, bias)
-
-
-def conv_linear_residual(
-    x: Tensor, y: Tensor, halo: Tensor, order: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    return x + F.linear(depthwise(y, halo, order, taps, taps_bias), weight, bias)
-
-
-def depthwise(y: Tensor, halo: Tensor, order: Tensor, taps: Tensor, taps_bias: Tensor | None) -> Tensor:
-    kernel = _kernel(taps)
-    out = F.conv2d(_windows(y, halo), kernel, taps_bias, groups=y.shape[1])
-    return out.permute(0, 2, 3, 1).flatten(1, 2)[:, order].flatten(0, 1)
-
-
-def depthwise_transposed(grad: Tensor, halo: Tensor, order: Tensor, taps: Tensor) -> Tensor:
-    return depthwise(grad, halo, order, taps.flip(1), None)
-
-
-def depthwise_backward_weight(grad: Tensor, y: Tensor, halo: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    p, c = math.isqrt(order.numel()), y.shape[1]
-    places = torch.empty_like(order).scatter_(0, order.long(), torch.arange(p * p, device=order.device).to(order))
-    grid = grad.unflatten(0, (-1, p * p))[:, places].unflatten(1, (p, p)).permute(0, 3, 1, 2)
-    windows = _windows(y, halo)
-    kernel = y.new_empty(c, 1, *(side - p + 1 for side in windows.shape[2:]))
-    _, dtaps, dbias = aten.convolution_backward(
-        grid, windows, kernel, [c], [1, 1], [0, 0], [1, 1], False, [0, 0], c, [False, True, True]
-    )
-    return dtaps.flatten(1), dbias
-
-
-def _windows(y: Tensor, halo: Tensor) -> Tensor:
-    """The halo of every patch, (patches, c, side, side) as a view of rows; -1 is a row of zeros."""
-    side = math.isqrt(halo.shape[1])
-    rows = F.pad(y, (0, 0, 1, 0)).index_select(0, halo.flatten() + 1)
-    return rows.unflatten(0, (halo.shape[0], side, side)).permute(0, 3, 1, 2)
-
-
-def _kernel(taps: Tensor) -> Tensor:
-    side = math.isqrt(taps.shape[1])
-    return taps.unflatten(1, (1, side, side))
-
-
-def norm_mlp_residual(
-    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor, b2: Tensor
-) -> Tensor:
-    return x + F.linear(F.gelu(norm_linear(x, ln_weight, ln_bias, fc1, b1)), fc2, b2)
-
-
-def norm_mlp_backward(
-    grad: Tensor, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor
-) -> tuple[Tensor, ...]:
-    """dx, dln_weight, dln_bias, dfc1, db1, dfc2, db2; the hidden layer is computed again."""
-    xn = layer_norm(x, ln_weight, ln_bias)
-    hidden, dpre, db1 = mlp_hidden(xn, grad, fc1, b1, fc2)
-    dx, (dln_weight, dln_bias, db2) = layer_norm_backward(dpre @ fc1, x, ln_weight, grad)
-    return dx, dln_weight, dln_bias, weight_gradient(dpre, xn), db1, weight_gradient(grad, hidden), db2
-
-
-def mlp_hidden(xn: Tensor, grad: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    pre = F.linear(xn, fc1, b1)
-    dpre = aten.gelu_backward(grad @ fc2, pre)
-    return F.gelu(pre), dpre, dpre.sum(0)
-
-
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad.T @ x, in float32 where the library can put that out."""
-    if grad.is_cuda and grad.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(grad.t(), x, out_dtype=torch.float32)
-    return grad.t() @ x
 
 
 # ---------------------------------------------------------------- in Triton, and with the library's products
@@ -286,7 +172,7 @@ def pixel_kernels(spec: Tensor, visible: Tensor, resolutions: Any, c: int, make:
     yield Kernel(
         f"embed r0={r0} c={c}",
         (spec, visible, *weights, last),
-        pytorch=functools.partial(embed_pixels, resolutions=resolutions),
+        pytorch=functools.partial(composed.embed_pixels, resolutions=resolutions),
         triton=functools.partial(triton, resolutions=resolutions, eps=EPS),
         forward=1,
         scalar=rows,
@@ -297,7 +183,7 @@ def pixel_kernels(spec: Tensor, visible: Tensor, resolutions: Any, c: int, make:
     yield Kernel(
         f"backward_weight r0={r0} c={c}",
         (make.rows(R, c), spec, visible, *weights),
-        pytorch=functools.partial(embed_pixels_backward, resolutions=resolutions),
+        pytorch=functools.partial(composed.embed_pixels_backward, resolutions=resolutions),
         triton=backward,
         backward=1,
         scalar={"norm_backward": R * c},
@@ -310,7 +196,7 @@ def norm_kernels(R: int, c: int, make: Maker, *, embedding: bool, blocks: bool) 
     yield Kernel(
         f"layer_norm c={c}",
         (make.rows(R, c), make.vector(c), make.vector(c)),
-        pytorch=layer_norm,
+        pytorch=composed.layer_norm,
         triton=functools.partial(ours("rows.layer_norm"), eps=EPS),
         forward=int(embedding),
         backward=again,
@@ -320,7 +206,7 @@ def norm_kernels(R: int, c: int, make: Maker, *, embedding: bool, blocks: bool) 
     yield Kernel(
         f"layer_norm_backward c={c}",
         (make.rows(R, c), make.rows(R, c), make.vector(c), make.rows(R, c)),
-        pytorch=layer_norm_backward,
+        pytorch=composed.layer_norm_backward,
         triton=lambda grad, x, weight, residual: triton(grad, x, weight, EPS, residual),
         backward=embedding + again,
         scalar={"norm_backward": R * c},
@@ -336,7 +222,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(
         f"norm_linear c={c}",
         (make.rows(R, c), *norm(), make.matrix(c, c), make.vector(c)),
-        pytorch=norm_linear,
+        pytorch=composed.norm_linear,
         triton=functools.partial(ours("linear.norm_linear"), eps=EPS),
         mixed=norm_linear_mixed,
         forward=BLOCKS,
@@ -345,7 +231,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(
         f"conv_linear_residual c={c} p={p}",
         (make.rows(R, c), make.rows(R, c), halo, order, taps(), make.vector(c), make.matrix(c, c), make.vector(c)),
-        pytorch=conv_linear_residual,
+        pytorch=composed.conv_linear_residual,
         triton=ours("conv.conv_linear_residual"),
         mixed=conv_linear_mixed,
         forward=BLOCKS,
@@ -355,7 +241,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(
         f"norm_mlp_residual c={c}",
         (make.rows(R, c), *mlp, make.vector(c)),
-        pytorch=norm_mlp_residual,
+        pytorch=composed.norm_mlp_residual,
         triton=functools.partial(ours("mlp.norm_mlp_residual"), eps=EPS),
         mixed=norm_mlp_mixed,
         forward=BLOCKS,
@@ -364,13 +250,13 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(  # the whole of it; its parts are those that follow
         f"norm_mlp_backward c={c}",
         (make.rows(R, c), make.rows(R, c), *mlp),
-        pytorch=norm_mlp_backward,
+        pytorch=composed.norm_mlp_backward,
         triton=functools.partial(ours("mlp.norm_mlp_backward"), eps=EPS),
     )
     yield Kernel(
         f"mlp_hidden c={c}",
         (make.rows(R, c), make.rows(R, c), *mlp[2:]),
-        pytorch=mlp_hidden,
+        pytorch=composed.mlp_hidden,
         triton=ours("mlp.mlp_hidden"),
         backward=BLOCKS,
         scalar={"gelu_backward": R * h},
@@ -382,7 +268,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(
         f"depthwise c={c} p={p}",
         (make.rows(R, c), halo, order, taps(), make.vector(c)),
-        pytorch=depthwise,
+        pytorch=composed.depthwise,
         triton=ours("conv.depthwise"),
         backward=BLOCKS,
         scalar={"depthwise": R * c},
@@ -391,7 +277,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(
         f"depthwise transposed c={c} p={p}",
         (make.rows(R, c), halo, order, taps()),
-        pytorch=depthwise_transposed,
+        pytorch=composed.depthwise_transposed,
         triton=lambda grad, halo, order, taps: transposed(grad, halo, order, taps, None, transpose=True),
         backward=BLOCKS,
         scalar={"depthwise": R * c},
@@ -399,7 +285,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     yield Kernel(
         f"depthwise_backward_weight c={c} p={p}",
         (make.rows(R, c), make.rows(R, c), halo, order),
-        pytorch=depthwise_backward_weight,
+        pytorch=composed.depthwise_backward_weight,
         triton=functools.partial(ours("conv.depthwise_backward_weight"), kernel_size=2 * RADIUS + 1),
         backward=BLOCKS,
         scalar={"depthwise": R * c},
@@ -427,7 +313,9 @@ def products(
         yield Kernel(f"{name}: input's gradient", both, pytorch=torch.matmul, backward=dinput, scratch=scratch)
     if dweight:
         both = make.rows(R, outer), make.rows(R, inner)
-        yield Kernel(f"{name}: weight's gradient", both, pytorch=weight_gradient, backward=dweight, scratch=scratch)
+        yield Kernel(
+            f"{name}: weight's gradient", both, pytorch=composed.weight_gradient, backward=dweight, scratch=scratch
+        )
 
 
 # ---------------------------------------------------------------- measuring
