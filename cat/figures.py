@@ -88,6 +88,36 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
     return save(drawing, path)
 
 
+def write_agreement(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], *, tested: str, limit: float) -> Path:
+    """The loss of some runs, and how far it is from that of the first on a logarithmic axis.
+
+    Full ink: running means over a twentieth of the run, and their differences; light ink: every step's. `limit`: what
+    the root mean square of `tested`'s differences may be.
+    """
+    drawing, (left, right) = figure(10, 4.2, columns=2)
+    (first, base), *others = runs.items()
+    losses = {name: _values(rows, "loss") for name, rows in runs.items()}
+    window = max(1, len(base) // 20)
+    steps, widths = _values(base, "step"), {first: 3.2, tested: 1.4}
+    for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
+        style = "--" if name == tested else "-"
+        left.plot(steps, smoothed(values, window), style, color=colour, linewidth=widths.get(name, 1.0), label=name)
+    for colour, (name, _) in zip(COLOURS[1:], others, strict=False):
+        gap = losses[name] - losses[first]
+        right.plot(steps, np.abs(gap), color=colour, alpha=0.25, linewidth=0.7)
+        right.plot(steps, np.abs(smoothed(gap, window)), color=colour, linewidth=1.5, label=f"{name} - {first}")
+    right.axhline(limit, color=COLOURS[7], linewidth=1.0, linestyle=":", label="limit of the root mean square")
+    right.set_yscale("log")
+    left.set_title(f"loss, mean of {window} steps", fontsize=10)
+    right.set_title(f"distance to {first}", fontsize=10)
+    for axis in (left, right):
+        axis.set_xlabel("step (updates)")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8, loc="best")
+    return save(drawing, path)
+
+
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """float64, NaN where a row lacks the value (a step whose loss was not finite)."""
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cat import experiments
+from cat.config import ConfigError
 from cat.data import Clip, Manifest, write_manifest
 
 soundfile = pytest.importorskip("soundfile")
@@ -146,3 +148,34 @@ def test_recipe_of_an_experiment_can_be_overridden(tmp_path):
     assert (config.optim.lr, config.model.embed_dim, config.data.batch_size) == (0.5, 384, 4)
     with pytest.raises(ValueError, match=r"unknown key .optim\.leer."):
         experiments.experiment_config("overfit", tmp_path, ["optim.leer=1"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_agreement.py runs 300 steps")
+def test_kernels_train_as_the_dense_formula_does(data, tmp_path, capsys):
+    stem = ("model.resolutions=[8,16]", "model.channels=[16]", "model.embed_dim=16", "model.num_heads=1")
+    rest = ("model.depth=1", "model.decoder_dim=16", "data.batch_size=1", "optim.warmup_steps=0", "optim.steps=2")
+    assert command("kernels", data, tmp_path, *stem, *rest, "model.kernels=triton", "optim.lr=1e-3") == 0
+    assert "PASS: the losses with triton differ from those of the dense formula by" in capsys.readouterr().out
+    found = json.loads((tmp_path / "kernels" / "result.json").read_text())["values"]["found"]
+    assert all(row["largest"] < 1e-4 * row["noise"] for row in found.values())
+    assert (tmp_path / "kernels" / "figures" / "agreement.png").is_file()
+
+
+def test_kernels_that_train_otherwise_fail(data, tmp_path, monkeypatch):
+    """Reference kernels with a tenth more learning rate."""
+    made = experiments._with_kernels
+    slower = dataclasses.replace(experiments.experiment_config("kernels", data).optim, lr=3.3e-4, warmup_steps=0)
+
+    def other(config, name, seed):
+        config = made(config, name, seed)
+        return dataclasses.replace(config, optim=slower) if name == "reference" else config
+
+    steps = ("model.kernels=reference", "run.device=cpu", "data.batch_size=2", "optim.warmup_steps=0", "run.stop_at=6")
+    assert command("kernels", data, tmp_path / "same", *steps) == 0
+    monkeypatch.setattr(experiments, "_with_kernels", other)
+    assert command("kernels", data, tmp_path / "other", *steps) == 1
+
+
+def test_kernels_refuses_to_compare_the_formula_with_itself(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.kernels='dense' is what this experiment compares with; expected"):
+        command("kernels", data, tmp_path, "model.kernels=dense")
