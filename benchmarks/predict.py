@@ -54,7 +54,7 @@ class Assumptions:
     # Instructions an element: GELU's two counted in sm_90 machine code; the rest multiply-adds, loads and conversions
     # of the formulas.
     instructions: dict[str, int] = field(
-        default_factory=lambda: {"gelu": 31, "gelu_backward": 44, "norm": 8, "norm_backward": 16, "depthwise": 40}
+        default_factory=lambda: {"gelu": 17, "gelu_backward": 19, "norm": 8, "norm_backward": 16, "depthwise": 40}
     )
 
     def told(self) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cat_kernels._triton import DTYPES, Ahead, dot, launch, product
 from cat_kernels.stem.kernels import tiles
-from cat_kernels.stem.kernels.linear import gelu, norm_linear
+from cat_kernels.stem.kernels.linear import gelu, norm_linear, normal
 from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
 
 # Bytes of hidden layer, and of its gradient, in memory at a time: 32,768 rows or more of the base model's, some 0.1 ms
@@ -204,12 +204,6 @@ def _slices(R: int, row_bytes: int) -> Iterator[slice]:
         yield slice(first, min(first + size, R))
 
 
-@triton.jit
-def _gelu_and_slope(x):
-    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-
-
 @triton.jit(do_not_specialize=["R"])
 def _mlp_hidden(
     xn_ptr,
@@ -246,8 +240,10 @@ def _mlp_hidden(
         grad = tl.load(grad_ptr + row_at + (k + ks), inside & in_k, 0.0)
         fc2 = tl.load(fc2_ptr + (k + ks)[:, None] * h + hs, in_h & in_k[:, None], 0.0)
         dhidden = dot(grad, fc2, dhidden, "ieee")
-    hidden, slope = _gelu_and_slope(pre + tl.load(b1_ptr + hs, in_h, 0.0).to(tl.float32))
-    dpre = dhidden * slope
+    pre += tl.load(b1_ptr + hs, in_h, 0.0).to(tl.float32)
+    phi, density = normal(pre)
+    hidden = pre * phi
+    dpre = dhidden * (phi + 0.3989422804014327 * pre * density)
     at = rows.to(tl.int64)[:, None] * h + hs
     tl.store(hidden_ptr + at, hidden, inside & in_h)
     tl.store(dpre_ptr + at, dpre, inside & in_h)
@@ -259,7 +255,7 @@ def mlp_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LN(x) and the gradient of the result, (R, c) -> hidden and dpre (R, h) in their dtype, db1 (h,) float32."""
     (R, c), h = xn.shape, fc1_weight.shape[0]
-    options = tiles.mlp_hidden(c, h, xn.dtype)
+    options = tiles.mlp_hidden(c, h, xn.dtype, tiles.Chip.of(xn.device))
     if options is None:
         pre = F.linear(xn, fc1_weight, fc1_bias.to(xn.dtype))
         dpre = torch.ops.aten.gelu_backward(grad @ fc2_weight, pre)
@@ -306,13 +302,14 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     x, xn, grad, y = ({f"{name}_ptr": f"*{dtype}"} for name in ("x", "xn", "grad", "y"))
     hidden = {"hidden_ptr": f"*{dtype}", "dpre_ptr": f"*{dtype}", "db1_ptr": "*fp32", "R": "i32"}
     forward: dict[str, str] = x | norm | weights | {"b2_ptr": "*fp32"} | y | {"R": "i32", "eps": "fp32"}
-    found = []
+    found, chip = [], tiles.Chip(architecture)
     for c in sorted({c for c, _ in tiles.STAGES}):
         HI, LO = tiles.split_width(c)
         for name, kernel, signature, more, chosen in (
             ("norm_mlp_residual", _norm_mlp_residual, forward, {"HI": HI, "LO": LO},
-             tiles.mlp(c, 4 * c, DTYPES[dtype], tiles.Chip(architecture))),
-            ("mlp_hidden", _mlp_hidden, xn | grad | weights | hidden, {}, tiles.mlp_hidden(c, 4 * c, DTYPES[dtype])),
+             tiles.mlp(c, 4 * c, DTYPES[dtype], chip)),
+            ("mlp_hidden", _mlp_hidden, xn | grad | weights | hidden, {},
+             tiles.mlp_hidden(c, 4 * c, DTYPES[dtype], chip)),
         ):  # fmt: skip
             if chosen is None:
                 continue
