@@ -105,11 +105,13 @@ def write_agreement(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
     for colour, (name, _) in zip(COLOURS[1:], others, strict=False):
         gap = losses[name] - losses[first]
         right.plot(steps, np.abs(gap), color=colour, alpha=0.25, linewidth=0.7)
-        right.plot(steps, np.abs(smoothed(gap, window)), color=colour, linewidth=1.5, label=f"{name} - {first}")
+        right.plot(steps, np.abs(smoothed(gap, window)), color=colour, linewidth=1.5, label=name)
     right.axhline(limit, color=COLOURS[7], linewidth=1.0, linestyle=":", label="limit of the root mean square")
     right.set_yscale("log")
-    left.set_title(f"loss, mean of {window} steps", fontsize=10)
-    right.set_title(f"distance to {first}", fontsize=10)
+    left.set_title(f"loss, running mean (window: {window})", fontsize=10)
+    right.set_title(f"distance from {first}", fontsize=10)
+    left.set_ylabel("loss")
+    right.set_ylabel("absolute difference of the loss")
     for axis in (left, right):
         axis.set_xlabel("step (updates)")
         axis.grid(alpha=0.25)

@@ -60,6 +60,16 @@ def test_run_figures(run_dir):
     assert all(path.parent == run_dir / "figures" and is_picture(path) for path in paths)
 
 
+def test_agreement_of_runs(tmp_path):
+    """Equal steps, a difference of zero, cannot be drawn on its logarithmic axis, and need not be."""
+    runs = {
+        name: [{"step": t, "loss": 20 / t + gap * (t > 20)} for t in range(1, 41)]
+        for name, gap in (("dense", 0.0), ("triton", 1e-6), ("re-seeded", 0.5))
+    }
+    path = tmp_path / "agreement.png"
+    assert is_picture(figures.write_agreement(path, runs, tested="triton", limit=0.005))
+
+
 def test_run_figures_show_the_clip_and_masks_of_the_run(run_dir, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
