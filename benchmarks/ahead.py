@@ -116,15 +116,15 @@ def compile_all() -> list[Resources]:
 
 
 def table(found: list[Resources]) -> Table:
-    header = ["kernel", "warps", *(f"sm_{a}" for a in ARCHITECTURES)]
-    cells: dict[tuple[str, int], dict[int, str]] = {}
+    """A line a kernel: warps, registers a thread, shared memory a block on every architecture."""
+    cells: dict[str, dict[int, str]] = {}
     for r in found:
         spilled = f", {r.stack_bytes} spilled" if r.stack_bytes else ""
-        cells.setdefault((r.name, r.warps), {})[r.architecture] = (
-            f"{r.registers}, {r.shared_bytes / 1024:.0f} KiB{spilled}"
-        )
-    rows = [[name, str(warps), *(by.get(a, "") for a in ARCHITECTURES)] for (name, warps), by in cells.items()]
-    return Table("Registers a thread and shared memory a block of the Triton kernels, bf16 unless said", header, rows)
+        cell = f"{r.warps}, {r.registers}, {r.shared_bytes / 1024:.0f} KiB{spilled}"
+        cells.setdefault(r.name, {})[r.architecture] = cell
+    rows = [[name, *(by.get(a, "") for a in ARCHITECTURES)] for name, by in cells.items()]
+    title = "Triton kernels, bf16 unless said: warps, registers a thread, shared memory a block"
+    return Table(title, ["kernel", *(f"sm_{a}" for a in ARCHITECTURES)], rows)
 
 
 def main() -> int:
