@@ -1,4 +1,9 @@
-"""Registers, shared memory and spills of the CUDA kernels, read from the compiler; no GPU is needed."""
+"""Registers, shared memory and spills of the CUDA and Triton kernels, read from the compilers; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +64,29 @@ def test_launch_bounds_are_kept_and_blocks_fit(nvcc: str, kernels: list[Kernel])
         blocks = resources.blocks_of_a_multiprocessor(kernel, *sizes[kernel.name])
         assert blocks >= 3, kernel
         assert kernel.static_shared_bytes + sizes[kernel.name][1] <= 48 * 1024, kernel  # what a launch may ask for
+
+
+@pytest.mark.slow
+def test_no_triton_kernel_spills_and_blocks_fit() -> None:
+    """For GPUs that are not here: nothing is spilled, and a block's shared memory is no more than they have."""
+    pytest.importorskip("triton")
+    from benchmarks.ahead import ARCHITECTURES
+    from cat_kernels.stem.kernels.tiles import SHARED_KIB
+
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ahead", "--json"],
+        cwd=resources.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    names = [{r["name"] for r in found if r["architecture"] == a and "fp32" not in r["name"]} for a in ARCHITECTURES]
+    assert len(names[0]) >= 50
+    assert names[2] == names[3]
+    for r in found:
+        assert r["stack_bytes"] == 0, r
+        assert r["shared_bytes"] <= SHARED_KIB[r["architecture"]] * 1024, r
+        assert r["registers"] * 32 * r["warps"] <= 65536, r

@@ -1,7 +1,6 @@
 """The stem in Triton as a whole: what is special about it. Parity over all samples is test_operators.py's part."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -176,27 +175,6 @@ def test_opcheck():
     for overload, arguments in calls:
         arguments = tuple(a.detach() if isinstance(a, torch.nn.Parameter) else a for a in arguments)
         torch.library.opcheck(overload, arguments, {"backend": "triton"}, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.slow
-def test_every_kernel_compiles_without_spills():
-    """For GPUs that are not here: nothing is spilled, and a block's shared memory is no more than they have."""
-    from benchmarks.ahead import ARCHITECTURES
-    from cat_kernels.stem.kernels.tiles import SHARED_KIB
-
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ahead", "--json"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    names = [{r["name"] for r in found if r["architecture"] == a and "fp32" not in r["name"]} for a in ARCHITECTURES]
-    assert len(names[0]) >= 50
-    assert names[2] == names[3]
-    for r in found:
-        assert r["stack_bytes"] == 0, r
-        assert r["shared_bytes"] <= SHARED_KIB[r["architecture"]] * 1024, r
-        assert r["registers"] * 32 * r["warps"] <= 65536, r
 
 
 COMPILED = """
