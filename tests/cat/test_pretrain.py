@@ -231,6 +231,17 @@ def test_parts_add_up_to_the_step(tmp_path, recipe):
     assert found.parts["rest"] < 0.5 * found.step_ms
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_profile_on_a_gpu(tmp_path, recipe, cuda_graph):
+    changes = ["data.valid=null", "run.device=cuda", f"run.cuda_graph={str(cuda_graph).lower()}"]
+    found = profile(load_recipe(recipe, changes), tmp_path / "run", steps=4)
+    assert ("graph" in found.parts, "backward" in found.parts) == (cuda_graph, not cuda_graph)
+    assert sum(found.parts.values()) > 0
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+
+
 def test_profile_goes_on_from_a_checkpoint_and_changes_nothing(tmp_path, recipe):
     config = load_recipe(recipe, ["run.stop_at=2", "data.valid=null"])
     pretrain(config, tmp_path / "run", progress=False)
