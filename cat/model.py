@@ -46,9 +46,9 @@ class ModelConfig:
 
     ``stem`` is "multires" (the convolution stem) or "patch" (one plain P x P patch embedding; resolutions = (P,)).
 
-    ``kernels`` says what runs the model's operators (`cat_kernels`) and changes numbers by rounding only: "auto" the fastest
-    that can run, "reference" plain PyTorch, "triton" the Triton kernels or an error, "dense" plain PyTorch with the
-    stem on all positions of all clones, as its formula is written.
+    ``kernels`` says what runs the model's operators (`cat_kernels`) and changes numbers by rounding only: "auto" the
+    fastest that can run, "reference" plain PyTorch, "triton" the Triton kernels or an error, "dense" plain PyTorch with
+    the stem on all positions of all clones, as its formula is written.
     """
 
     stem: str = "multires"
