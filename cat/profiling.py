@@ -62,8 +62,7 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
     updates = trainer.unrecorded(WARM_UP + steps + TRACED)
     for _ in range(WARM_UP):
         next(updates)
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
+    _wait(trainer.device)
     timer = PartTimer(trainer.device)
     with timer:
         for _ in range(steps):
@@ -75,6 +74,7 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in updates:
             pass
+        _wait(trainer.device)
     with replacing(trainer.run_dir / TRACE) as temporary:
         profiler.export_chrome_trace(str(temporary))
     return StepProfile(
@@ -85,3 +85,8 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
         parts={name: milliseconds[name] for name in PARTS if name in milliseconds},
         trace=trainer.run_dir / TRACE,
     )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
