@@ -71,8 +71,9 @@ KERNELS: dict[str, Any] = {
     "ema": {"steps": 300},
 }
 FALL = 0.9
-# The root mean square that a run's differences may have, as a share of what re-seeding changes. Measured on a CPU, 300
-# steps with "reference": 2e-6 in fp32 and 0.009 in bf16. Three times the rate, at which training is chaotic, made 0.2.
+# The root mean square that a run's differences may have, as a share of what re-seeding changes. "reference" on a CPU,
+# 300 steps of 32 frames: 1.5e-6 in fp32, one clip a batch, and 0.009 in bf16, two clips. (Where training is chaotic
+# rounding grows to noise, in fp32 too: with three times the rate one clip a batch made 0.2.)
 AGREEMENT = {"fp32": 0.01, "bf16": 0.1}
 # Of L_r as a mean over clip-clones. Published is the sum over 384 of them at weight 1, which is 384 here; measured in
 # this recipe, that much leaves L_p at 8.5 after 120 steps where it is 5.1 without L_r.
