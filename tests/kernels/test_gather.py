@@ -76,22 +76,8 @@ def test_long_lists_and_rows():
 
 
 COMPILED = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from cat_kernels import _triton, backends
-
-class Driver:  # of a GPU that is not there
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-
-def compile_only(kernel, grid, *args, **meta):
-    kernels.add(kernel)
-    kernel.warmup(*args, grid=tuple(grid), **meta)
-
-kernels = set()
-triton.runtime.driver.set_active(Driver())
-_triton.launch = compile_only  # before the kernels' modules take it from there
-backends.INTERPRETED = True
+import torch
+from compile_only import instantiations, kernels
 from cat_kernels import gather_tokens, restore_tokens
 
 def compiled(B, M, L, K):
@@ -101,7 +87,7 @@ def compiled(B, M, L, K):
     x = gather_tokens(tokens, visible, positions, cls_token, backend="triton")
     y = restore_tokens(x[:, 1:], visible, L, torch.tensor([B, K]), noise_std=0.01 * B, backend="triton")
     y.backward(torch.ones_like(y))
-    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+    return instantiations()
 
 for shape in ((2, 3, 32, 3), (1, 1, 16, 1), (3, 16, 64, 16), (2, 1, 24, 24)):
     print(compiled(*shape), len(kernels))
@@ -111,6 +97,7 @@ for shape in ((2, 3, 32, 3), (1, 1, 16, 1), (3, 16, 64, 16), (2, 1, 24, 24)):
 def test_a_new_batch_length_or_seed_compiles_nothing():
     """Of both operators. Kernels are compiled, and not run, in a process with a GPU's name but no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.path.dirname(__file__)  # compile_only
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = [tuple(int(word) for word in line.split()) for line in done.stdout.splitlines()]
