@@ -1,5 +1,5 @@
-"""For a script in a process of its own: from the import of this on, the Triton backend takes CPU tensors, and kernels are
-compiled for a GPU that is not there where they would be launched. Results are whatever memory held."""
+"""For a script in a process of its own. After this is imported the Triton backend takes CPU tensors, and where a kernel
+would be launched it is compiled, for a GPU that is not there. Results are whatever memory held."""
 
 import triton
 from triton.backends.compiler import GPUTarget
