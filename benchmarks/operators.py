@@ -1,4 +1,4 @@
-"""Every operator against its reference, from the specifications in `cat_kernels.spec`.
+"""Every operator against its reference and against what PyTorch users write (`benchmarks.usual`), eager and compiled.
 
     python -m benchmarks.operators
 
@@ -18,14 +18,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from benchmarks import memory
-from benchmarks.results import Key, Results
+from benchmarks.results import Key, Parity, Results
 from benchmarks.runner import DTYPES, Settings, arguments, finish, reason, release, say, skipped_dtypes
 from benchmarks.timing import interleaved, overhead_us
+from benchmarks.usual import USUAL, comparable
 from cat_kernels import spec as specification
 from cat_kernels.spec import OperatorSpec, Sample
 
 OWN_BENCHMARK = {"MultiResConv": "stem", "fbank": "fbank"}
 PROVIDERS = ("reference", "operator")
+COMPILED = " compiled"
+# Relative distance of what users write to the reference: roundings in another order, or of other intermediates.
+LIMIT = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 
 
 def spec_named(name: str) -> OperatorSpec:
@@ -33,10 +37,13 @@ def spec_named(name: str) -> OperatorSpec:
 
 
 class OperatorProvider:
-    """The operator or its reference on the specification's benchmark inputs."""
+    """The operator, its reference or what users write, on the specification's benchmark inputs."""
 
-    def __init__(self, spec: OperatorSpec, sample: Sample, name: str, mode: str) -> None:
-        self.function = getattr(spec, name)
+    def __init__(self, spec: OperatorSpec, sample: Sample, name: str, mode: str, compiler: str = "inductor") -> None:
+        usual = USUAL.get(spec.name, {}).get(name.removesuffix(COMPILED))
+        self.function = getattr(spec, name) if usual is None else usual
+        if name.endswith(COMPILED):
+            self.function = torch.compile(self.function, dynamic=False, backend=compiler)
         backward = mode != "forward"
         self.inputs = specification.fresh(sample, requires_grad=backward)
         self.leaves = specification.floats([self.inputs[n] for n in sample.differentiable]) if backward else []
@@ -78,6 +85,28 @@ def host_overhead(spec: OperatorSpec, name: str, device: torch.device) -> float:
         return overhead_us(lambda: getattr(spec, name)(**inputs), device)
 
 
+def usual_names(spec: OperatorSpec, s: Settings) -> list[str]:
+    names = list(USUAL.get(spec.name, {}))
+    return names + ([name + COMPILED for name in names] if s.compiled else [])
+
+
+def apart(spec: OperatorSpec, sample: Sample, name: str) -> float:
+    """Largest relative distance of a usual formulation's results to the reference's."""
+    found = []
+    for function in (USUAL[spec.name][name.removesuffix(COMPILED)], spec.reference):
+        inputs = specification.clone_tensors(dict(sample.inputs))
+        outputs = function(**inputs)
+        results = specification.floats(outputs)
+        found.append(
+            comparable(spec.name, inputs, results[: len(inputs[spec.mutates[0]])] if spec.mutates else results)
+        )
+    distances = [
+        float((a.double() - e.double()).norm() / e.double().norm().clamp(min=1e-30))
+        for a, e in zip(*found, strict=True)
+    ]
+    return max(distances)
+
+
 def measure(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:
     """Rows of one operator in one dtype: forward, and forward + backward where it has one."""
     torch.manual_seed(0)
@@ -91,26 +120,32 @@ def measure(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> No
         for key in keys.values():
             results.reject(key, "operator", f"parity: {error}")
         return
+    usual = usual_names(spec, s)
+    parity = {name: Parity(apart(spec, sample, name), LIMIT[dtype]) for name in usual}
     for mode, key in keys.items():
-        providers = {name: OperatorProvider(spec, sample, name, mode) for name in PROVIDERS}
+        names = [*PROVIDERS, *(name for name in usual if parity[name].passed)]
+        for name in set(usual) - set(names):
+            results.add(key, name, [], parity[name])  # among the rejected
+        providers = {name: OperatorProvider(spec, sample, name, mode, s.compiler) for name in names}
         calls = {name: provider.call for name, provider in providers.items()}
-        peaks = {name: peak(spec, name, providers[name], dtype, mode, s, results) for name in PROVIDERS}
+        peaks = {name: peak(spec, name, providers[name], dtype, mode, s, results) for name in names}
         times = interleaved(calls, s.device, warmup=2, min_rounds=s.min_rounds, budget_s=s.budget_s)
         bytes_moved = least_bytes(spec, sample.inputs, mode)
         bandwidth = s.ceilings.get("copy_GBps")
         floor = bytes_moved / (bandwidth * 1e9) * 1e3 if bytes_moved and bandwidth else None
-        for name in PROVIDERS:
-            work = {"bytes": bytes_moved, "floor_ms": floor, "overhead_us": overhead[name]}
+        for name in names:
+            work = {"bytes": bytes_moved, "floor_ms": floor, "overhead_us": overhead.get(name)}
             results.add(
                 key,
                 name,
                 times[name],
-                None,
+                parity.get(name),
                 peak_MiB=peaks[name],
                 persistent_MiB=providers[name].persistent_bytes() / memory.MIB,
                 work=work,
             )
-        results.compare(key, "reference", "operator", times, peaks)
+        for name in ("reference", *names[len(PROVIDERS) :]):
+            results.compare(key, name, "operator", times, peaks)
         del providers, calls
         release()
 
@@ -181,7 +216,7 @@ def main() -> int:
     results = run(s, only)
     for r in results.rows:
         share = f"{100 * r['share_of_floor']:.1f} % of the copy bandwidth" if r.get("share_of_floor") else ""
-        cost = f"{r['overhead_us']:.0f} us a call" if r["mode"] == "forward" else ""
+        cost = f"{r['overhead_us']:.0f} us a call" if r["mode"] == "forward" and r["overhead_us"] else ""
         say(f"{r['benchmark']} {r['mode']} {r['dtype']} {r['provider']}: {r['median_ms']:.3f} ms {share} {cost}")
     return finish(results, s, [])
 

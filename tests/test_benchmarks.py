@@ -20,6 +20,7 @@ from benchmarks import (
     fbank,
     kernels,
     memory,
+    operators,
     others,
     pieces,
     plots,
@@ -29,6 +30,7 @@ from benchmarks import (
     stem,
     suite,
     tables,
+    usual,
 )
 from benchmarks.flops import multiply_adds
 from benchmarks.pieces import run_limited
@@ -135,6 +137,20 @@ def test_multiply_adds_of_the_base_step():
     assert dense["student_stem"] / 1e9 == pytest.approx(83.5, rel=0.01)
     assert visible["step"] / 1e9 == pytest.approx(231, rel=0.02)
     assert dense["step"] / 1e9 == pytest.approx(453, rel=0.02)
+
+
+# ---------------------------------------------------------------- operators
+
+
+USUAL_SAMPLES = {"gather_tokens": "plain, select=False", "ema_update_": "plain, copies"}
+
+
+@pytest.mark.parametrize(("operator", "name"), [(o, name) for o, found in usual.USUAL.items() for name in found])
+def test_what_users_write_gives_what_the_operators_give(operator, name):
+    spec = operators.spec_named(operator)
+    wanted = USUAL_SAMPLES.get(operator, "plain")
+    sample = next(s for s in spec.samples(CPU, torch.float32) if s.name == wanted)
+    assert operators.apart(spec, sample, name) < 1e-5
 
 
 # ---------------------------------------------------------------- results and parity
