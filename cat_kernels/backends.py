@@ -64,15 +64,15 @@ def _why_not_triton(device: str) -> str | None:
 
 def _gpus_too_old() -> bool:
     """Whether PyTorch sees a GPU that Triton does not compile for. Without any GPU nothing is too old."""
-    if not torch.cuda.is_available():
-        return False
     if not _GPUS_TOO_OLD:
+        if not torch.cuda.is_available():
+            return False
         devices = range(torch.cuda.device_count())
         _GPUS_TOO_OLD.append(any(torch.cuda.get_device_capability(i) < (8, 0) for i in devices))
     return _GPUS_TOO_OLD[0]
 
 
-_GPUS_TOO_OLD: list[bool] = []  # asked once: it starts the driver
+_GPUS_TOO_OLD: list[bool] = []  # asked once: it starts the driver, and calls pass here
 
 
 BACKENDS: dict[str, Backend] = {

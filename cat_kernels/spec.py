@@ -122,7 +122,7 @@ class OperatorSpec:
             found = (sample for sample in self.samples(device, dtype) if not names or sample.name in names)
             yield from sorted(found, key=lambda sample: names.index(sample.name)) if names else found
 
-        interpreted = backend == "triton" and INTERPRETED and self.interpreted_dtypes is not None
+        interpreted = self.interpreted_dtypes if backend == "triton" and INTERPRETED else None
         return replace(
             self,
             name=f"{self.name}[{backend}]",
@@ -130,7 +130,7 @@ class OperatorSpec:
             overload_calls=None,
             float64=backend not in ("triton", "native"),
             samples=chosen,
-            dtypes=self.interpreted_dtypes if interpreted and self.interpreted_dtypes else self.dtypes,
+            dtypes=interpreted or self.dtypes,
         )
 
 
