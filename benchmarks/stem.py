@@ -38,7 +38,7 @@ from benchmarks.runner import (
     skipped_dtypes,
     speedup_line,
 )
-from cat.masks import MaskConfig, inverse_block_masks
+from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import PRESETS
 from cat_kernels import MultiResConv
 

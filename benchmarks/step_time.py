@@ -43,8 +43,8 @@ from benchmarks.runner import (
 )
 from benchmarks.stem import COMPILED, PROVIDERS, eager, inputs, largest_batch
 from cat.model import CAT, PRESETS, ObjectiveConfig
-from cat.optim import OptimConfig, build_optimizer, clip_gradients, trainable
-from cat.step import EAGER_STEPS, Replay, compile_blocks
+from cat.training.optim import OptimConfig, build_optimizer, clip_gradients, trainable
+from cat.training.step import EAGER_STEPS, Replay, compile_blocks
 
 CPU_GOAL = 1.9  # fp32, two cores
 COMPILED_FUSED = ("triton compiled",)  # on a GPU

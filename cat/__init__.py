@@ -7,8 +7,8 @@ tokens = encoder(spec)                                 # (B, 1+L, D): CLS, then 
 
 from cat_kernels import __version__  # isort: skip
 
-from cat.checkpoint import load_encoder
-from cat.masks import MaskConfig, inverse_block_masks
+from cat.checkpoints import load_encoder
+from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig
 
 __all__ = [

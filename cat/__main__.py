@@ -2,7 +2,7 @@
 
 import sys
 
-from cat.cli import main
+from cat.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,7 @@
-"""``cat-audio doctor``: what this machine has, what runs on it, what to install for the rest. Made to be pasted."""
+"""What this machine has, what runs on it, what to install for the rest (`cat-audio doctor`). Made to be pasted."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -25,15 +24,6 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
     "clap": {"transformers": "transformers"},
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Say which backend runs each operator here, and what is installed and what is not."
-
-
-def run(args: argparse.Namespace) -> int:
-    print(report())
-    return 0
 
 
 def report() -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from cat.data import load_manifest, pretrain_batches
 from cat.files import replacing
-from cat.metrics import read_rows
+from cat.training.recipe import load_recipe
+from cat.training.records import read_rows
 
 EXTRA = "figures need matplotlib and scikit-learn: pip install 'cat-kernels[train]'"
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, and four more for larger label sets.
@@ -33,8 +35,6 @@ def write_run_figures(run_dir: str | Path) -> list[Path]:
     Reads the run's metrics.jsonl and config.yaml; the clip is the first of the run's last step that has a mask. Raises
     FileNotFoundError for a directory without metrics.
     """
-    from cat.recipe import load_recipe
-
     run_dir = Path(run_dir)
     if not (run_dir / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{run_dir} has no metrics.jsonl; expected the directory of a pre-training run.")
@@ -148,9 +148,6 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 def _write_run_patches(path: Path, config: Any) -> Path:
     """The first clip of the run's first batch, with the masks that it was trained on there."""
-    from cat.data.loader import pretrain_batches
-    from cat.data.manifest import load_manifest
-
     batch = next(
         iter(
             pretrain_batches(

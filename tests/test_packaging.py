@@ -101,7 +101,7 @@ def test_operators_need_only_torch() -> None:
 )
 def test_a_missing_extra_is_named_with_its_remedy(arguments: list[str], missing: str, tmp_path: Path) -> None:
     argv = [argument.format(tmp=tmp_path) for argument in arguments]
-    done = run_without((missing,), f"from cat.cli import main\nsys.exit(main({argv!r}))")
+    done = run_without((missing,), f"from cat.commands import main\nsys.exit(main({argv!r}))")
     assert done.returncode == 1
     assert "pip install 'cat-kernels[train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -27,7 +27,7 @@ from cat.data.features import FeatureConfig, log_mel
 from cat.data.manifest import Manifest
 
 if TYPE_CHECKING:
-    from cat.masks import MaskConfig
+    from cat.data.masks import MaskConfig
 
 CROPS = ("random", "center", "start")
 FEATURES = ("auto", "gpu", "cpu")
@@ -192,7 +192,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
     def _draw_masks(self, step: int, clips: Tensor) -> Tensor | None:
         if self.masks is None:
             return None
-        from cat.masks import inverse_block_masks
+        from cat.data.masks import inverse_block_masks
 
         return inverse_block_masks(self.masks, self.grid, seed=self.seed, step=step, clips=clips)
 

@@ -110,3 +110,8 @@ def remove_mean(wave_BN: Tensor, lengths: Tensor | None = None) -> Tensor:
     wave_BN = torch.where(inside_BN, wave_BN, 0)
     mean_B1 = wave_BN.sum(dim=-1, keepdim=True, dtype=torch.float64) / lengths_B1.clamp(min=1)
     return torch.where(inside_BN, wave_BN - mean_B1.float(), 0)
+
+
+def frames_in(features: FeatureConfig, samples: Tensor) -> Tensor:
+    """Frames that fit wholly into so many samples (Kaldi's snip_edges)."""
+    return 1 + (samples - features.frame_length).div(features.frame_shift, rounding_mode="floor")

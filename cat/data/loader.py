@@ -14,7 +14,7 @@ from cat.data.features import FeatureConfig
 from cat.data.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
-    from cat.masks import MaskConfig
+    from cat.data.masks import MaskConfig
 
 
 class TooManyFailures(RuntimeError):

@@ -1,4 +1,4 @@
-"""Synthetic sound events in numpy; nothing here knows about files. `cat.synth` makes data sets of them."""
+"""Synthetic sound events in numpy; nothing here knows about files. `cat.data.synth` makes data sets of them."""
 
 from cat.sounds.events import CLASSES
 from cat.sounds.scene import make_clip

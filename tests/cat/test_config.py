@@ -20,7 +20,7 @@ from cat.config import (
     to_mapping,
     write_yaml,
 )
-from cat.recipe import PretrainConfig, check_same_run, load_recipe, pick_device, pick_features
+from cat.training.recipe import PretrainConfig, check_same_run, load_recipe, pick_device, pick_features
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cat import doctor
-from cat.cli import main
+from cat.commands import main
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from cat import experiments
+from cat.commands import experiment
 from cat.config import ConfigError
-from cat.data import Clip, Manifest, write_manifest
+from cat.data import Clip, Manifest, synth, write_manifest
+from cat.experiments import kernels
+from cat.experiments.recipes import experiment_config
+from cat.experiments.regularisation import _constant_loss
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("sklearn")
@@ -52,12 +55,12 @@ def data(tmp_path_factory):
 
 def command(name, data, out, *overrides):
     parser = argparse.ArgumentParser()
-    experiments.add_arguments(parser)
+    experiment.add_arguments(parser)
     words = [name, *SMALL, *overrides, "--data", str(data), "--out", str(out), "--quiet"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return experiments.run(parser.parse_args(words))
+        return experiment.run(parser.parse_args(words))
     finally:
         torch.set_num_threads(threads)
 
@@ -109,7 +112,7 @@ def test_regularisation_that_learns_nothing_fails(data, tmp_path):
 def test_constant_loss_is_that_of_the_mean_embedding(tmp_path):
     rows = np.array([[1.0, 0, 0, 0], [-1, 0, 0, 0], [1, 2, 0, 0], [-1, -2, 0, 0]], np.float32)
     np.save(tmp_path / "e.npy", rows)
-    assert experiments._constant_loss(tmp_path / "e.npy") == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
+    assert _constant_loss(tmp_path / "e.npy") == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
 
 
 def test_resolutions_compares_two_stems(data, tmp_path, capsys):
@@ -126,28 +129,26 @@ def test_resolutions_compares_two_stems(data, tmp_path, capsys):
 
 
 def test_data_of_an_older_version_is_made_again_and_other_files_are_not_touched(tmp_path, monkeypatch):
-    from cat import synth
-
     few = synth.SynthConfig(clips_per_class=1, eval_clips_per_class=1, classes=("rain", "bell"))
-    monkeypatch.setattr(synth, "SynthConfig", lambda **_: few)
-    folder = experiments._made_data(tmp_path / "data")
+    monkeypatch.setattr(experiment, "SynthConfig", lambda **_: few)
+    folder = experiment._made_data(tmp_path / "data")
     monkeypatch.setattr(synth, "VERSION", synth.VERSION + 1)
     before = (folder / "train.jsonl").stat().st_ino
-    assert experiments._made_data(folder) == folder
+    assert experiment._made_data(folder) == folder
     assert (folder / "train.jsonl").stat().st_ino != before
-    assert experiments._made_data(folder) == folder  # made: left alone
+    assert experiment._made_data(folder) == folder  # made: left alone
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("keep")
     with pytest.raises(FileExistsError):
-        experiments._made_data(tmp_path / "mine")
+        experiment._made_data(tmp_path / "mine")
     assert (tmp_path / "mine" / "precious.txt").read_text() == "keep"
 
 
 def test_recipe_of_an_experiment_can_be_overridden(tmp_path):
-    config = experiments.experiment_config("overfit", tmp_path, ["optim.lr=0.5", "model.preset=small"])
+    config = experiment_config("overfit", tmp_path, ["optim.lr=0.5", "model.preset=small"])
     assert (config.optim.lr, config.model.embed_dim, config.data.batch_size) == (0.5, 384, 4)
     with pytest.raises(ValueError, match=r"unknown key .optim\.leer."):
-        experiments.experiment_config("overfit", tmp_path, ["optim.leer=1"])
+        experiment_config("overfit", tmp_path, ["optim.leer=1"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_agreement.py runs 300 steps")
@@ -163,8 +164,8 @@ def test_kernels_train_as_the_dense_formula_does(data, tmp_path, capsys):
 
 def test_kernels_that_train_otherwise_fail(data, tmp_path, monkeypatch):
     """Reference kernels with a tenth more learning rate."""
-    made = experiments._with_kernels
-    slower = dataclasses.replace(experiments.experiment_config("kernels", data).optim, lr=3.3e-4, warmup_steps=0)
+    made = kernels._with_kernels
+    slower = dataclasses.replace(experiment_config("kernels", data).optim, lr=3.3e-4, warmup_steps=0)
 
     def other(config, name, seed):
         config = made(config, name, seed)
@@ -172,7 +173,7 @@ def test_kernels_that_train_otherwise_fail(data, tmp_path, monkeypatch):
 
     steps = ("model.kernels=reference", "run.device=cpu", "data.batch_size=2", "optim.warmup_steps=0", "run.stop_at=6")
     assert command("kernels", data, tmp_path / "same", *steps) == 0
-    monkeypatch.setattr(experiments, "_with_kernels", other)
+    monkeypatch.setattr(kernels, "_with_kernels", other)
     assert command("kernels", data, tmp_path / "other", *steps) == 1
 
 

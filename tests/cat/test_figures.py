@@ -11,7 +11,7 @@ import pytest
 from cat import figures
 from cat.config import from_mapping, write_yaml
 from cat.data import load_manifest, pretrain_batches
-from cat.recipe import SECTION_PRESETS, PretrainConfig
+from cat.training.recipe import SECTION_PRESETS, PretrainConfig, load_recipe
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("matplotlib")
@@ -76,8 +76,6 @@ def test_run_figures_show_the_clip_and_masks_of_the_run(run_dir, monkeypatch):
         figures, "write_patches", lambda path, spec, visible, **kw: drawn.update(s=spec, v=visible, **kw)
     )
     figures.write_run_figures(run_dir)
-    from cat.recipe import load_recipe
-
     config = load_recipe(run_dir / "config.yaml")
     batch = next(pretrain_batches(config.data, config.features, config.masks, patch_size=16, seed=0, num_steps=1))
     np.testing.assert_array_equal(drawn["s"], batch.spec[0, 0].numpy())

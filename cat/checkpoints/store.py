@@ -1,0 +1,253 @@
+"""Checkpoints: safetensors and a small JSON, written whole or not at all, never a pickle.
+
+A checkpoint is a directory, ``checkpoints/step-00000200`` of a run::
+
+    model.safetensors       CAT.state_dict(): student.*, teacher.*, decoder.*, regulariser.*
+    optimizer.safetensors   exp_avg.*, exp_avg_sq.*, step.* by parameter name
+    state.json              format, step, the whole configuration, score, where it was made
+
+It is written under a temporary name and renamed, so a directory with the final name is complete. Each safetensors file
+also carries the step and the configuration, so that a lone ``model.safetensors`` can be loaded and files of different
+checkpoints cannot be mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cat.files import replacing
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+PathLike = str | os.PathLike[str]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or not the one that was expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint directory holds, on the CPU."""
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(
+    directory: PathLike,
+    *,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    score: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write checkpoint ``directory/step-<step>`` and return its path.
+
+    ``score`` (lower is better) is what `prune` keeps the best by; None keeps it out of that contest. ``extra`` goes
+    into state.json. A checkpoint of this step that is already there stays as it is: a run's numbers at a step do not
+    depend on when it was stopped.
+    """
+    directory = Path(directory)
+    final = directory / step_name(step)
+    if final.exists():
+        return final
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".writing-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_tensors(temporary / MODEL, model, step=step, config=config)
+    save_tensors(temporary / OPTIMIZER, optimizer, step=step, config=config)
+    state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "config": config}
+    (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    for name in (MODEL, OPTIMIZER, STATE):
+        _flush_to_disk(temporary / name)
+    _flush_to_disk(temporary)
+    os.rename(temporary, final)
+    _flush_to_disk(directory)
+    return final
+
+
+def save_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], step: int | None = None
+) -> None:
+    """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata."""
+    metadata = {"format": str(FORMAT), "config": json.dumps(config)}
+    if step is not None:
+        metadata["step"] = str(step)
+    with replacing(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+
+
+def prune(directory: PathLike, *, keep_last: int, keep_best: int) -> list[Path]:
+    """Delete all but the newest ``keep_last`` and the best ``keep_best`` checkpoints, those of lowest score.
+
+    Returns what was deleted. Leftovers of a save that was killed go too.
+    """
+    directory = Path(directory)
+    found = list_checkpoints(directory)
+    scored = [(score, path) for path in found if (score := read_state(path).get("score")) is not None]
+    best = [path for _, path in sorted(scored, key=lambda item: (item[0], item[1].name))[:keep_best]]
+    keep = {*found[len(found) - keep_last :], *best, *found[-1:]}
+    removed = [path for path in found if path not in keep]
+    for path in removed:
+        # Renamed first: a directory half deleted must not pass for a checkpoint.
+        path.rename(path.with_name(f".removing-{path.name}"))
+    for leftover in [*directory.glob(".removing-*"), *directory.glob(".writing-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return removed
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def list_checkpoints(directory: PathLike) -> list[Path]:
+    """The checkpoints in ``directory``, oldest first."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted((p for p in directory.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), key=_step)
+
+
+def newest(run_dir: PathLike) -> Path | None:
+    """The newest checkpoint of a run directory, or None."""
+    found = list_checkpoints(Path(run_dir) / "checkpoints")
+    return found[-1] if found else None
+
+
+def best(run_dir: PathLike) -> Path | None:
+    """The checkpoint of a run with the lowest score (validation, else training loss), or None without a scored one."""
+    scores = {path: read_state(path).get("score") for path in list_checkpoints(Path(run_dir) / "checkpoints")}
+    scored = {path: score for path, score in scores.items() if score is not None}
+    return min(scored, key=lambda path: (scored[path], path.name)) if scored else None
+
+
+def step_name(step: int) -> str:
+    """The directory name of a checkpoint, ``step-00000200``."""
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load(path: PathLike, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint directory whole.
+
+    Raises: `CheckpointError` naming the file when one is missing, truncated, or of another step than its neighbours.
+    """
+    path = Path(path)
+    state = read_state(path)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in (MODEL, OPTIMIZER):
+        tensors[name], metadata = read_tensors(path / name, device)
+        if metadata.get("step") != str(state["step"]):
+            raise CheckpointError(
+                f"{path / name} is of step {metadata.get('step')}, but {path / STATE} is of step {state['step']}; "
+                f"expected files of one checkpoint: {remedy(path)}"
+            )
+    return Checkpoint(path, int(state["step"]), tensors[MODEL], tensors[OPTIMIZER], state)
+
+
+def read_state(path: PathLike) -> dict[str, Any]:
+    """The state.json of a checkpoint directory."""
+    file = Path(path) / STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}); expected a checkpoint directory: {remedy(path)}"
+        ) from None
+    except ValueError:
+        raise CheckpointError(f"{file} is not valid JSON, so damaged; {remedy(path)}") from None
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("step"), int)
+        or not isinstance(state.get("config"), dict)
+    ):
+        raise CheckpointError(
+            f"{file} lacks 'step' or 'config'; expected what `cat-audio pretrain` writes: {remedy(path)}"
+        )
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} is of format {state.get('format')!r}; expected {FORMAT}: use the version that wrote it"
+        )
+    return state
+
+
+def read_tensors(path: PathLike, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; {remedy(path.parent)}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, dict(file.metadata() or {})
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); {remedy(path.parent)}"
+        ) from None
+
+
+def remedy(path: PathLike) -> str:
+    """What to do about a damaged checkpoint."""
+    path = Path(path)
+    others = [other.name for other in list_checkpoints(path.parent) if other != path]
+    if others and path.name.startswith("step-"):
+        return f"delete {path} to go on from {others[-1]}"
+    return "copy it again, or name another checkpoint"
+
+
+def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict whose names and shapes must be the module's; the error says which are not, and how many."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unknown = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if missing or unknown or shapes:
+        parts = [
+            f"{len(names)} {label} (first: {names[0]})"
+            for names, label in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape"))
+            if names
+        ]
+        raise CheckpointError(
+            f"{source}: tensors do not fit the model: {'; '.join(parts)}; expected the model that wrote the file"
+        )
+    module.load_state_dict(dict(tensors))

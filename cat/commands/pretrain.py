@@ -1,0 +1,86 @@
+"""``cat-audio pretrain``: pre-train a model by a recipe, or go on with a run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+from pathlib import Path
+
+from cat.config import ConfigError
+from cat.figures import write_run_figures
+from cat.training.loop import RunResult
+from cat.training.pretrain import pretrain, profile
+from cat.training.profiling import STEPS
+from cat.training.recipe import PretrainConfig, load_recipe
+
+EXAMPLES = """\
+examples:
+  cat-audio pretrain recipes/tiny.yaml data.train=my/audio          on a folder of one's own
+  cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
+  cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
+  cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
+
+Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file; with --resume also a run directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="fields of the recipe to change")
+    parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    parser.add_argument(
+        "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = Path(args.recipe)
+    if args.resume and args.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    if args.profile and args.overwrite:
+        raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
+    if recipe.is_dir():
+        if not (recipe / "config.yaml").is_file():
+            raise ConfigError(
+                f"{recipe} is a directory without config.yaml; expected a recipe (YAML) or a run directory with "
+                "--resume"
+            )
+        if not args.resume:
+            raise ConfigError(f"{recipe} is a run directory; add --resume to go on with it, or give a recipe")
+        config, run_dir = load_recipe(recipe / "config.yaml", args.overrides), recipe
+    else:
+        config = load_recipe(recipe, args.overrides)
+        run_dir = config.run_dir
+    if args.profile:
+        print(profile(config, run_dir, resume=args.resume).table())
+        return 0
+    result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+    if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
+        write_run_figures(result.run_dir)
+    print(_summary(result, config))
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _summary(result: RunResult, config: PretrainConfig) -> str:
+    lines = []
+    if result.stopped_by:
+        lines.append(f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}")
+    elif result.step < config.optim.steps:
+        lines.append(f"stopped at step {result.step} of {config.optim.steps} (run.stop_at)")
+    else:
+        lines.append(
+            f"trained {result.step} steps; loss {result.first_loss:.4f} at first, {result.last_loss:.4f} at last"
+        )
+    lines.append(f"checkpoint: {result.checkpoint}")
+    if result.failed_clips:
+        lines.append(
+            f"{result.failed_clips} clips could not be read and were left out; see {result.run_dir / 'failures.jsonl'}"
+        )
+    if result.step < config.optim.steps:
+        stop_at = " run.stop_at=null" if config.run.stop_at is not None and result.step >= config.run.stop_at else ""
+        lines.append(f"go on with: cat-audio pretrain --resume {result.run_dir}{stop_at}")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""``cat-audio synth``: make a labelled data set of synthetic sound events."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cat.data.synth import SPLITS, SynthConfig, synthesise
+from cat.sounds import CLASSES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = SynthConfig()
+    parser.description = "Make a labelled data set of synthetic sound events, with train, valid and test manifests."
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder to make; made before with the same settings, it is left alone"
+    )
+    parser.add_argument(
+        "--clips-per-class", type=int, default=default.clips_per_class, metavar="N", help="in train (%(default)s)"
+    )
+    parser.add_argument(
+        "--eval-clips-per-class",
+        type=int,
+        default=default.eval_clips_per_class,
+        metavar="N",
+        help="in valid and in test (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="another seed gives other sounds (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        nargs=2,
+        default=default.seconds,
+        metavar=("MIN", "MAX"),
+        help="length of the clips (1 2)",
+    )
+    parser.add_argument(
+        "--snr-db",
+        type=float,
+        nargs=2,
+        default=default.snr_db,
+        metavar=("MIN", "MAX"),
+        help="sound over background noise (10 35)",
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=default.classes,
+        metavar="CLASS",
+        help=f"some of: {', '.join(CLASSES)} (default: all)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a data set of other settings in OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = SynthConfig(
+        clips_per_class=args.clips_per_class,
+        eval_clips_per_class=args.eval_clips_per_class,
+        seed=args.seed,
+        seconds=tuple(args.seconds),
+        snr_db=tuple(args.snr_db),
+        classes=tuple(args.classes),
+    )
+    made = synthesise(config, args.out, force=args.force, progress=sys.stderr.isatty())
+    counts = ", ".join(f"{config.clips_of(split) * len(config.classes)} {split}" for split in SPLITS)
+    state = "made" if made else "already there"
+    print(f"{args.out}: {len(config.classes)} classes, clips: {counts} ({state})")
+    print("manifests:", ", ".join(str(args.out / f"{split}.jsonl") for split in SPLITS))
+    return 0

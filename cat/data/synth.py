@@ -1,0 +1,173 @@
+"""A labelled data set of synthetic sound events on disk, to try everything on without a download (`cat-audio synth`).
+
+    OUT/{train,valid,test}.jsonl        manifests with path, samples, sample rate and label
+    OUT/{train,valid,test}/CLASS/*      WAV, FLAC and OGG, 8 to 48 kHz, mono and stereo, of several sample formats
+    OUT/synth.json                      the settings that it was made with
+
+Each clip is a function of (seed, split, class, number) and the settings alone: a larger data set of the same seed holds
+the smaller one, and the samples are the same on every run. (WAV and FLAC files are then the same to the last bit; an
+OGG file has a random serial number in it that libsndfile gives no say over.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cat.data.manifest import Clip, Manifest, write_manifest
+from cat.files import write_json
+from cat.sounds import CLASSES, make_clip
+
+VERSION = 1  # raise it when the same settings no longer give the same sounds
+SPLITS = ("train", "valid", "test")
+SETTINGS_FILE = "synth.json"
+
+# (suffix, libsndfile subtype, share of the clips). Not FLOAT: libsndfile writes the time of day into such a WAV.
+FORMATS = (
+    (".wav", "PCM_16", 0.45),
+    (".wav", "PCM_24", 0.1),
+    (".wav", "PCM_32", 0.1),
+    (".flac", "PCM_16", 0.15),
+    (".flac", "PCM_24", 0.05),
+    (".ogg", "VORBIS", 0.15),
+)
+
+
+@dataclass(frozen=True)
+class SynthConfig:
+    """What is made. ``seconds`` and ``snr_db`` are the ranges that a clip's length and noise level are drawn from."""
+
+    clips_per_class: int = 48  # in train
+    eval_clips_per_class: int = 16  # in valid, and again in test
+    seed: int = 0
+    seconds: tuple[float, float] = (1.0, 2.0)
+    snr_db: tuple[float, float] = (10.0, 35.0)
+    classes: tuple[str, ...] = field(default_factory=lambda: tuple(CLASSES))
+
+    def __post_init__(self) -> None:
+        for name in ("clips_per_class", "eval_clips_per_class"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+        if not (0.1 <= self.seconds[0] <= self.seconds[1] < math.inf):
+            raise ValueError(
+                f"seconds is {self.seconds}; expected a range (shortest, longest) with 0.1 <= shortest <= longest"
+            )
+        if not (-math.inf < self.snr_db[0] <= self.snr_db[1] < math.inf):
+            raise ValueError(f"snr_db is {self.snr_db}; expected a range (noisiest, cleanest) in dB")
+        unknown = sorted(set(self.classes) - set(CLASSES))
+        if unknown or len(set(self.classes)) < len(self.classes) or len(self.classes) < 2:
+            raise ValueError(
+                f"classes are {self.classes}; expected two or more different ones of {', '.join(CLASSES)}"
+                + (f" ({', '.join(unknown)} unknown)" if unknown else "")
+            )
+
+    def clips_of(self, split: str) -> int:
+        """Clips of each class in `split`."""
+        return self.clips_per_class if split == "train" else self.eval_clips_per_class
+
+
+def clip_rng(seed: int, split: str, label: str, number: int) -> np.random.Generator:
+    """The random numbers of one clip. The class enters by its name, so that a selection of classes changes no clip."""
+    return np.random.default_rng([seed, SPLITS.index(split), zlib.crc32(label.encode()), number])
+
+
+def synthesise(
+    config: SynthConfig, out: str | os.PathLike[str], *, force: bool = False, progress: bool = False
+) -> bool:
+    """Make the data set in the folder `out`, which appears whole or not at all.
+
+    Returns False, and does nothing, when `out` already holds a data set of the same settings. Anything else in `out`
+    raises FileExistsError, unless `force` allows an older data set of this command to be replaced.
+    """
+    _soundfile()
+    out = Path(out)
+    if _made_before(config, out, force):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(config, partial, progress)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _made_before(config: SynthConfig, out: Path, force: bool) -> bool:
+    """Whether `out` is up to date; raises when it holds something that must not be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise FileExistsError(f"{out} exists and was not made by cat-audio synth; name another folder") from None
+    if force:
+        return False
+    if found != _settings(config):
+        raise FileExistsError(
+            f"{out} holds a data set of other settings; name another folder, or replace it with --force"
+        )
+    return True
+
+
+def _settings(config: SynthConfig) -> dict[str, Any]:
+    return {"version": VERSION, **json.loads(json.dumps(asdict(config)))}
+
+
+def _write(config: SynthConfig, folder: Path, progress: bool) -> None:
+    plan = [(s, label, k) for s in SPLITS for k in range(config.clips_of(s)) for label in config.classes]
+    clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
+    for split, label, number in _progress(plan, progress):
+        clips[split].append(_write_clip(config, folder, split, label, number))
+    for split in SPLITS:
+        manifest = Manifest(
+            tuple(clips[split]), folder, label_names={label: label.replace("_", " ") for label in config.classes}
+        )
+        write_manifest(manifest, folder / f"{split}.jsonl")
+    write_json(folder / SETTINGS_FILE, _settings(config))
+
+
+def _progress(plan: list[tuple[str, str, int]], show: bool) -> Iterator[tuple[str, str, int]]:
+    if not show:
+        yield from plan
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(plan, desc="synth", unit="clip")
+
+
+def _write_clip(config: SynthConfig, folder: Path, split: str, label: str, number: int) -> Clip:
+    rng = clip_rng(config.seed, split, label, number)
+    suffix, subtype, _ = FORMATS[rng.choice(len(FORMATS), p=[share for *_, share in FORMATS])]
+    samples, rate = make_clip(rng, label, config.seconds, config.snr_db)
+    path = f"{split}/{label}/{label}-{number:05d}{suffix}"
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    data = samples.T.astype(np.float32)
+    with _soundfile().SoundFile(folder / path, "w", rate, data.shape[1], subtype) as file:
+        for block in np.array_split(
+            data, len(data) // 65536 + 1
+        ):  # libsndfile's Vorbis encoder overflows on long blocks
+            file.write(block)
+    return Clip(path, len(data), rate, (label,))
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the package without its libsndfile
+        raise ImportError(f"soundfile is needed to write audio ({error}): pip install 'cat-kernels[train]'") from error
+    return soundfile

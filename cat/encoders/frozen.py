@@ -1,0 +1,48 @@
+"""What a frozen audio encoder is: waveform in, one embedding a clip out.
+
+Two commands need them: ``cat-audio embed`` computes the external embeddings that representation regularisation pulls
+the student's CLS token towards, and ``cat-audio probe`` measures features. One file a family beside this one;
+`cat.encoders.build` finds the one that is asked for.
+
+Shapes: B clips, n samples, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class FrozenEncoder(Protocol):
+    """What `embed` and `probe` ask of an encoder. Its parameters never change and it draws no random numbers: a clip's
+    embedding depends on the clip alone, not on the clips beside it in the batch.
+
+    An encoder may also have ``min_samples`` and ``max_samples`` (at its sample rate): shorter clips are then refused
+    when they are read, and of longer ones only the middle is read.
+    """
+
+    name: str
+    sample_rate: int
+    dim: int
+
+    def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """waveform (B, n) float32 at `sample_rate`, clip b in its first ``lengths[b]`` samples -> (B, dim) float32."""
+        ...
+
+
+def checked_lengths(waveform: Tensor, lengths: Tensor | None) -> Tensor:
+    """Samples of each clip, (B,) int64 on the CPU."""
+    if waveform.ndim != 2:
+        raise ValueError(f"waveform must be (clips, samples), got shape {tuple(waveform.shape)}.")
+    if lengths is None:
+        return torch.full((waveform.shape[0],), waveform.shape[1], dtype=torch.int64)
+    lengths_B = lengths.to("cpu", torch.int64)
+    if lengths_B.shape != (waveform.shape[0],) or (lengths_B > waveform.shape[1]).any() or (lengths_B < 1).any():
+        raise ValueError(
+            f"lengths must hold one sample count in 1..{waveform.shape[1]} for each of the {waveform.shape[0]} clips, "
+            f"got {lengths_B.tolist()}."
+        )
+    return lengths_B

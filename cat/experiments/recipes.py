@@ -1,0 +1,43 @@
+"""The recipes of the experiments: the tiny model, minutes on two CPU cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cat.config import from_mapping
+from cat.training.recipe import SECTION_PRESETS, PretrainConfig
+
+RECIPE: dict[str, Any] = {
+    "model": {"preset": "tiny"},
+    "objective": {"global_loss_reduction": "mean"},
+    "features": {"preset": "audioset", "frames": 128},
+    "data": {"batch_size": 16, "num_workers": 1},
+    "optim": {"lr": 1e-3, "warmup_steps": 15, "steps": 120},
+    "ema": {"start": 0.99, "end": 0.999, "steps": 120},
+    "run": {"log_every": 10, "checkpoint_every": 1000, "tensorboard": False, "figures": False, "collapse_steps": 0},
+}
+OVERFIT: dict[str, Any] = {
+    "data": {"batch_size": 4, "num_workers": 0},
+    "optim": {"lr": 1e-3, "warmup_steps": 20, "steps": 400, "weight_decay": 0.0},
+}
+KERNELS: dict[str, Any] = {
+    "masks": {"num_masks": 2},
+    "features": {"frames": 64},
+    "data": {"batch_size": 4, "num_workers": 0},
+    "optim": {"lr": 3e-4, "warmup_steps": 30, "steps": 300},
+    "ema": {"steps": 300},
+}
+
+
+def experiment_config(name: str, data: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """The recipe of an experiment on ``data/train.jsonl``; `overrides` as for ``cat-audio pretrain``."""
+    recipe = {section: dict(fields) for section, fields in RECIPE.items()}
+    for section, fields in {"overfit": OVERFIT, "kernels": KERNELS}.get(name, {}).items():
+        recipe[section] = recipe.get(section, {}) | fields
+    recipe["data"]["train"] = str(data / "train.jsonl")
+    recipe["run"]["name"] = name
+    return from_mapping(
+        PretrainConfig, recipe, source=f"experiment {name}", overrides=overrides, presets=SECTION_PRESETS
+    )

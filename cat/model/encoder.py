@@ -1,0 +1,220 @@
+"""The encoder of the Convolutional Audio Transformer (arXiv 2601.21612), from spectrogram to tokens.
+
+Read top to bottom: configuration, positions, block, encoder (stem, CLS, blocks). `cat.model.pretraining` trains it.
+
+Shapes: B clips, M masks a clip, N = B * M clip-clones (clip b owns rows b*M .. (b+1)*M - 1), T frames, F mel bins,
+P patch, H x W = T/P x F/P patches, L = H * W (patch h*W + w), K visible patches, S = 1+K or 1+L tokens with the CLS
+first, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cat_kernels import MultiResConv, gather_tokens
+from cat_kernels.stem.layout import patchify
+
+MAX_ROWS = 768  # rows of patches the table of positions covers: two minutes of audio at P = 16
+
+# ModelConfig.kernels -> backend of the stem and of every other operator
+KERNELS = {
+    "auto": ("auto", "auto"),
+    "triton": ("triton", "triton"),
+    "reference": ("visible", "torch"),
+    "dense": ("dense", "torch"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of encoder and decoder; the defaults are the paper's base model.
+
+    ``stem`` is "multires" (the convolution stem) or "patch" (one plain P x P patch embedding; resolutions = (P,)).
+
+    ``kernels`` says what runs the model's operators (`cat_kernels`) and changes numbers by rounding only: "auto" the
+    fastest that can run, "reference" plain PyTorch, "triton" the Triton kernels or an error, "dense" plain PyTorch with
+    the stem on all positions of all clones, as its formula is written.
+    """
+
+    stem: str = "multires"
+    resolutions: tuple[int, ...] = (4, 8, 16)
+    channels: tuple[int, ...] = (256, 384)
+    embed_dim: int = 768
+    depth: int = 11
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    mel_bins: int = 128
+    decoder_dim: int = 768
+    decoder_layers: int = 6
+    decoder_groups: int = 16
+    decoder_kernel: int = 3
+    kernels: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.stem not in ("multires", "patch"):
+            raise ValueError(f"stem={self.stem!r}; expected 'multires' or 'patch'")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels={self.kernels!r}; expected one of {', '.join(map(repr, KERNELS))}")
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth}; expected at least one transformer block")
+        if self.stem == "patch" and len(self.resolutions) != 1:
+            raise ValueError(f"stem='patch' with resolutions={self.resolutions}; expected one, the patch size: (16,)")
+        if self.embed_dim % 4 or self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} with num_heads={self.num_heads}; expected a multiple of 4 (sin-cos "
+                "positions) and of num_heads"
+            )
+        if self.mel_bins % self.patch_size:
+            raise ValueError(f"mel_bins={self.mel_bins} is not a multiple of the patch size {self.patch_size}")
+        for name, width in (("embed_dim", self.embed_dim), ("decoder_dim", self.decoder_dim)):
+            if self.decoder_layers and width % self.decoder_groups:
+                raise ValueError(f"{name}={width} is not a multiple of decoder_groups={self.decoder_groups}")
+
+    @property
+    def patch_size(self) -> int:
+        return self.resolutions[-1]
+
+    @property
+    def stem_backend(self) -> str:
+        return KERNELS[self.kernels][0]
+
+    @property
+    def backend(self) -> str:
+        """Of every operator but the stem."""
+        return KERNELS[self.kernels][1]
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Fields as earlier versions wrote them, in recipes and checkpoints, under today's names."""
+        if "stem_backend" in values:
+            old = values.pop("stem_backend")
+            values.setdefault("kernels", "reference" if old == "visible" else old)
+        return values
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        channels=(48, 96), embed_dim=192, depth=4, num_heads=3, decoder_dim=192, decoder_layers=2, decoder_groups=16
+    ),
+    "small": ModelConfig(channels=(128, 192), embed_dim=384, num_heads=6, decoder_dim=384, decoder_layers=4),
+    "base": ModelConfig(),
+    "large": ModelConfig(channels=(320, 512), embed_dim=1024, depth=23, num_heads=16, decoder_dim=1024),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- encoder
+
+
+def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
+    """Fixed 2-D sin-cos table (rows * columns, dim) float32: first half encodes the column w, second half the row h."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (w, h)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+class Block(nn.Module):
+    """Post-norm transformer block; gives its output and the output of its MLP, from which targets are made."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+
+    def attention(self, x_NSD: Tensor) -> Tensor:
+        N, S, D = x_NSD.shape
+        q, k, v = self.qkv(x_NSD).reshape(N, S, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, S, D))
+
+    def forward(self, x_NSD: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm1(x_NSD + self.attention(x_NSD))
+        t = self.fc2(F.gelu(self.fc1(x)))
+        return self.norm2(x + t), t
+
+
+class PatchEmbed(nn.Module):
+    """One plain P x P patch embedding, on the visible patches only: the stem of the authors' ablation."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(1, embed_dim, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+
+    def forward(self, spec_B1TF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+        pixels_BLP = patchify(spec_B1TF, (self.patch_size,)).squeeze(2)
+        if visible_NK is not None:
+            B, N = spec_B1TF.shape[0], visible_NK.shape[0]
+            clip = torch.arange(N, device=spec_B1TF.device) // (N // max(B, 1))
+            pixels_BLP = pixels_BLP[clip[:, None], visible_NK]
+        return F.linear(pixels_BLP, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Stem, fixed positions, CLS token, LayerNorm, post-norm blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.embed_dim
+        if config.stem == "patch":
+            self.stem: nn.Module = PatchEmbed(config.patch_size, D)
+        else:
+            self.stem = MultiResConv(config.resolutions, config.channels, D, backend=config.stem_backend)
+        columns = config.mel_bins // config.patch_size
+        self.positions: Tensor
+        self.register_buffer("positions", sincos_positions(D, MAX_ROWS, columns), persistent=False)
+        self.cls = nn.Parameter(torch.randn(1, 1, D))  # 3-D, as released: weight decay applies to it
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks.apply(init_linear)
+
+    def embed(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+        """What the first block sees: (N, 1+K, D), CLS first, or (B, 1+L, D) without ``visible``."""
+        self._check_spec(spec)
+        tokens = self.stem(spec, visible)
+        x = gather_tokens(
+            tokens, visible, self.positions, self.cls.flatten(), select=False, backend=self.config.backend
+        )
+        return self.norm(x)
+
+    def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Output of the last block.
+
+        Args:
+            spec: (B, 1, T, F) normalised log-mel spectrogram; T a multiple of P, F = ``config.mel_bins``.
+            visible: (B*M, K) int64 patch indices; None: all patches.
+
+        Returns:
+            (B*M, 1+K, D), or (B, 1+L, D) without ``visible``: CLS, then the patches in the order asked for.
+        """
+        x = self.embed(spec, visible)
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+    def _check_spec(self, spec: Tensor) -> None:
+        P, n_mels = self.config.patch_size, self.config.mel_bins
+        if spec.ndim != 4 or spec.shape[1] != 1 or spec.shape[3] != n_mels:
+            raise ValueError(f"spec has shape {tuple(spec.shape)}; this encoder expects (B, 1, T, {n_mels})")
+        if spec.shape[2] == 0 or spec.shape[2] % P or spec.shape[2] > MAX_ROWS * P:
+            raise ValueError(
+                f"spec has T={spec.shape[2]} frames; expected a positive multiple of the patch size {P}, at most "
+                f"{MAX_ROWS * P}"
+            )
+
+
+def init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,187 @@
+"""What a pre-training recipe holds, and which of it may change when a run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cat.config import ConfigError, differences, from_mapping, load, to_mapping
+from cat.data.dataset import DataConfig
+from cat.data.features import FEATURE_PRESETS, FeatureConfig
+from cat.data.masks import MaskConfig
+from cat.model import PRESETS, ModelConfig, ObjectiveConfig
+from cat.training.optim import EmaConfig, OptimConfig
+
+SECTION_PRESETS: dict[type, Mapping[str, Any]] = {ModelConfig: PRESETS, FeatureConfig: FEATURE_PRESETS}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, what it runs on, and how often it reports and saves."""
+
+    name: str = ""  # the run directory is dir/name; empty: the recipe's file name
+    dir: Path = Path("runs")
+    seed: int = 0  # of the weights, the data order, the masks and the noise
+    weights_seed: int | None = None  # of the weights alone; null: the seed
+    device: str = "auto"  # "auto": the GPU where there is one; "cpu", "cuda", "cuda:1"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
+    compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
+    cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it; GPU only
+    threads: int = 0  # CPU threads; 0: torch's choice
+    stop_at: int | None = (
+        None  # stop with a checkpoint after so many updates of the schedule's optim.steps; --resume goes on
+    )
+    log_every: int = 50  # updates between two writes of metrics; each waits for the device once
+    eval_every: int = 5_000  # updates between two validation losses, when data.valid is given; 0: at checkpoints only
+    checkpoint_every: int = 5_000  # updates
+    keep_last: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # checkpoints with the lowest validation (else training) loss kept besides
+    tensorboard: bool = True
+    figures: bool = True  # write figures/ at the end, when matplotlib is installed
+    collapse_pred_std: float = 0.01  # warn below, after collapse_steps updates in a row
+    collapse_target_std: float = 0.1
+    collapse_steps: int = 500  # 0: never warn
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("seed", "threads", "eval_every", "keep_best", "collapse_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise ValueError(f"stop_at is {self.stop_at}; expected at least 1, or null")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Fields as earlier versions wrote them, in recipes and checkpoints, as today's: ``compile`` was a bool."""
+        if isinstance(values.get("compile"), bool):
+            values["compile"] = "step" if values["compile"] else "none"
+        return values
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A whole recipe; each section is the dataclass of the module that uses it."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        P = self.model.patch_size
+        if self.features.mel_bins != self.model.mel_bins:
+            raise ValueError(
+                f"features.mel_bins is {self.features.mel_bins} and model.mel_bins {self.model.mel_bins}; expected "
+                "the same"
+            )
+        if self.features.frames % P:
+            raise ValueError(
+                f"features.frames is {self.features.frames}; expected a multiple of the patch size {P} (the last "
+                "resolution)"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name
+
+    @property
+    def end(self) -> int:
+        """The update after which the run ends: of the whole schedule, unless stopped earlier."""
+        return min(self.optim.steps, self.run.stop_at or self.optim.steps)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along time and frequency, (H, W)."""
+        return self.features.frames // self.model.patch_size, self.model.mel_bins // self.model.patch_size
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read a recipe; a run without a name gets the file's.
+
+    Raises: `ConfigError`.
+    """
+    config = load(PretrainConfig, path, overrides, SECTION_PRESETS)
+    if not config.run.name:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
+    return config
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``run.device``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"run.device is {name!r}; expected auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; use run.device=auto or cpu"
+        )
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The arithmetic of ``run.precision`` on this device."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if name == "bf16" else "fp32"
+
+
+def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
+    """Where ``data.features`` has the log-mel made: on the run's device ("gpu", whatever it is) or by data workers."""
+    if name == "auto":
+        return "gpu" if device.type == "cuda" else "cpu"
+    return "gpu" if name == "gpu" else "cpu"
+
+
+# ---------------------------------------------------------------- resuming
+
+# Keys that leave a run's numbers alone (or change them by rounding only). data.train and data.valid may move, but the
+# clips must be the same: their fingerprints are compared. run.precision is compared as resolved.
+_FREE = {
+    "data.train",
+    "data.valid",
+    "data.num_workers",
+    "data.prefetch",
+    "data.features",
+    "data.max_failed_share",
+    "model.kernels",
+}
+_BOUND_IN_RUN = {"run.seed"}
+
+
+def check_same_run(saved: Mapping[str, Any], config: PretrainConfig, run_dir: Path) -> None:
+    """Whether a run may go on with this configuration.
+
+    Everything that changes the numbers must be as it was, the schedule's length (optim.steps) too: the learning rate of
+    every step depends on it. To stop earlier and go on later there is run.stop_at.
+
+    Raises: `ConfigError` naming the keys that differ.
+    """
+    before = to_mapping(from_mapping(PretrainConfig, saved, source=f"{run_dir}'s checkpoint"))
+    changed = {
+        key: values
+        for key, values in differences(before, to_mapping(config)).items()
+        if key in _BOUND_IN_RUN or not (key in _FREE or key.startswith("run."))
+    }
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(
+            f"{run_dir} cannot be resumed with other settings, its numbers would change: {listed}. Resume it without "
+            "these changes, or start another run with run.name=OTHER"
+        )

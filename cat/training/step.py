@@ -1,0 +1,156 @@
+"""One optimiser step of pre-training: losses, backward, clipping, AdamW, the teacher's average.
+
+Nothing here waits for the device. The step runs eager, compiled in part or whole, or as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cat.model import CAT, PretrainOutput
+from cat.parts import part
+from cat.training.optim import OptimConfig, build_optimizer, clip_gradients, set_learning_rate, trainable
+
+COMPILER = "inductor"  # torch.compile's backend
+EAGER_STEPS = 3  # before a step is recorded: kernels are compiled, plans and tables made, moments allocated
+
+
+class PretrainStep:
+    """A model with its optimiser; a call is one update.
+
+    Args:
+        precision: "bf16" runs under autocast, and the teacher keeps weights in it.
+        compile: "blocks": torch.compile of the stems, of each block (compiled once, run many times) and of the decoder;
+            "step": of the whole loss. The optimiser and the average are single kernels already.
+        cuda_graph: record the whole step at its fourth call and replay it from then on; batches must keep their shapes.
+    """
+
+    def __init__(
+        self,
+        model: CAT,
+        optim: OptimConfig,
+        *,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        compile: Literal["none", "blocks", "step"] = "none",
+        cuda_graph: bool = False,
+    ) -> None:
+        self.model, self.clip_norm = model, optim.clip_norm
+        self.device = model.student.cls.device
+        self.parameters = trainable(model)
+        self.optimizer = build_optimizer(self.parameters, optim, capturable=cuda_graph)
+        self._bf16 = precision == "bf16"
+        if self._bf16:
+            model.lower_teacher(torch.bfloat16)
+        model.ema()  # before anything is compiled for the tensors as they are
+        if compile == "blocks":
+            compile_blocks(model)
+        self._forward = torch.compile(model, backend=COMPILER) if compile == "step" else model
+        self._decay: float | Tensor = 1.0
+        self._replay: Replay | None = None
+        if cuda_graph:
+            self._decay = torch.ones((), dtype=torch.float64, device=self.device)
+            self._replay = Replay(self._update, self.device)
+
+    def losses(self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor) -> PretrainOutput:
+        """As `CAT.forward`, in the step's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16), part("forward, rest"):
+            return self._forward(spec, visible, embedding, rng=rng)
+
+    def __call__(
+        self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor, *, lr: float, decay: float
+    ) -> Tensor:
+        """One update. Returns the fields of `PretrainOutput` and the gradient norm, (7,) float32; the next call may
+        overwrite them."""
+        set_learning_rate(self.optimizer, lr)
+        if isinstance(self._decay, Tensor):
+            self._decay.fill_(decay)
+        else:
+            self._decay = decay
+        return (self._replay or self._update)(spec, visible, embedding, rng)
+
+    def _update(self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor) -> Tensor:
+        output = self.losses(spec, visible, embedding, rng)
+        with part("backward"):
+            output.loss.backward()
+        with part("optimiser"):
+            grad_norm = clip_gradients(self.parameters.values(), self.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with part("EMA"):
+            self.model.update_teacher(self._decay)
+        return torch.stack([*(value.detach().float() for value in output), grad_norm.float()])
+
+
+def compile_blocks(model: CAT, backend: str | None = None) -> None:
+    """torch.compile of the stems, of each block and of the decoder, in place; state dicts stay as they are."""
+    parts: list[nn.Module] = [model.decoder]
+    for encoder in (model.student, model.acting_teacher):
+        parts += [encoder.stem, *encoder.blocks]
+    for module in parts:
+        module.compile(dynamic=False, backend=backend or COMPILER)
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+class Replay:
+    """A function of tensors that is recorded once and then replayed.
+
+    The first calls run it as it is, on a side stream, as CUDA's libraries want it before recording. Then it is
+    recorded, which runs nothing, on copies of its arguments. From then on a call copies its arguments into these and
+    replays. Whatever else the function reads must be a tensor that stays where it is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._calls = 0
+        self._side: torch.cuda.Stream | None = None
+        self._held: list[Tensor | None] = []
+        self._run: Callable[[], Tensor] | None = None
+
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
+        self._calls += 1
+        if self._calls <= EAGER_STEPS:
+            with self._side_stream():
+                return self._function(*arguments)
+        if self._run is None:
+            self._held = [None if a is None else a.clone() for a in arguments]
+            self._run = record(lambda: self._function(*self._held), self._device)
+        for held, argument in zip(self._held, arguments, strict=True):
+            if held is not None and argument is not None:
+                if held.shape != argument.shape:
+                    raise ValueError(
+                        f"a batch of shape {tuple(argument.shape)} came after the step was recorded with "
+                        f"{tuple(held.shape)}; a CUDA graph needs the same shapes: use run.cuda_graph=false"
+                    )
+                held.copy_(argument)
+        with part("graph"):
+            return self._run()
+
+    @contextlib.contextmanager
+    def _side_stream(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self._device)
+        self._side = self._side or torch.cuda.Stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            yield
+        current.wait_stream(self._side)
+
+
+def record(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """``function`` as a CUDA graph; the returned callable replays it, with its result always in the same memory."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    # thread_local: the thread that pins batches goes on allocating meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        output = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay

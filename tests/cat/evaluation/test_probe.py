@@ -1,0 +1,203 @@
+"""Probes: tuned on valid, test scored once, the honest rows beside the trained one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cat.commands import probe as command
+from cat.data import Clip, FeatureConfig, Manifest, write_manifest
+from cat.encoders import CatEncoder, LogMelStatistics
+from cat.evaluation import classifiers, probe
+from cat.evaluation.classifiers import Split, chance, knn_probe, linear_probe, mean_average_precision
+from cat.model import Encoder, ModelConfig
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("sklearn")
+
+TINY = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_dim=16, decoder_layers=1)
+
+
+def clusters(n: int, classes: int, *, seed: int, spread: float = 0.3, multi_label: bool = False) -> Split:
+    """n clips around one centre a class; with several labels a clip lies between its centres."""
+    centres = np.random.default_rng(0).normal(size=(classes, 12))
+    rng = np.random.default_rng(seed)
+    targets = np.eye(classes, dtype=bool)[rng.integers(classes, size=n)]
+    if multi_label:
+        targets |= np.eye(classes, dtype=bool)[rng.integers(classes, size=n)]
+    features = targets @ centres / targets.sum(1, keepdims=True) + spread * rng.normal(size=(n, 12))
+    return Split(features.astype(np.float32), targets)
+
+
+@pytest.mark.parametrize("fit", [knn_probe, linear_probe])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_probes_learn_what_is_there_and_only_that(fit, multi_label):
+    train, valid, test = (clusters(n, 5, seed=s, multi_label=multi_label) for s, n in enumerate((120, 60, 60), start=1))
+    result = fit(train, valid, test, multi_label=multi_label)
+    floor = chance(train, test, multi_label=multi_label)
+    assert result.score > 0.85
+    assert result.valid_score == max(result.tried.values())
+    assert result.tried[result.setting] == result.valid_score
+
+    shuffled = Split(train.features, np.random.default_rng(9).permutation(train.targets))
+    assert fit(shuffled, valid, test, multi_label=multi_label).score < floor + 0.25
+
+
+@pytest.mark.parametrize("fit", [knn_probe, linear_probe])
+def test_the_test_split_is_scored_once(fit, monkeypatch):
+    train, valid, test = (clusters(40, 3, seed=s) for s in (1, 2, 3))
+    scored = []
+
+    def spy(scores, targets):
+        scored.append(targets)
+        return float(np.mean(targets[np.arange(len(targets)), scores.argmax(axis=1)]))
+
+    monkeypatch.setattr(classifiers, "accuracy", spy)
+    fit(train, valid, test, multi_label=False)
+    assert sum(targets is test.targets for targets in scored) == 1
+    assert scored[-1] is test.targets
+
+
+def test_knn_by_hand():
+    train = Split(np.array([[1.0, 0], [0.9, 0.1], [0, 1], [-1, -1]], np.float32), np.eye(2, dtype=bool)[[0, 0, 1, 1]])
+    test = Split(np.array([[1.0, -0.1], [0.1, 2.0]], np.float32), np.eye(2, dtype=bool)[[0, 1]])
+    result = knn_probe(train, test, test, multi_label=False)
+    assert result.score == 1.0
+    assert result.setting == "k=1, standardised"  # the simplest of equals
+
+
+def test_class_that_training_lacks_counts_as_error():
+    train, test = clusters(60, 2, seed=1, spread=0.1), clusters(60, 3, seed=2, spread=0.1)
+    train = Split(train.features, np.pad(train.targets, ((0, 0), (0, 1))))
+    share = 1 - test.targets[:, 2].mean()
+    assert linear_probe(train, test, test, multi_label=False).score <= share
+    assert knn_probe(train, test, test, multi_label=False).score <= share
+
+
+def test_mean_average_precision_leaves_out_classes_without_positives():
+    scores = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.5], [0.1, 0.9, 0.5]])
+    targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], dtype=bool)
+    # class 0: positives at ranks 1 and 3, (1 + 2/3) / 2; class 1: ranks 1 and 2; class 2 has none
+    assert mean_average_precision(scores, targets) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    with pytest.raises(ValueError, match="no class has a positive clip"):
+        mean_average_precision(scores, np.zeros((3, 3), dtype=bool))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three classes that differ in pitch and rhythm; valid and test as well. One test clip cannot be read."""
+    root = tmp_path_factory.mktemp("probe")
+    rng = np.random.default_rng(0)
+    for split, per_class in (("train", 8), ("valid", 4), ("test", 4)):
+        clips = []
+        for c, hertz in enumerate((200, 900, 3500)):
+            for i in range(per_class):
+                t = np.arange(8000) / 16000
+                wave = 0.3 * np.sin(2 * np.pi * hertz * rng.uniform(0.9, 1.1) * t) + 0.01 * rng.normal(size=8000)
+                name = f"{split}-{c}-{i}.wav"
+                soundfile.write(root / name, wave, 16000)
+                clips.append(Clip(name, labels=(f"tone{c}",)))
+        if split == "test":
+            clips.insert(1, Clip("missing.wav", labels=("tone0",)))
+        write_manifest(Manifest(tuple(clips), root), root / f"{split}.jsonl")
+    return root
+
+
+def manifests(root: Path) -> dict[str, Manifest]:
+    from cat.data import load_manifest
+
+    return {split: load_manifest(root / f"{split}.jsonl") for split in probe.SPLITS}
+
+
+def tiny(seed: int = 0) -> CatEncoder:
+    torch.manual_seed(seed)
+    return CatEncoder(Encoder(TINY), FeatureConfig(frames=48))
+
+
+def test_report_has_honest_rows(data):
+    encoder = tiny()
+    report = probe.run_probe(
+        {"trained": encoder, "untrained twin": encoder.untrained_twin(1), "log-mel": LogMelStatistics()},
+        manifests(data),
+    )
+    assert [row.name for row in report.rows] == ["trained", "untrained twin", "log-mel", "chance"]
+    assert report.counts == {"train": 24, "valid": 12, "test": 12}
+    assert report.task.metric == "accuracy"
+    assert report.row("log-mel").scores["linear"] > 0.9  # pitch is what an average spectrum shows
+    assert report.row("chance").scores == {"knn": pytest.approx(1 / 3), "linear": pytest.approx(1 / 3)}
+    assert any("1 clips of test left out" in note and "missing.wav" in note for note in report.notes)
+    trained = report.row("trained").test
+    assert len(trained.rows) == len(report.row("trained").test_labels) == 12
+    assert list(trained.indices[:3]) == [0, 2, 3]  # the clip that cannot be read is gone, nothing slipped
+    text = probe.format_report(report)
+    assert "kNN accuracy" in text
+    assert "untrained twin" in text
+
+
+def test_labels_that_make_no_task(data):
+    clips = manifests(data)["train"].clips
+    unlabelled = Manifest(tuple(Clip(clip.path) for clip in clips), data)
+    with pytest.raises(ValueError, match="the valid manifest has 24 clips and no label"):
+        probe.labelled_task({**manifests(data), "valid": unlabelled})
+    one = Manifest(tuple(Clip(clip.path, labels=("a",)) for clip in clips), data)
+    with pytest.raises(ValueError, match="at least two classes"):
+        probe.labelled_task(dict.fromkeys(probe.SPLITS, one))
+
+
+def test_several_labels_give_map_and_say_what_is_left_out(data):
+    several = manifests(data)
+    train = tuple(Clip(c.path, labels=(*c.labels, "sound", "rare")) for c in several["train"].clips)
+    several["train"] = Manifest(train, data)
+    report = probe.run_probe({"log-mel": LogMelStatistics()}, several, probes=["linear"])
+    assert report.task.multi_label
+    assert report.rows[0].scores["linear"] > 0.9
+    assert any("2 classes without a clip in test (rare, sound): they have no average" in note for note in report.notes)
+
+
+def test_files_in_two_splits_are_pointed_out(data):
+    splits = manifests(data)
+    report = probe.run_probe({"log-mel": LogMelStatistics()}, {**splits, "test": splits["valid"]}, probes=["knn"])
+    assert any(note.startswith("WARNING: 12 files of the valid split are in the test split") for note in report.notes)
+
+
+def save_checkpoint(path: Path, encoder: CatEncoder) -> Path:
+    from cat.checkpoints.store import save_tensors
+    from cat.config import to_mapping
+
+    tensors = {f"student.{name}": tensor for name, tensor in encoder.encoder.state_dict().items()}
+    config = {"model": to_mapping(encoder.encoder.config), "features": to_mapping(encoder.features)}
+    save_tensors(path, tensors, step=7, config=config)
+    return path
+
+
+def arguments(root: Path, *words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    splits = [word for split in probe.SPLITS for word in (f"--{split}", str(root / f"{split}.jsonl"))]
+    return parser.parse_args([str(word) for word in words] + splits)
+
+
+def test_command_writes_json_and_figures(data, tmp_path, capsys):
+    checkpoint = save_checkpoint(tmp_path / "model.safetensors", tiny(5))
+    assert command.run(arguments(data, checkpoint, "--untrained-twin", "--figures", "--pooling", "both")) == 0
+    assert "untrained twin" in capsys.readouterr().out
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert [row["features"] for row in written["rows"]] == ["trained", "untrained twin", "log-mel mean + std", "chance"]
+    assert written["rows"][0]["width"] == 32
+    assert set(written["rows"][0]["probes"]) == {"knn", "linear"}
+    assert written["arguments"]["pooling"] == "both"
+    assert (tmp_path / "figures" / "embeddings.png").stat().st_size > 10_000
+
+
+def test_require_better_fails_for_an_encoder_that_learned_nothing(data, tmp_path, capsys):
+    checkpoint = save_checkpoint(tmp_path / "model.safetensors", tiny(0))  # the very weights of twin 0
+    words = (checkpoint, "--require-better", "--seed", 0, "--linear")
+    assert command.run(arguments(data, *words)) == 1
+    assert "FAIL: the trained encoder does not beat its untrained twin (linear:" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="need a CAT checkpoint"):
+        command.run(arguments(data, "random", "--require-better"))

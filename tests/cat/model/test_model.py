@@ -1,0 +1,280 @@
+"""The model beyond what the golden tensors fix: sizes, any T, options of the objective, errors."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cat.config import ConfigError, from_mapping
+from cat.data.masks import MaskConfig, inverse_block_masks
+from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions
+
+SMALL = ModelConfig(channels=(8, 16), embed_dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_layers=2)
+RNG = torch.tensor([1, 2])
+
+
+def small_batch(config=SMALL, frames=64, clips=2, masks=2):
+    g = torch.Generator().manual_seed(0)
+    spec = torch.randn(clips, 1, frames, config.mel_bins, generator=g)
+    grid = (frames // config.patch_size, config.mel_bins // config.patch_size)
+    visible = inverse_block_masks(MaskConfig(num_masks=masks), grid, seed=0, step=0, clips=torch.arange(clips))
+    return spec, visible
+
+
+def small_cat(config=SMALL, embedding_dim=None, **objective):
+    torch.manual_seed(0)
+    return CAT(config, ObjectiveConfig(**objective), embedding_dim)
+
+
+def test_base_is_the_papers_model():
+    with torch.device("meta"):
+        model = CAT(PRESETS["base"], ObjectiveConfig(regularisation_weight=1.0), embedding_dim=512)
+
+    def millions(*modules):
+        return round(sum(p.numel() for m in modules for p in m.parameters()) / 1e6, 2)
+
+    assert millions(model.student.stem) == 10.81
+    assert millions(model.student) == 88.77
+    assert millions(model.decoder) == 2.59
+    assert millions(model.student, model.decoder, model.regulariser) == 91.75
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+
+
+def test_presets_grow():
+    sizes = []
+    for name in ("tiny", "small", "base", "large"):
+        with torch.device("meta"):
+            sizes.append(sum(p.numel() for p in Encoder(PRESETS[name]).parameters()))
+    assert all(b > 3 * a for a, b in itertools.pairwise(sizes))
+
+
+def test_positions_are_the_formula():
+    table = sincos_positions(16, 5, 3)
+    for h, w in [(0, 0), (4, 2), (2, 1)]:
+        for half, place in ((0, w), (1, h)):
+            for k in range(4):
+                angle = place * 10000 ** (-k / 4)
+                row = table[h * 3 + w, 8 * half : 8 * half + 8]
+                assert row[k] == pytest.approx(math.sin(angle), abs=1e-6)
+                assert row[4 + k] == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("frames", [16, 80, 1024])
+def test_any_length(frames):
+    model = small_cat()
+    spec, visible = small_batch(frames=frames)
+    L = frames // 16 * 8
+    assert model.student(spec).shape == (2, 1 + L, 32)
+    assert model.student(spec, visible).shape == (4, 1 + visible.shape[1], 32)
+    assert torch.isfinite(model(spec, visible, rng=RNG).loss)
+
+
+def test_tokens_before_the_first_block_do_not_depend_on_later_audio():
+    encoder = small_cat().student
+    spec, _ = small_batch(frames=320)
+    torch.testing.assert_close(encoder.embed(spec)[:, :65], encoder.embed(spec[:, :, :160])[:, :65], rtol=0, atol=1)
+    # far from the cut (the stem's depthwise kernels reach 2 positions, four times) they are equal
+    torch.testing.assert_close(encoder.embed(spec)[:, :33], encoder.embed(spec[:, :, :160])[:, :33])
+
+
+def test_patch_stem_agrees_with_its_convolution():
+    config = ModelConfig(
+        stem="patch", resolutions=(16,), channels=(), embed_dim=32, depth=1, num_heads=2, decoder_layers=0
+    )
+    encoder = small_cat(config).student
+    spec, visible = small_batch()
+    dense = encoder.stem.proj(spec).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.stem(spec), dense)
+    expected = dense.repeat_interleave(2, 0).gather(1, visible[:, :, None].expand(-1, -1, 32))
+    torch.testing.assert_close(encoder.stem(spec, visible), expected)
+
+
+def test_masked_audio_reaches_only_the_teacher():
+    model = small_cat()
+    spec, visible = small_batch(masks=1)
+    seen = torch.zeros(2, 32, dtype=torch.bool).scatter(1, visible, True).reshape(2, 1, 4, 8)
+    seen = seen.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    changed = torch.where(seen, spec, spec + 1)
+    torch.testing.assert_close(model.encode(changed, visible)[0], model.encode(spec, visible)[0])
+    assert not torch.allclose(model.targets(changed), model.targets(spec))
+
+
+def test_targets_average_the_last_blocks():
+    spec, _ = small_batch()
+    model = small_cat(teacher_top_k=1)
+    x = model.teacher.embed(spec)
+    for block in model.teacher.blocks:
+        x, t = block(x)
+    t = t[:, 1:]
+    t = (t - t.mean(1, keepdim=True)) / (t.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = torch.nn.functional.layer_norm(t, (32,))
+    torch.testing.assert_close(model.targets(spec), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(small_cat().targets(spec), expected, atol=0.1)
+
+
+def test_sum_and_mean_of_global_losses():
+    spec, visible = small_batch()
+    embedding = torch.randn(2, 5)
+    results = {}
+    for reduction in ("sum", "mean"):
+        model = small_cat(
+            embedding_dim=5, regularisation_weight=0.5, global_weight=2.0, global_loss_reduction=reduction
+        )
+        results[reduction] = model(spec, visible, embedding, rng=RNG)
+    total, mean = results["sum"], results["mean"]
+    assert total.global_ == pytest.approx(4 * mean.global_.item(), rel=1e-5)
+    assert total.regularisation == pytest.approx(4 * mean.regularisation.item(), rel=1e-5)
+    for r in (total, mean):
+        assert r.loss.item() == pytest.approx((r.regression + 2 * r.global_ + 0.5 * r.regularisation).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["l2", "l1", "cosine", "kl"])
+def test_every_distance_is_zero_at_its_target_and_trains_the_projection(distance):
+    model = small_cat(
+        embedding_dim=5, regularisation_weight=1.0, regularisation_distance=distance, regularisation_layer=2
+    )
+    spec, visible = small_batch(clips=1, masks=1)
+    with torch.no_grad():
+        embedding = model.regulariser(model.encode(spec, visible)[1])
+    assert model(spec, visible, embedding, rng=RNG).regularisation.abs() < 1e-5
+    result = model(spec, visible, embedding + torch.randn(1, 5), rng=RNG)
+    assert result.regularisation > 1e-3
+    result.loss.backward()
+    assert model.regulariser.weight.grad.abs().sum() > 0
+
+
+def test_only_the_student_learns():
+    model = small_cat()
+    spec, visible = small_batch()
+    model.train()
+    assert not model.teacher.training
+    model(spec, visible, rng=RNG).loss.backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert all(p.grad is not None for p in model.student.parameters())
+    assert all(p.grad is not None for p in model.decoder.parameters())
+
+
+def test_teacher_follows_the_student():
+    model = small_cat()
+    before = model.teacher.cls.clone()
+    with torch.no_grad():
+        model.student.cls.add_(1)
+    model.update_teacher(0.75)
+    torch.testing.assert_close(model.teacher.cls.data, before + 0.25)
+
+
+def test_noise_depends_on_rng_alone():
+    model = small_cat()
+    spec, visible = small_batch()
+    first = model(spec, visible, rng=RNG).loss
+    torch.manual_seed(99)
+    assert model(spec, visible, rng=RNG).loss == first
+    assert model(spec, visible, rng=torch.tensor([1, 10_000])).loss != first
+
+
+def test_masked_indices_complete_the_visible_ones():
+    visible = torch.tensor([[3, 0], [1, 2]])
+    assert masked_indices(visible, 5).tolist() == [[1, 2, 4], [0, 3, 4]]
+
+
+def test_bf16_autocast_keeps_losses_in_fp32():
+    model = small_cat()
+    spec, visible = small_batch()
+    exact = model(spec, visible, rng=RNG)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model(spec, visible, rng=RNG)
+    assert result.loss.dtype == torch.float32
+    assert result.loss.item() == pytest.approx(exact.loss.item(), rel=0.03)
+    result.loss.backward()
+
+
+def test_whole_step_is_one_graph():
+    model = small_cat(embedding_dim=5, regularisation_weight=1.0)
+    spec, visible = small_batch()
+    embedding = torch.randn(2, 5)
+    expected = model(spec, visible, embedding, rng=RNG)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    result = compiled(spec, visible, embedding, rng=RNG)
+    torch.testing.assert_close(list(result), list(expected))
+    result.loss.backward()
+    assert model.student.cls.grad is not None
+
+
+def operators_called(kernels):
+    """Backends that a step of a model with these kernels asks for, by operator."""
+    asked = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "cat_kernels":
+                asked.setdefault(func._schema.name.split("::")[1], set()).add((kwargs or {}).get("backend", "auto"))
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model = CAT(dataclasses.replace(SMALL, channels=(16, 32), kernels=kernels))
+        spec, visible = torch.empty(2, 1, 64, 128), torch.empty(4, 6, dtype=torch.int64)
+        with Watch():
+            model(spec, visible, rng=torch.empty(2, dtype=torch.int64)).loss.backward()
+        return asked, model.student.stem.backend, model.ema().backend
+
+
+@pytest.mark.parametrize(("kernels", "backend", "stem"), [
+    ("auto", "auto", "auto"),
+    ("reference", "torch", "visible"),
+    ("dense", "torch", "dense"),
+])  # fmt: skip
+def test_kernels_choose_the_backend_of_every_operator(kernels, backend, stem):
+    asked, *backends = operators_called(kernels)
+    assert backends == [stem, backend]
+    assert {name.partition("_backward")[0] for name in asked} >= {
+        "gather_tokens", "restore_tokens", "average_targets", "masked_regression_loss",
+    }  # fmt: skip
+    assert set().union(*asked.values()) == {backend}
+
+
+def test_an_earlier_versions_stem_backend_is_kernels():
+    assert from_mapping(ModelConfig, {"stem_backend": "visible"}).kernels == "reference"
+    assert from_mapping(ModelConfig, {"stem_backend": "triton"}).kernels == "triton"
+    with pytest.raises(ConfigError, match="kernels='fast'; expected one of 'auto'"):
+        from_mapping(ModelConfig, {"kernels": "fast"})
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"stem": "conv"}, "stem='conv'"),
+    ({"stem": "patch"}, "expected one, the patch size"),
+    ({"embed_dim": 30}, "embed_dim=30"),
+    ({"num_heads": 5}, "num_heads=5"),
+    ({"mel_bins": 100}, "mel_bins=100"),
+    ({"decoder_dim": 40}, "decoder_dim=40"),
+])  # fmt: skip
+def test_impossible_architectures(bad, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**bad)
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"regularisation_distance": "mse"}, "expected one of"),
+    ({"global_loss_reduction": "none"}, "'sum' or 'mean'"),
+])  # fmt: skip
+def test_impossible_objectives(bad, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(**bad)
+
+
+def test_objective_that_does_not_fit_the_model():
+    with pytest.raises(ValueError, match="regularisation_layer=4; expected 0 to 3"):
+        small_cat(embedding_dim=5, regularisation_weight=1.0, regularisation_layer=4)
+    with pytest.raises(ValueError, match="needs external embeddings"):
+        small_cat(regularisation_weight=1.0)
+    spec, visible = small_batch()
+    with pytest.raises(ValueError, match="no external embedding"):
+        small_cat(embedding_dim=5, regularisation_weight=1.0)(spec, visible, rng=RNG)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 128), (2, 1, 64, 80), (2, 1, 60, 128), (2, 1, 0, 128), (1, 1, 12304, 128)])
+def test_spectrograms_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"expect"):
+        small_cat().student(torch.zeros(shape))
