@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         max_failed_share=args.max_failed_share,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(f"{len(written)} embeddings of width {encoder.dim} by {encoder.name}: {args.out}")
     print(f"manifest with their rows: {args.manifest_out or args.out.with_suffix('.jsonl')}")

@@ -6,7 +6,6 @@ Runs, embeddings, curves and ``result.json`` go to OUT/NAME.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from cat.experiments.regularisation import regularisation
 from cat.experiments.resolutions import resolutions
 from cat.figures import write_loss_curves
 from cat.files import write_json
+from cat.progress import say
 from cat.training.recipe import pick_device
 
 EPILOG = """\
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     config = experiment_config(args.name, data, args.overrides)
     started = time.perf_counter()
     if args.name == "overfit":
-        verdict = overfit(config, say=(lambda text: None) if args.quiet else _to_stderr)
+        verdict = overfit(config, say=(lambda text: None) if args.quiet else say)
         write_loss_curves(out / "figures" / "loss.png", {"overfit": verdict.values["curve"]})
     elif args.name == "regularisation":
         encoder = build_encoder(args.encoder, device=pick_device(config.run.device))
@@ -78,13 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made_data(folder: Path) -> Path:
-    config, show = SynthConfig(clips_per_class=20, eval_clips_per_class=10), sys.stderr.isatty()
+    config, show = SynthConfig(clips_per_class=20, eval_clips_per_class=10), True
     try:
         synthesise(config, folder, progress=show)
     except FileExistsError:  # made by another version of synth; what synth did not make is left alone, and raises again
         synthesise(config, folder, force=True, progress=show)
     return folder
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         probes=probes,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(format_report(report))
     out = args.out or _default_out(args.encoder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from cat.data.synth import SPLITS, SynthConfig, synthesise
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         snr_db=tuple(args.snr_db),
         classes=tuple(args.classes),
     )
-    made = synthesise(config, args.out, force=args.force, progress=sys.stderr.isatty())
+    made = synthesise(config, args.out, force=args.force, progress=True)
     counts = ", ".join(f"{config.clips_of(split) * len(config.classes)} {split}" for split in SPLITS)
     state = "made" if made else "already there"
     print(f"{args.out}: {len(config.classes)} classes, clips: {counts} ({state})")

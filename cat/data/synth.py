@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 
 from cat.data.manifest import Clip, Manifest, write_manifest
 from cat.files import write_json
+from cat.progress import track
 from cat.sounds import CLASSES, make_clip
 
 VERSION = 1  # raise it when the same settings no longer give the same sounds
@@ -131,7 +131,7 @@ def _settings(config: SynthConfig) -> dict[str, Any]:
 def _write(config: SynthConfig, folder: Path, progress: bool) -> None:
     plan = [(s, label, k) for s in SPLITS for k in range(config.clips_of(s)) for label in config.classes]
     clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
-    for split, label, number in _progress(plan, progress):
+    for split, label, number in track(plan, len(plan), label="synth", unit="clips", enabled=progress):
         clips[split].append(_write_clip(config, folder, split, label, number))
     for split in SPLITS:
         manifest = Manifest(
@@ -139,15 +139,6 @@ def _write(config: SynthConfig, folder: Path, progress: bool) -> None:
         )
         write_manifest(manifest, folder / f"{split}.jsonl")
     write_json(folder / SETTINGS_FILE, _settings(config))
-
-
-def _progress(plan: list[tuple[str, str, int]], show: bool) -> Iterator[tuple[str, str, int]]:
-    if not show:
-        yield from plan
-        return
-    from tqdm import tqdm
-
-    yield from tqdm(plan, desc="synth", unit="clip")
 
 
 def _write_clip(config: SynthConfig, folder: Path, split: str, label: str, number: int) -> Clip:

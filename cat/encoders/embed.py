@@ -22,6 +22,7 @@ from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
 from cat.encoders.frozen import FrozenEncoder
 from cat.files import replacing
+from cat.progress import track
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def embed_manifest(
     """Embeds the clips in their order. Yields (indices (k,) int64, embeddings (k, dim) float32 on the CPU, skipped) a
     batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite."""
     batches = _waveforms(manifest, encoder, batch_size, num_workers)
-    if progress:
-        from tqdm import tqdm
-
-        batches = tqdm(batches, total=-(-len(manifest.clips) // batch_size), desc=encoder.name, unit="batch")
+    total = -(-len(manifest) // batch_size)
+    batches = track(batches, total, label=encoder.name, unit="batches", enabled=progress)
     for indices, waveform_Bn, lengths_B, skipped in batches:
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def probe_runs(
         config.features, max_samples=config.features.samples, device=device
     )
     manifests = {split: load_manifest(data / f"{split}.jsonl") for split in SPLITS}
-    report = run_probe(encoders, manifests, batch_size=32, progress=progress and sys.stderr.isatty())
+    report = run_probe(encoders, manifests, batch_size=32, progress=progress)
     drawn = {r.name: (r.test.rows, r.test_labels) for r in report.rows if r.name in runs and r.test is not None}
     write_projection(out / "figures" / "embeddings.png", drawn)
     return report

@@ -26,10 +26,11 @@ from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_ba
 from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
+from cat.progress import Progress
 from cat.training.failures import FailureLog
 from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
 from cat.training.recipe import PretrainConfig, check_same_run, pick_device, pick_features, pick_precision
-from cat.training.records import CollapseCheck, Metrics, Progress, read_rows
+from cat.training.records import CollapseCheck, Metrics, read_rows
 from cat.training.signals import StopSignals
 from cat.training.step import PretrainStep
 
@@ -267,7 +268,7 @@ class Trainer:
         self._check_finite(rows)
         losses = [row["loss"] for row in rows]
         self._since_checkpoint += losses
-        self.progress.advance(self.step, loss=sum(losses) / len(losses), clips_per_s=self._clips / seconds)
+        self.progress.advance(self.step, f"loss {sum(losses) / len(losses):.4f}, {self._clips / seconds:.1f} clips/s")
         for warning in self.collapse.update(rows):
             self.progress.say(f"warning: {warning}")
         self._restart_clock()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from cat.checkpoints import store as checkpoints
 from cat.config import ConfigError
 from cat.data import load_manifest
+from cat.progress import say
 from cat.training.loop import RunResult, Trainer
 from cat.training.profiling import STEPS, StepProfile, profile_steps
 from cat.training.recipe import PretrainConfig, pick_device
@@ -80,7 +80,7 @@ def _trainer(config: PretrainConfig, run_dir: Path, *, resume: bool, progress: b
             notes.insert(
                 0, f"going on from {newest}" if newest else f"{run_dir} has no checkpoint yet: starting at step 0"
             )
-            print("\n".join(notes), file=sys.stderr)
+            say("\n".join(notes))
         yield trainer
 
 

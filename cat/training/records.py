@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON Lines, TensorBoard, a progress display, the collapse check.
+"""What a run reports while it trains: JSON Lines, TensorBoard, the collapse check.
 
 ``metrics.jsonl`` has one JSON object a line:
 
@@ -17,8 +17,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -155,58 +153,3 @@ class CollapseCheck:
                         f"{limit:g} for {self._steps} steps; try a lower optim.lr or a longer optim.warmup_steps"
                     )
         return warnings
-
-
-class Progress:
-    """Loss, clips a second and time left: a bar on a terminal, a line now and then elsewhere (files, CI)."""
-
-    def __init__(
-        self, total: int, start: int, *, label: str, enabled: bool = True, seconds_between_lines: float = 10.0
-    ) -> None:
-        self._total, self._start, self._label = total, start, label
-        self._interval, self._begun, self._last_line = seconds_between_lines, time.monotonic(), -math.inf
-        self._enabled = enabled
-        self._bar = _bar(total, start, label) if enabled and sys.stderr.isatty() else None
-
-    def advance(self, step: int, *, loss: float, clips_per_s: float) -> None:
-        """Updates done so far, the mean loss of the latest, and the rate."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {clips_per_s:.1f} clips/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if self._enabled and (now - self._last_line >= self._interval or step == self._total):
-            self._last_line = now
-            left = (self._total - step) * (now - self._begun) / max(1, step - self._start)
-            print(
-                f"{self._label}: step {step}/{self._total}, loss {loss:.4f}, {clips_per_s:.1f} clips/s, "
-                f"{_duration(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def say(self, text: str) -> None:
-        """A line that does not tear the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif self._enabled:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _bar(total: int, start: int, label: str) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("the progress display needs tqdm: pip install 'cat-kernels[train]'") from None
-    layout = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {postfix}]"
-    return tqdm(total=total, initial=start, desc=label, bar_format=layout, dynamic_ncols=True, file=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import pytest
 
-from cat.training.records import CollapseCheck, JsonLines, Metrics, Progress, read_rows, truncate_rows
+from cat.training.records import CollapseCheck, JsonLines, Metrics, read_rows, truncate_rows
 
 
 def test_rows_come_back_and_what_is_not_finite_is_null(tmp_path):
@@ -71,41 +70,6 @@ def test_collapse_warns_after_so_many_steps_in_a_row_and_again_after_recovery():
     (warning,) = check.update(rows([0.05] * 3, "target_std"))
     assert "targets" in warning
     assert CollapseCheck(pred_std=1, target_std=1, steps=0).update(rows([0.0] * 9)) == []
-
-
-def test_progress_without_a_terminal_prints_lines_now_and_then(capsys):
-    progress = Progress(100, 0, label="run", seconds_between_lines=1000)
-    progress.advance(10, loss=1.5, clips_per_s=20.0)
-    progress.advance(20, loss=1.4, clips_per_s=20.0)
-    progress.say("hello")
-    progress.advance(100, loss=1.0, clips_per_s=20.0)
-    progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["run: step 10/100", "hello", "run: step 100/100"]
-    for part in ("loss 1.5000", "20.0 clips/s", "left"):
-        assert part in lines[0]
-
-
-def test_progress_on_a_terminal_is_a_bar(monkeypatch):
-    pytest.importorskip("tqdm")
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr("sys.stderr", terminal)
-    progress = Progress(100, 40, label="run")
-    progress.advance(50, loss=1.5, clips_per_s=20.0)
-    progress.say("hello")
-    progress.close()
-    shown = terminal.getvalue()
-    for part in ("run", "50%", "step 50/100", "loss 1.5000", "20.0 clips/s", "hello\n", "<"):
-        assert part in shown
-
-
-def test_progress_can_be_silent(capsys):
-    progress = Progress(10, 0, label="run", enabled=False)
-    progress.advance(10, loss=1.0, clips_per_s=1.0)
-    progress.say("hello")
-    progress.close()
-    assert capsys.readouterr() == ("", "")
 
 
 def test_json_lines_are_plain_json(tmp_path):
