@@ -127,14 +127,17 @@ def from_released(
         student: released names -> tensors.
         teacher: the EMA teacher's, same names; None: the teacher starts as the student.
         num_heads: see `infer_config`.
-        objective: losses to train on further.
+        objective: losses to train on further; ``regularisation_projection`` must be the released run's, "student" but
+            for its odd ``proj_type``.
 
     Raises:
         ValueError: parameters that are missing, unknown or of another shape, named.
     """
-    config = infer_config(student, num_heads=num_heads)
-    projection = student.get("clap_proj.weight")
-    model = CAT(config, objective, embedding_dim=None if projection is None else projection.shape[0])
+    config, objective = infer_config(student, num_heads=num_heads), objective or ObjectiveConfig()
+    embedding_dim = None
+    if (projection := student.get("clap_proj.weight")) is not None:
+        embedding_dim = projection.shape[objective.regularisation_projection == "external"]
+    model = CAT(config, objective, embedding_dim=embedding_dim)
     state = _translate(student)
     teacher_state = _translate(student if teacher is None else teacher)
     state |= {

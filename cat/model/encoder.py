@@ -9,6 +9,7 @@ first, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +113,9 @@ PRESETS: dict[str, ModelConfig] = {
 
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     """Fixed 2-D sin-cos table (rows * columns, dim) float32: first half encodes the column w, second half the row h."""
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    with torch.device("cpu"):
+        omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+        h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (w, h)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
@@ -171,13 +173,24 @@ class Encoder(nn.Module):
             self.stem: nn.Module = PatchEmbed(config.patch_size, D)
         else:
             self.stem = MultiResConv(config.resolutions, config.channels, D, backend=config.stem_backend)
-        columns = config.mel_bins // config.patch_size
+        self.cls = nn.Parameter(torch.randn(1, 1, D))  # 3-D, as released: matrices' weight decay applies to it
         self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(D, MAX_ROWS, columns), persistent=False)
-        self.cls = nn.Parameter(torch.randn(1, 1, D))  # 3-D, as released: weight decay applies to it
+        self.register_buffer("positions", self._table().to(self.cls.device), persistent=False)
+        self.register_load_state_dict_post_hook(_place_positions)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.blocks.apply(init_linear)
+
+    def _table(self) -> Tensor:
+        config = self.config
+        return sincos_positions(config.embed_dim, MAX_ROWS, config.mel_bins // config.patch_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """No state dict brings the positions back that `to_empty` leaves uninitialised."""
+        super()._apply(fn, recurse)
+        if not self.positions.is_meta:
+            self.positions.copy_(self._table())
+        return self
 
     def embed(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
         """What the first block sees: (N, 1+K, D), CLS first, or (B, 1+L, D) without ``visible``."""
@@ -212,6 +225,12 @@ class Encoder(nn.Module):
                 f"spec has T={spec.shape[2]} frames; expected a positive multiple of the patch size {P}, at most "
                 f"{MAX_ROWS * P}"
             )
+
+
+def _place_positions(encoder: Encoder, _: Any) -> None:
+    """After ``load_state_dict(assign=True)`` into an encoder made on the meta device."""
+    if encoder.positions.is_meta:
+        encoder.positions = encoder._table().to(encoder.cls.device, encoder.cls.dtype)
 
 
 def init_linear(module: nn.Module) -> None:

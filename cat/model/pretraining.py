@@ -10,6 +10,7 @@ P patch, H x W = T/P x F/P patches, L = H * W (patch h*W + w), K visible patches
 from __future__ import annotations
 
 import itertools
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,15 +31,17 @@ class ObjectiveConfig:
     ``global_loss_reduction`` "sum" is the published recipe: L_g and L_r are *sums* over the clip-clones of the batch,
     while L_p is a mean over masked tokens, so at weight 1 they grow with the batch per GPU. "mean" divides by their
     number. ``regularisation_layer`` d: 0 takes the CLS token of the last block, d > 0 the one that block d's MLP puts
-    out. ``regularisation_distance``: "l2" (the paper's s), "cosine", "l1" or "kl". ``teacher_top_k``: average the last
-    k blocks into the target, 0 means all. ``noise_std``: deviation of the noise that stands for masked patches in the
-    decoder.
+    out. ``regularisation_distance``: "l2" (the paper's s), "l1", "cosine" or "kl", see `DISTANCES`.
+    ``regularisation_projection``: "student" projects the CLS token to the external embedding's width D_e, "external"
+    the embedding to the model's. ``teacher_top_k``: average the last k blocks into the target, 0 means all.
+    ``noise_std``: deviation of the noise that stands for masked patches in the decoder.
     """
 
     global_weight: float = 1.0
     regularisation_weight: float = 0.0
     regularisation_layer: int = 0
     regularisation_distance: str = "l2"
+    regularisation_projection: str = "student"
     global_loss_reduction: str = "sum"
     teacher_top_k: int = 0
     noise_std: float = 0.01
@@ -48,8 +51,29 @@ class ObjectiveConfig:
             raise ValueError(
                 f"regularisation_distance={self.regularisation_distance!r}; expected one of {sorted(DISTANCES)}"
             )
+        if self.regularisation_projection not in ("student", "external"):
+            raise ValueError(
+                f"regularisation_projection={self.regularisation_projection!r}; expected 'student' or 'external'"
+            )
         if self.global_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"global_loss_reduction={self.global_loss_reduction!r}; expected 'sum' or 'mean'")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Objectives of runs that earlier versions wrote, whole, keep the distances that they were trained with."""
+        old = values.get("regularisation_distance")
+        if old in _EARLIER and "regularisation_projection" not in values and values.keys() >= _FIRST_FIELDS:
+            values["regularisation_distance"] = _EARLIER[old]
+            warnings.warn(
+                f"regularisation_distance={old!r} of an earlier version is {_EARLIER[old]!r} now: {old!r} has become "
+                "the released code's",
+                stacklevel=2,
+            )
+        return values
+
+
+_FIRST_FIELDS = {"global_weight", "regularisation_weight", "regularisation_layer", "teacher_top_k", "noise_std"}
+_EARLIER = {"cosine": "bare_cosine", "kl": "kl_from_external"}
 
 
 # --------------------------------------------------------------------------------------------------------- decoder
@@ -88,11 +112,22 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().sum(-1) * a.shape[-1] ** -0.5
 
 
+def kl_divergence(a: Tensor, b: Tensor) -> Tensor:
+    """KL(softmax(a) | softmax(b)) = sum_d p_d (log p_d - log q_d), over the last dimension."""
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+# regularisation_distance -> distance of a prediction a (..., D) and an external embedding b over the last dimension, as
+# released: all but KL are divided by sqrt(D).
 DISTANCES = {
     "l2": squared_distance,
     "l1": lambda a, b: (a - b).abs().sum(-1) * a.shape[-1] ** -0.5,
-    "cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=-1),
-    "kl": lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").sum(-1),
+    "cosine": lambda a, b: (1 - F.cosine_similarity(a, b, dim=-1, eps=1e-6)) * a.shape[-1] ** -0.5,
+    "kl": kl_divergence,
+    # Of version 0.1, for its runs to go on with.
+    "bare_cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=-1),
+    "kl_from_external": lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").sum(-1),
 }
 
 
@@ -135,8 +170,10 @@ class CAT(nn.Module):
                 raise ValueError(f"{name}={value}; expected 0 to {config.depth}, the number of blocks")
         self.student = Encoder(config)
         self.decoder = Decoder(config)
-        self.regulariser = nn.Linear(config.embed_dim, embedding_dim) if embedding_dim else None
-        if self.regulariser is not None:
+        self.regulariser: nn.Linear | None = None
+        if embedding_dim:
+            widths = (config.embed_dim, embedding_dim)
+            self.regulariser = nn.Linear(*(widths if self._projects_student else widths[::-1]))
             init_linear(self.regulariser)
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
         # In a tuple: no submodule, and so not in the state dict.
@@ -148,6 +185,10 @@ class CAT(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    @property
+    def _projects_student(self) -> bool:
+        return self.objective.regularisation_projection == "student"
 
     @property
     def acting_teacher(self) -> Encoder:
@@ -265,9 +306,13 @@ class CAT(nn.Module):
         if self.regulariser is not None and o.regularisation_weight:
             if embedding is None:
                 raise ValueError("this model has a regularisation term, but the batch has no external embedding")
-            projected = self.regulariser(cls).float()
+            cls, external = (
+                (self.regulariser(cls), embedding)
+                if self._projects_student
+                else (cls, self.regulariser(embedding.to(self.regulariser.weight.dtype)))
+            )
             distance = DISTANCES[o.regularisation_distance]
-            regularisation = reduce(distance(projected, embedding.float().repeat_interleave(M, dim=0)))
+            regularisation = reduce(distance(cls.float(), external.float().repeat_interleave(M, dim=0)))
             loss = loss + o.regularisation_weight * regularisation
 
         return PretrainOutput(

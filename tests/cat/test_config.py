@@ -171,6 +171,7 @@ def test_base_recipe_is_the_paper():
     assert (o.lr, o.betas, o.weight_decay, o.warmup_steps, o.steps, o.clip_norm) == (
         5e-4, (0.9, 0.95), 0.05, 53_333, 400_000, 4.0,
     )  # fmt: skip
+    assert o.weight_decay_on == "all"
     assert (e.start, e.end, e.steps) == (0.9998, 0.99999, 100_000)
     assert (m.ratio, m.num_masks, config.data.batch_size) == (0.8, 4, 96)
     assert (config.objective.regularisation_weight, config.objective.global_loss_reduction) == (1.0, "sum")

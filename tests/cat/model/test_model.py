@@ -3,14 +3,17 @@
 import dataclasses
 import itertools
 import math
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cat.config import ConfigError, from_mapping
+from cat.config import ConfigError, from_mapping, to_mapping
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions
+from cat.model.pretraining import DISTANCES
 
 SMALL = ModelConfig(channels=(8, 16), embed_dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_layers=2)
 RNG = torch.tensor([1, 2])
@@ -131,19 +134,112 @@ def test_sum_and_mean_of_global_losses():
         assert r.loss.item() == pytest.approx((r.regression + 2 * r.global_ + 0.5 * r.regularisation).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("distance", ["l2", "l1", "cosine", "kl"])
-def test_every_distance_is_zero_at_its_target_and_trains_the_projection(distance):
+@pytest.mark.parametrize("projection", ["student", "external"])
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_every_distance_is_zero_at_its_target_and_trains_the_projection(distance, projection):
     model = small_cat(
-        embedding_dim=5, regularisation_weight=1.0, regularisation_distance=distance, regularisation_layer=2
+        embedding_dim=5,
+        regularisation_weight=1.0,
+        regularisation_distance=distance,
+        regularisation_projection=projection,
+        regularisation_layer=2,
     )
     spec, visible = small_batch(clips=1, masks=1)
     with torch.no_grad():
-        embedding = model.regulariser(model.encode(spec, visible)[1])
+        cls = model.encode(spec, visible)[1]
+        if projection == "student":
+            embedding = model.regulariser(cls)
+        else:  # the projection goes from the narrower to the wider: an embedding whose image is the CLS token
+            model.regulariser.bias.copy_(cls[0])
+            embedding = torch.zeros(1, 5)
     assert model(spec, visible, embedding, rng=RNG).regularisation.abs() < 1e-5
-    result = model(spec, visible, embedding + torch.randn(1, 5), rng=RNG)
+    result = model(spec, visible, embedding + 20 * torch.randn(1, 5), rng=RNG)
     assert result.regularisation > 1e-3
     result.loss.backward()
     assert model.regulariser.weight.grad.abs().sum() > 0
+
+
+def test_distances_are_the_released_ones():
+    """By the formula, in float64, written out with numpy."""
+    a, b = np.random.default_rng(0).standard_normal((2, 3, 512))
+    root = np.sqrt(512)
+    cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    expected = {
+        "l2": ((a - b) ** 2).sum(-1) / root,
+        "l1": np.abs(a - b).sum(-1) / root,
+        "cosine": (1 - cosine) / root,
+        "kl": (p * (np.log(p) - np.log(q))).sum(-1),
+        "bare_cosine": 1 - cosine,
+        "kl_from_external": (q * (np.log(q) - np.log(p))).sum(-1),
+    }
+    assert expected.keys() == DISTANCES.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            DISTANCES[name](torch.from_numpy(a), torch.from_numpy(b)), value, 1e-12, err_msg=name
+        )
+    zero = torch.zeros(1, 512, dtype=torch.float64)
+    assert DISTANCES["cosine"](zero, torch.from_numpy(b[:1])).item() == pytest.approx(1 / root)
+
+
+def test_either_side_is_projected():
+    """L_r by the formula, in float64: s(W cls + b, e) or s(cls, W e + b), summed over the clip-clones."""
+    for projection, shape in (("student", (5, 32)), ("external", (32, 5))):
+        model = small_cat(embedding_dim=5, regularisation_weight=1.0, regularisation_projection=projection).double()
+        assert model.regulariser.weight.shape == shape
+        spec, visible = (x.double() if x.is_floating_point() else x for x in small_batch(clips=2, masks=2))
+        embedding = torch.randn(2, 5, dtype=torch.float64)
+        with torch.no_grad():
+            cls, W, b = model.encode(spec, visible)[1], model.regulariser.weight, model.regulariser.bias
+            e = embedding.repeat_interleave(2, dim=0)
+            left, right = (cls @ W.T + b, e) if projection == "student" else (cls, e @ W.T + b)
+            expected = ((left - right) ** 2).sum() / left.shape[1] ** 0.5
+            found = model(spec, visible, embedding, rng=RNG).regularisation
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # the losses are taken in float32
+
+
+def test_objectives_of_earlier_runs_keep_their_distance():
+    """A run wrote all its fields; what a person writes means what it says today."""
+    whole = {key: value for key, value in to_mapping(ObjectiveConfig()).items() if key != "regularisation_projection"}
+    for old, new in (("cosine", "bare_cosine"), ("kl", "kl_from_external")):
+        with pytest.warns(UserWarning, match=f"'{old}' of an earlier version is '{new}' now"):
+            assert (
+                from_mapping(ObjectiveConfig, whole | {"regularisation_distance": old}).regularisation_distance == new
+            )
+        assert from_mapping(ObjectiveConfig, {"regularisation_distance": old}).regularisation_distance == old
+        now = to_mapping(ObjectiveConfig(regularisation_distance=old))
+        assert from_mapping(ObjectiveConfig, now).regularisation_distance == old
+    assert from_mapping(ObjectiveConfig, whole) == ObjectiveConfig()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_encoder_made_without_memory_is_whole_once_it_is_loaded(assign):
+    """Positions are in no state dict."""
+    good = Encoder(SMALL).eval()
+    with torch.device("meta"):
+        late = Encoder(SMALL).eval()
+    if not assign:
+        late.to_empty(device="cpu")
+    late.load_state_dict(good.state_dict(), assign=assign)
+    spec, visible = small_batch()
+    with torch.no_grad():
+        assert torch.equal(late(spec, visible), good(spec, visible))
+        late.to_empty(device="cpu").load_state_dict(good.state_dict())
+        assert torch.equal(late(spec, visible), good(spec, visible))
+    assert torch.equal(deepcopy(late).bfloat16().positions, good.positions.bfloat16())
+    assert late.to("meta").positions.is_meta
+
+
+def test_pre_training_made_without_memory_goes_on_once_it_is_loaded():
+    good = small_cat().eval()
+    with torch.device("meta"):
+        late = small_cat().eval()
+    late.to_empty(device="cpu").load_state_dict(good.state_dict())
+    spec, visible = small_batch()
+    for model in (good, late):
+        model.update_teacher(0.5)
+    with torch.no_grad():
+        assert late(spec, visible, rng=RNG).loss == good(spec, visible, rng=RNG).loss
 
 
 def test_only_the_student_learns():

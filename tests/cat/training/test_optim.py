@@ -84,15 +84,24 @@ class Net(nn.Module):
         return self.linear(self.norm(self.conv(x).mean((2, 3)) + self.cls)).square().mean()
 
 
-def test_weight_decay_spares_vectors_and_the_frozen_are_not_trained():
+def decay_of_each(on):
     net = Net()
-    optimizer = build_optimizer(trainable(net), OptimConfig(weight_decay=0.3))
+    optimizer = build_optimizer(trainable(net), OptimConfig(weight_decay=0.3, weight_decay_on=on))
     names = {id(p): name for name, p in net.named_parameters()}
-    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert decay == {
+    return {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_weight_decay_spares_vectors_and_the_frozen_are_not_trained():
+    assert decay_of_each("matrices") == {
         "conv.weight": 0.3, "linear.weight": 0.3, "cls": 0.0,
         "conv.bias": 0.0, "norm.weight": 0.0, "norm.bias": 0.0, "linear.bias": 0.0,
     }  # fmt: skip
+
+
+def test_weight_decay_of_the_released_code_spares_nothing():
+    decay = decay_of_each("all")
+    assert set(decay.values()) == {0.3}
+    assert decay.keys() == decay_of_each("matrices").keys()
 
 
 def test_clipping_gives_the_norm_before():
