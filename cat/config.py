@@ -4,6 +4,11 @@ The dataclasses themselves belong to the modules that use them; this file knows 
 changed gives a static method ``upgrade(values) -> values`` that puts what earlier versions wrote under today's names.
 Every mistake in a recipe is a `ConfigError` that names the place (file or command line), the key, the value, what was
 expected and what to do.
+
+Why no library does this: tried on the recipes and their tests, msgspec would take the place of 23 lines here (whether a
+value is of its field's type) and be one more compiled package that loading an encoder needs; pydantic reads
+``steps: true`` as 1 and passes over unknown keys unless the model's own dataclasses say otherwise; OmegaConf has lists
+where these dataclasses have tuples. Places, presets, nearest names and the words of the errors would stay ours.
 """
 
 from __future__ import annotations
