@@ -7,6 +7,8 @@ PIP_ARGS ?=
 # More for pytest, e.g. PYTEST_ARGS="tests/kernels -x".
 PYTEST_ARGS ?=
 OUT ?= gpu-suite
+MINUTES ?= 60
+SEED ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -20,7 +22,7 @@ RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format bench gpu-suite docs clean
+.PHONY: help quickstart test fuzz lint format bench gpu-suite docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +36,10 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it agai
 
 test: $(BUILT) ## run the tests; those marked gpu only where there is one
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+fuzz: $(BUILT) ## odd manifests, audio files and recipes, for MINUTES=60, from seeds that are new (or SEED=N)
+	CAT_FUZZ_SECONDS=$$(($(MINUTES) * 60)) CAT_FUZZ_SEED=$(or $(SEED),$$(date +%s)) \
+	    $(BIN)/python -m pytest -q -n auto --maxprocesses 3 tests/test_fuzz.py
 
 lint: $(INSTALLED) ## ruff (rules and format), and mypy on both packages
 	$(BIN)/ruff check .
