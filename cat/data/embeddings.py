@@ -6,6 +6,7 @@ computed for, and both are checked when the file is opened. The released layout,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ import numpy as np
 from cat.data.audio import AudioError
 from cat.data.clips import Clips
 from cat.data.manifest import Manifest
-from cat.files import write_json
+from cat.files import replacing, write_json
 
 _NPY_HEADER = 128  # bytes; enough for any number of rows, so that the header can be written last
 _SAMPLED = 256  # rows or files, spread evenly, that tell whether the content is still the same
@@ -204,7 +205,6 @@ class EmbeddingWriter:
         self._indices: dict[int, None] = {}  # of the clips, in the order of their rows
         self._sha256 = hashlib.sha256()
         self._linked: Manifest | None = None
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     @property
     def manifest(self) -> Manifest:
@@ -228,32 +228,29 @@ class EmbeddingWriter:
         self._sha256.update(rows.tobytes())
 
     def __enter__(self) -> EmbeddingWriter:
-        self._file = open(self._temporary, "wb")  # closed in __exit__
+        self._stack = contextlib.ExitStack()
+        temporary = self._stack.enter_context(replacing(self.path))
+        self._file = self._stack.enter_context(open(temporary, "wb"))
         self._file.write(b" " * _NPY_HEADER)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-
-    def _commit(self) -> None:
-        if not self._indices:
-            raise EmbeddingError(f"{self.path}: not one clip was embedded; nothing written")
-        self._file.seek(0)
-        self._file.write(_npy_header((len(self._indices), self._dim)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if kind is not None:
+            self._stack.__exit__(kind, value, trace)
+            return
+        sidecar = sidecar_path(self.path)
+        with self._stack:  # leaving it gives the array its name
+            self._complete()
+            # Without its sidecar the array does not open, so a crash between the two renames cannot mix two runs.
+            sidecar.unlink(missing_ok=True)
+        clips = (
+            dataclasses.replace(self._source.clips[index], embedding=row) for row, index in enumerate(self._indices)
+        )
         linked = dataclasses.replace(
             self._source,
-            clips=Clips(
-                dataclasses.replace(self._source.clips[index], embedding=row) for row, index in enumerate(self._indices)
-            ),
+            clips=Clips(clips),
             embeddings=self.path,
             embedding_files=None,
             embeddings_fingerprint=None,
@@ -261,18 +258,22 @@ class EmbeddingWriter:
         linked = dataclasses.replace(linked, embeddings_fingerprint=linked.fingerprint)
         info = {
             "encoder": self._encoder,
-            "count": len(self._indices),
+            "count": len(linked),
             "dim": self._dim,
             "sha256": self._sha256.hexdigest(),
             "manifest": str(self._source.source),
             "fingerprint": linked.fingerprint,
         }
-        # Without its sidecar the array does not open, so a crash between the two renames cannot mix two runs.
-        sidecar = sidecar_path(self.path)
-        sidecar.unlink(missing_ok=True)
-        os.replace(self._temporary, self.path)
         write_json(sidecar, info)
         self._linked = linked
+
+    def _complete(self) -> None:
+        if not self._indices:
+            raise EmbeddingError(f"{self.path}: not one clip was embedded; nothing written")
+        self._file.seek(0)
+        self._file.write(_npy_header((len(self._indices), self._dim)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def gather_embeddings(manifest: Manifest, path: str | os.PathLike[str], *, encoder: str) -> Manifest:

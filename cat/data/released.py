@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -91,13 +92,13 @@ def _label_names(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     found: dict[int, tuple[str, str]] = {}
-    rows = csv.reader(read_text(path).splitlines(keepends=True), skipinitialspace=True, strict=True)
+    rows = csv.reader(io.StringIO(read_text(path)), skipinitialspace=True, strict=True)
     try:
         for row in rows:
             where = f"{path}:{rows.line_num}"
             if not any(cell.strip() for cell in row) or (rows.line_num == 1 and row[0].strip() == "index"):
                 continue
-            if len(row) < 2 or not row[0].strip().isdecimal():
+            if len(row) < 2 or not row[0].strip().isdecimal() or len(row[0]) > 18:
                 raise ManifestError(f"{where}: expected 'index,label,name', got {shorten(','.join(row))}")
             index, label = int(row[0]), label_text(row[1], where)
             if index in found or any(label == other for other, _ in found.values()):
@@ -116,9 +117,9 @@ def read_json(path: Path) -> Listed:
         raise ManifestError(
             f'{path}: expected a list of {{"wav_path": ...}} or {{"data": [{{"wav": ..., "labels": ...}}]}}'
         )
-    files, dropped = Texts(), Counter[str]()
+    files, dropped, folder, name = Texts(), Counter[str](), path.parent, str(path)
     clips = Clips(
-        _json_clip(entry, number, files, dropped, path.parent, f"{path}: entry {number}")
+        _json_clip(entry, number, files, dropped, folder, f"{name}: entry {number}")
         for number, entry in enumerate(entries, 1)
     )
     if len(files) not in (0, len(clips)):
@@ -128,8 +129,8 @@ def read_json(path: Path) -> Listed:
         "of its own; rename it to keep it"
         for field, count in dropped.items()
     )
-    clips, root, names = _with_labels(path, clips, path.parent)
-    return Listed(clips, root, names, Files(path.parent, files) if files else None, notes)
+    clips, root, names = _with_labels(path, clips, folder)
+    return Listed(clips, root, names, Files(folder, files) if files else None, notes)
 
 
 def _json_clip(entry: Any, number: int, files: Texts, dropped: Counter[str], folder: Path, where: str) -> Clip:
