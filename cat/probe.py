@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from cat.classifiers import PROBES, Result, Split, chance, classes_without_positives
-from cat.data.clips import Clips
 from cat.data.manifest import Manifest, load_manifest
 from cat.embed import Embeddings, collect_embeddings
 from cat.files import write_json
@@ -91,7 +90,7 @@ def _labelled(manifests: dict[str, Manifest]) -> tuple[dict[str, Manifest], list
     """The clips that have a label, and notes on those that have none: a stray file is no reason for another metric."""
     labelled, notes = {}, []
     for split, manifest in manifests.items():
-        clips = Clips(clip for clip in manifest.clips if clip.labels)
+        clips = [clip for clip in manifest.clips if clip.labels]
         labelled[split] = dataclasses.replace(manifest, clips=clips) if len(clips) < len(manifest) else manifest
         notes += [f"{split}: {note}" for note in manifest.notes]
         if len(clips) < len(manifest):

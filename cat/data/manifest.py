@@ -141,7 +141,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
             f"{path}: no such file or folder; give a folder of audio or a .jsonl, .tsv or .json manifest"
         ) from None
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{shorten(str(path))}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ManifestError(f"{shorten(str(path))}: {reason}; give a folder or a manifest that can be read") from None
     try:
         manifest = _load_folder(path) if path.is_dir() else _load_file(path)
     except RecursionError:

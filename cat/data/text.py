@@ -103,8 +103,12 @@ def parse_json(text: str, path: Path, number: int | None = None) -> Any:
     except json.JSONDecodeError as error:
         if number is None:
             where += f":{error.lineno}"
-        line = text.split("\n")[error.lineno - 1]
-        raise ManifestError(f"{where}: not JSON ({error.msg} at column {error.colno}): {shorten(line)}") from None
+        line, hint = text.split("\n")[error.lineno - 1], ""
+        if number is None and error.msg == "Extra data":
+            hint = "; is it JSON Lines, an object a line? Name it .jsonl"
+        elif number == 1 and line.strip() in ("[", "{"):
+            hint = "; JSON Lines have one whole object a line. Is it a released list? Name it .json"
+        raise ManifestError(f"{where}: not JSON ({error.msg} at column {error.colno}): {shorten(line)}{hint}") from None
     except RecursionError:
         raise ManifestError(f"{where}: nested too deeply; a clip is one flat object") from None
     except ValueError as error:  # a _Fault, or Python's limit on the digits of a number

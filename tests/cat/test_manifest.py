@@ -122,6 +122,18 @@ def test_rows_without_an_embeddings_file(tmp_path):
         load_manifest(put(tmp_path / "m.jsonl", lines(HEADER, {"path": "a.wav", "embedding": 0})))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.json", '{"path": "a.wav"}\n{"path": "b.wav"}\n', r"m\.json:2: not JSON .*Name it \.jsonl"),
+        ("m.jsonl", '[\n{"wav": "a.wav"}\n]\n', r"m\.jsonl:1: not JSON .*Name it \.json$"),
+    ],
+)
+def test_one_kind_of_list_under_the_other_s_name(tmp_path, name, text, words):
+    with pytest.raises(ManifestError, match=words):
+        load_manifest(put(tmp_path / name, text))
+
+
 @pytest.mark.parametrize("name", ["m.jsonl", "m.tsv", "m.json"])
 def test_not_text(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"path": "a.wav"}\n\xff\xfe')
