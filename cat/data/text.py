@@ -156,7 +156,10 @@ def label_text(text: str, where: str) -> str:
 @lru_cache(maxsize=65536)  # the same few labels on every line
 def _label_text(text: str) -> str:
     text = unicodedata.normalize("NFC", text.strip())
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def label_list(value: object, where: str) -> tuple[str, ...]:

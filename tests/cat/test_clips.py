@@ -33,6 +33,7 @@ def test_labels_are_clean_wherever_they_come_from():
     decomposed = unicodedata.normalize("NFD", "café")
     manifest = Manifest((Clip("a.wav", labels=(" dog", decomposed, "dog")), Clip("b.wav", labels=("café",))), "/x")
     assert [clip.labels for clip in manifest.clips] == [("dog", "café"), ("café",)]
+    assert Manifest((Clip("a.wav", labels=("\udce9", "\ud83d")),), "/x").classes == ("\\ud83d", "\\xe9")
     with pytest.raises(ManifestError, match="an empty label"):
         Manifest((Clip("a.wav", labels=(" ",)),), "/x")
 
