@@ -6,10 +6,15 @@ computed for, and both are checked when the file is opened. The released layout,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from cat.data.audio import AudioError
-from cat.data.manifest import Clip, Manifest
-from cat.files import write_json
+from cat.data.clips import Clips
+from cat.data.manifest import Manifest
+from cat.files import replacing, write_json
 
 _NPY_HEADER = 128  # bytes; enough for any number of rows, so that the header can be written last
+_SAMPLED = 256  # rows or files, spread evenly, that tell whether the content is still the same
 
 
 class EmbeddingError(ValueError):
@@ -35,7 +42,7 @@ class EmbeddingStore:
         if not path.exists() or not sidecar.exists():
             missing = sidecar if path.exists() else path
             raise EmbeddingError(f"{missing}: no such file; run `cat-audio embed` for this manifest (again)")
-        info = json.loads(sidecar.read_text(encoding="utf-8"))
+        info = _read_sidecar(sidecar)
         if fingerprint is not None and fingerprint != info["fingerprint"]:
             raise EmbeddingError(
                 f"{path}: its rows were computed for another list of clips ({info['manifest']}) than this manifest's; "
@@ -43,6 +50,7 @@ class EmbeddingStore:
             )
         self.path = path
         self.encoder: str = info["encoder"]
+        self._sha256: str | None = info.get("sha256")
         self._rows = _open_rows(path)
         if list(self._rows.shape) != [info["count"], info["dim"]]:
             raise EmbeddingError(
@@ -59,8 +67,31 @@ class EmbeddingStore:
         return self._rows.shape[1]
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:
-        """(len(indices), dim) float32, a copy."""
-        return np.asarray(self._rows[np.asarray(indices, dtype=np.int64)], dtype=np.float32)
+        """(len(indices), dim) float32, a copy. A row that is not finite is an AudioError, named as in ``clap.npy[17]``:
+        its clip is then skipped and recorded."""
+        rows = _as_float32(self._rows[np.asarray(indices, dtype=np.int64)])
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            index = indices[int(finite.argmin())]
+            raise AudioError(f"{self.path}[{index}]", "this row, the clip's external embedding, is NaN or infinite")
+        return rows
+
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """Equal for equal rows of the same encoder, JSON-able; a run compares it before it goes on.
+
+        ``sha256`` is that of the rows when they were written (computed here for a sidecar that lacks it); ``sample`` is
+        of some rows as they are now, and so tells whether another program has written the array since.
+        """
+        rows = self._rows
+        sample = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).astype(np.int64))
+        return {
+            "encoder": self.encoder,
+            "count": len(rows),
+            "dim": self.dim,
+            "sha256": self._sha256 or _checksum(rows[at : at + 4096] for at in range(0, len(rows), 4096)),
+            "sample": _checksum([rows[sample]]),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}  # a memory map would be pickled by its content
@@ -74,9 +105,9 @@ class EmbeddingFiles:
     """The released layout, a ``.npy`` of shape (dim,) or (1, dim) a clip, behind `EmbeddingStore`'s interface."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
+        self.files = files
         self.encoder = "unknown"
-        self.dim = self._load(self._first_readable()).size
+        self.dim = self._usual_width()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -91,21 +122,45 @@ class EmbeddingFiles:
             row[:] = values
         return rows
 
-    def _first_readable(self) -> Path:
-        for file in self.files[:100]:
-            if file.is_file():
-                return file
-        raise EmbeddingError(f"{self.files[0]}: no such file (nor the next ones); correct the clap_path entries")
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """As `EmbeddingStore.identity`, by the content of some of the files."""
+        sample = np.unique(np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(np.int64))
+        return {
+            "encoder": self.encoder,
+            "count": len(self),
+            "dim": self.dim,
+            "sample": _checksum(self._or_nothing(self.files[index]) for index in sample.tolist()),
+        }
+
+    def _usual_width(self) -> int:
+        """The commonest of the first few files that can be read: one odd file must not make all others the odd ones."""
+        widths = (self._or_nothing(file).size for file in self.files[:100])
+        few = list(itertools.islice(filter(None, widths), 5))
+        if not few:
+            raise EmbeddingError(
+                f"{self.files[0]}: no embedding can be read from it (nor from the next ones); correct the clap_path "
+                "entries"
+            )
+        return statistics.mode(few)
+
+    def _or_nothing(self, path: Path) -> np.ndarray:
+        try:
+            return self._load(path)
+        except AudioError:
+            return np.empty(0, dtype=np.float32)
 
     @staticmethod
     def _load(path: Path) -> np.ndarray:
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise AudioError(path, f"the external embedding cannot be read: {error}") from None
-        if values.size == 0 or values.size != values.shape[-1] or not np.isfinite(values).all():
-            raise AudioError(path, f"an embedding must be (dim,) or (1, dim) finite numbers, got shape {values.shape}")
-        return values.reshape(-1)
+        values = _read_npy(path, lambda reason: AudioError(path, f"the external embedding cannot be read: {reason}"))
+        vector = values.ndim > 0 and values.size == values.shape[-1] > 0 and values.dtype.kind in "fiu"
+        row = _as_float32(values.reshape(-1)) if vector else None
+        if row is None or not np.isfinite(row).all():
+            raise AudioError(
+                path,
+                f"an embedding must be (dim,) or (1, dim) finite numbers, got shape {values.shape}, {values.dtype}",
+            )
+        return row
 
 
 def open_embeddings(manifest: Manifest) -> EmbeddingStore | EmbeddingFiles | None:
@@ -120,13 +175,14 @@ def open_embeddings(manifest: Manifest) -> EmbeddingStore | EmbeddingFiles | Non
         store = EmbeddingFiles(manifest.embedding_files)
     else:
         return None
-    for clip in manifest.clips:
-        if clip.embedding is None or clip.embedding >= len(store):
-            what = "no embedding row" if clip.embedding is None else f"embedding row {clip.embedding}"
-            raise EmbeddingError(
-                f"{manifest.source}: {clip.path} has {what}, the embeddings have rows 0 to {len(store) - 1}; "
-                "remove the clip or run `cat-audio embed` again"
-            )
+    outside = np.flatnonzero((manifest.rows < 0) | (manifest.rows >= len(store)))
+    if len(outside):
+        clip = manifest.clips[int(outside[0])]
+        what = "no embedding row" if clip.embedding is None else f"embedding row {clip.embedding}"
+        raise EmbeddingError(
+            f"{manifest.source}: {clip.path} has {what}, the embeddings have rows 0 to {len(store) - 1}; "
+            "remove the clip or run `cat-audio embed` again"
+        )
     return store
 
 
@@ -146,10 +202,9 @@ class EmbeddingWriter:
         if self.path.suffix != ".npy":
             raise EmbeddingError(f"{self.path}: embeddings are written as .npy; name the file so")
         self._source, self._dim, self._encoder = manifest, dim, encoder
-        self._clips: list[Clip] = []
-        self._seen: set[int] = set()
+        self._indices: dict[int, None] = {}  # of the clips, in the order of their rows
+        self._sha256 = hashlib.sha256()
         self._linked: Manifest | None = None
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     @property
     def manifest(self) -> Manifest:
@@ -166,37 +221,36 @@ class EmbeddingWriter:
         if not np.isfinite(rows).all():
             raise EmbeddingError("an embedding has NaN or infinite values; leave that clip out")
         for index in map(int, indices):
-            if index in self._seen:
+            if index in self._indices:
                 raise EmbeddingError(f"clip {index} ({self._source.clips[index].path}) was given an embedding twice")
-            self._seen.add(index)
-            self._clips.append(dataclasses.replace(self._source.clips[index], embedding=len(self._clips)))
+            self._indices[index] = None
         self._file.write(rows.tobytes())
+        self._sha256.update(rows.tobytes())
 
     def __enter__(self) -> EmbeddingWriter:
-        self._file = open(self._temporary, "wb")  # closed in __exit__
+        self._stack = contextlib.ExitStack()
+        temporary = self._stack.enter_context(replacing(self.path))
+        self._file = self._stack.enter_context(open(temporary, "wb"))
         self._file.write(b" " * _NPY_HEADER)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-
-    def _commit(self) -> None:
-        if not self._clips:
-            raise EmbeddingError(f"{self.path}: not one clip was embedded; nothing written")
-        self._file.seek(0)
-        self._file.write(_npy_header((len(self._clips), self._dim)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if kind is not None:
+            self._stack.__exit__(kind, value, trace)
+            return
+        sidecar = sidecar_path(self.path)
+        with self._stack:  # leaving it gives the array its name
+            self._complete()
+            # Without its sidecar the array does not open, so a crash between the two renames cannot mix two runs.
+            sidecar.unlink(missing_ok=True)
+        clips = (
+            dataclasses.replace(self._source.clips[index], embedding=row) for row, index in enumerate(self._indices)
+        )
         linked = dataclasses.replace(
             self._source,
-            clips=tuple(self._clips),
+            clips=Clips(clips),
             embeddings=self.path,
             embedding_files=None,
             embeddings_fingerprint=None,
@@ -204,35 +258,48 @@ class EmbeddingWriter:
         linked = dataclasses.replace(linked, embeddings_fingerprint=linked.fingerprint)
         info = {
             "encoder": self._encoder,
-            "count": len(self._clips),
+            "count": len(linked),
             "dim": self._dim,
+            "sha256": self._sha256.hexdigest(),
             "manifest": str(self._source.source),
             "fingerprint": linked.fingerprint,
         }
-        # Without its sidecar the array does not open, so a crash between the two renames cannot mix two runs.
-        sidecar = sidecar_path(self.path)
-        sidecar.unlink(missing_ok=True)
-        os.replace(self._temporary, self.path)
         write_json(sidecar, info)
         self._linked = linked
+
+    def _complete(self) -> None:
+        if not self._indices:
+            raise EmbeddingError(f"{self.path}: not one clip was embedded; nothing written")
+        self._file.seek(0)
+        self._file.write(_npy_header((len(self._indices), self._dim)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def gather_embeddings(manifest: Manifest, path: str | os.PathLike[str], *, encoder: str) -> Manifest:
     """The released one-``.npy``-a-clip layout into one file at ``path``; returns the manifest that refers to it.
 
-    Clips whose embedding cannot be read are left out.
+    Clips whose embedding cannot be read are left out; a note of the manifest says how many, and why the first.
     """
     store = open_embeddings(manifest)
     if not isinstance(store, EmbeddingFiles):
         raise EmbeddingError(f"{manifest.source}: its embeddings are not one .npy a clip; there is nothing to gather")
+    target = os.path.abspath(path)
+    if os.path.exists(target) and any(os.path.abspath(file) == target for file in store.files):
+        raise EmbeddingError(f"{path}: is one of the files to gather; give another name")
+    left_out: list[AudioError] = []
     with EmbeddingWriter(path, manifest, dim=store.dim, encoder=encoder) as writer:
-        for index, clip in enumerate(manifest.clips):
+        for index, row in enumerate(manifest.rows.tolist()):
             try:
-                rows = store.rows([index if clip.embedding is None else clip.embedding])
-            except AudioError:
-                continue
-            writer.append([index], rows)
-    return writer.manifest
+                rows = store.rows([row])
+            except AudioError as error:
+                left_out.append(error)
+            else:
+                writer.append([index], rows)
+    if not left_out:
+        return writer.manifest
+    note = f"{path}: {len(left_out)} of {len(manifest)} clips left out, without an embedding; first: {left_out[0]}"
+    return dataclasses.replace(writer.manifest, notes=(*manifest.notes, note))
 
 
 def sidecar_path(path: Path) -> Path:
@@ -240,14 +307,51 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _open_rows(path: Path) -> np.ndarray:
+def _read_sidecar(path: Path) -> dict[str, Any]:
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise EmbeddingError(f"{path}: not a readable .npy array ({error}); run `cat-audio embed` again") from None
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EmbeddingError(f"{path}: damaged ({error}); run `cat-audio embed` again") from None
+    for key, kind in (("encoder", str), ("manifest", str), ("fingerprint", str), ("count", int), ("dim", int)):
+        value = info.get(key) if isinstance(info, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise EmbeddingError(
+                f"{path}: damaged (no {key!r} of type {kind.__name__} in it); run `cat-audio embed` again"
+            )
+    if not isinstance(info.get("sha256"), str | None):
+        raise EmbeddingError(f"{path}: damaged ('sha256' is not of type str); run `cat-audio embed` again")
+    return info
+
+
+def _open_rows(path: Path) -> np.ndarray:
+    def damaged(reason: str) -> EmbeddingError:
+        return EmbeddingError(f"{path}: not a readable .npy array ({reason}); run `cat-audio embed` again")
+
+    rows = _read_npy(path, damaged)
     if rows.ndim != 2 or rows.dtype.kind != "f":
         raise EmbeddingError(f"{path}: expected a (rows, dim) array of floats, got {rows.dtype} {rows.shape}")
     return rows
+
+
+def _read_npy(path: Path, damaged: Callable[[str], Exception]) -> np.ndarray:
+    """A .npy file, memory-mapped: never a .npz or a pickle, and a header that lies about the size allocates nothing."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of a damaged header also TokenError, SyntaxError, ...: numpy has Python read it
+        raise damaged(str(error)) from None
+
+
+def _as_float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # becomes infinite, and is then refused
+        return np.array(values, dtype=np.float32)
+
+
+def _checksum(parts: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the numbers as little-endian float32, as `EmbeddingWriter` writes them."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part, dtype="<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _npy_header(shape: tuple[int, int]) -> bytes:

@@ -1,7 +1,8 @@
 """What frozen features know about labels, against features that learned nothing (`cat-audio probe`).
 
 Rows of the table: the encoder; its untrained twin (same architecture, fresh weights); the mean and deviation of the
-log-mel spectrogram; chance. One label a clip gives accuracy, several give mean average precision.
+log-mel spectrogram; chance. One label a clip gives accuracy, several give mean average precision; clips without a label
+are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """The classes of three labelled manifests, and whether clips carry exactly one label each."""
+    """The classes of three labelled manifests, and whether some clip carries more than one label."""
 
     classes: tuple[str, ...]
     multi_label: bool
@@ -66,17 +67,31 @@ class Report:
 
 
 def labelled_task(manifests: dict[str, Manifest]) -> Task:
-    """The task that the labels define. Raises ValueError for a split without clips or without any label."""
+    """The task that the labels define; clips without one do not count. Raises ValueError for a split without any label
+    and for a single class."""
     for split, manifest in manifests.items():
-        if not any(clip.labels for clip in manifest.clips):
+        if not manifest.classes:
             raise ValueError(
                 f"the {split} manifest has {len(manifest.clips)} clips and no label; a probe needs labelled clips."
             )
-    clips = [clip for manifest in manifests.values() for clip in manifest.clips]
-    classes = tuple(sorted({label for clip in clips for label in clip.labels}))
+    classes = tuple(sorted({label for manifest in manifests.values() for label in manifest.classes}))
     if len(classes) < 2:
         raise ValueError(f"a probe needs at least two classes; the manifests have {len(classes)}: {classes}.")
-    return Task(classes, multi_label=any(len(clip.labels) != 1 for clip in clips))
+    several = any(len(clip.labels) > 1 for manifest in manifests.values() for clip in manifest.clips)
+    return Task(classes, multi_label=several)
+
+
+def _labelled(manifests: dict[str, Manifest]) -> tuple[dict[str, Manifest], list[str]]:
+    """The clips that have a label, and notes on those that have none: a stray file is no reason for another metric."""
+    labelled, notes = {}, []
+    for split, manifest in manifests.items():
+        clips = [clip for clip in manifest.clips if clip.labels]
+        labelled[split] = dataclasses.replace(manifest, clips=clips) if len(clips) < len(manifest) else manifest
+        notes += [f"{split}: {note}" for note in manifest.notes]
+        if len(clips) < len(manifest):
+            first = next(clip.path for clip in manifest.clips if not clip.labels)
+            notes.append(f"{len(manifest) - len(clips)} clips of {split} left out, without a label; first: {first}")
+    return labelled, notes
 
 
 def run_probe(
@@ -90,10 +105,11 @@ def run_probe(
 ) -> Report:
     """Probes every encoder of `encoders` (row name -> encoder) on manifests["train"|"valid"|"test"] and adds chance.
 
-    The setting of each probe is chosen on valid, the test split is scored once.
+    The setting of each probe is chosen on valid, the test split is scored once. Clips without a label are left out.
     """
     task = labelled_task(manifests)
-    notes = _shared_files(manifests)
+    manifests, notes = _labelled(manifests)
+    notes += _shared_files(manifests)
     rows, counts, first = [], {}, None
     for name, encoder in encoders.items():
         found = {

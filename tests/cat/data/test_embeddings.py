@@ -1,6 +1,7 @@
 """External embeddings: written whole or not at all, and never parted from their clips."""
 
 import dataclasses
+import io
 import json
 import pickle
 
@@ -23,6 +24,12 @@ DIM = 6
 @pytest.fixture
 def manifest(tmp_path):
     return Manifest(tuple(Clip(f"{i}.wav", labels=(str(i),)) for i in range(5)), tmp_path, source=tmp_path)
+
+
+def npy_header(shape):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
 
 
 def row(index):
@@ -97,12 +104,68 @@ def test_array_and_sidecar_of_different_runs(tmp_path, manifest):
         EmbeddingStore(tmp_path / "e.npy")
 
 
-@pytest.mark.parametrize("content", [b"", b"junk" * 100])
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, npy_header((4, DIM)).replace(b")", b"("), b"PK\x03\x04 a zip"])
 def test_damaged_array(tmp_path, manifest, content):
     write(tmp_path / "e.npy", manifest)
     (tmp_path / "e.npy").write_bytes(content)
     with pytest.raises(EmbeddingError, match="not a readable"):
         EmbeddingStore(tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "damaged"),
+        ("{", "damaged"),
+        ("\xff", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("[]", "no 'encoder' of type str"),
+        ({"encoder": 3}, "no 'encoder' of type str"),
+        ({"manifest": None}, "no 'manifest' of type str"),
+        ({"fingerprint": None}, "no 'fingerprint' of type str"),
+        ({"count": "4"}, "no 'count' of type int"),
+        ({"dim": True}, "no 'dim' of type int"),
+        ({"sha256": 3}, "'sha256' is not of type str"),
+    ],
+)
+def test_damaged_sidecar(tmp_path, manifest, content, words):
+    linked = write(tmp_path / "e.npy", manifest)
+    sidecar = tmp_path / "e.npy.json"
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(sidecar.read_text()), **content})
+    sidecar.write_bytes(content.encode("latin-1"))
+    with pytest.raises(EmbeddingError, match=rf"e\.npy\.json: damaged.*{words}|{words}.*run `cat-audio embed` again"):
+        open_embeddings(linked)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("<f4", np.nan), ("<f8", 1e300), ("<f2", np.inf)])
+def test_a_row_that_is_not_finite_fails_its_clip_only(tmp_path, manifest, dtype, value):
+    linked = write(tmp_path / "e.npy", manifest)
+    rows = np.load(tmp_path / "e.npy").astype(dtype)
+    rows[2, 3] = value
+    np.save(tmp_path / "e.npy", rows)
+    store = open_embeddings(linked)
+    with pytest.raises(AudioError, match=r"e\.npy\[2\]: this row, the clip's external embedding, is NaN or infinite"):
+        store.rows([0, 2])
+    np.testing.assert_array_equal(store.rows([3, 0]), rows[[3, 0]].astype("<f4"))
+
+
+def test_identity_tells_other_rows(tmp_path, manifest):
+    identity = open_embeddings(write(tmp_path / "e.npy", manifest)).identity
+    assert json.loads(json.dumps(identity)) == identity
+    assert (identity["encoder"], identity["count"], identity["dim"]) == ("clap", 4, DIM)
+    assert open_embeddings(write(tmp_path / "f.npy", manifest)).identity == identity
+
+    sidecar = tmp_path / "f.npy.json"
+    info = json.loads(sidecar.read_text())
+    del info["sha256"]  # as earlier releases wrote it
+    sidecar.write_text(json.dumps(info))
+    assert EmbeddingStore(tmp_path / "f.npy").identity == identity
+
+    rows = np.load(tmp_path / "e.npy")
+    rows[1] += 1
+    np.save(tmp_path / "e.npy", rows)  # by another program: the sidecar does not know
+    assert EmbeddingStore(tmp_path / "e.npy").identity != identity
 
 
 def test_pickled_arrays_are_not_opened(tmp_path, manifest):
@@ -186,18 +249,35 @@ def test_released_files(released):
         (np.zeros(DIM + 1), "width 7, the others have 6"),
         (np.zeros((2, DIM)), r"got shape \(2, 6\)"),
         (np.full(DIM, np.inf), "finite"),
+        (np.full(DIM, 1e300), "finite"),
+        (np.float32(1), r"got shape \(\)"),
+        (np.array(["a"] * DIM), "finite numbers"),
         (None, "cannot be read"),
+        (b"", "cannot be read"),
+        (b"PK\x03\x04 a zip", "cannot be read"),
+        (npy_header((10**9, 10**9)), "cannot be read"),
     ],
 )
-def test_an_unusable_released_file_fails_its_clip_only(released, array, words):
-    if array is None:
-        (released / "1.npy").unlink()
-    else:
-        np.save(released / "1.npy", array)
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_unusable_released_file_fails_its_clip_only(released, array, words, place):
+    file = released / f"{place}.npy"
+    file.unlink()
+    if isinstance(array, bytes):
+        file.write_bytes(array)
+    elif array is not None:
+        np.save(file, array)
     store = open_embeddings(load_manifest(released / "train.json"))
     with pytest.raises(AudioError, match=words):
-        store.rows([1])
+        store.rows([place])
     np.testing.assert_array_equal(store.rows([2])[0], row(2))
+
+
+def test_identity_of_released_files(released):
+    manifest = load_manifest(released / "train.json")
+    identity = open_embeddings(manifest).identity
+    assert (identity["count"], identity["dim"]) == (3, DIM)
+    (released / "2.npy").unlink()
+    assert open_embeddings(manifest).identity != identity
 
 
 def test_wrong_folder_of_released_files(released):
@@ -212,3 +292,6 @@ def test_gathering_released_files(released):
     manifest = gather_embeddings(load_manifest(released / "train.json"), released / "all.npy", encoder="clap")
     assert [(clip.path, clip.embedding) for clip in manifest.clips] == [("0.wav", 0), ("2.wav", 1)]
     np.testing.assert_array_equal(open_embeddings(manifest).rows([1])[0], row(2))
+    assert "1 of 3 clips left out, without an embedding; first: " in manifest.notes[0]
+    with pytest.raises(EmbeddingError, match="is one of the files to gather"):
+        gather_embeddings(load_manifest(released / "train.json"), released / "0.npy", encoder="clap")

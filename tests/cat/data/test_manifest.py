@@ -1,7 +1,10 @@
 """Folders, released lists, our JSON Lines: what is read, and what every mistake in them says."""
 
+import hashlib
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -69,18 +72,40 @@ def test_jsonl_needs_no_header_and_blank_lines_do_not_count(tmp_path):
         ('{"path": "b.wav", "labels": [1]}', '"labels" must be a list of strings'),
         ('{"path": "b.wav", "embedding": "0"}', '"embedding" must be a whole number'),
         ('{"path": "b.wav", "lables": ["dog"]}', "did you mean 'labels'"),
+        ('{"path": "b.wav", "labels": ["dog", " "]}', "an empty label"),
+        ('{"path": "b.wav", "labels": ""}', "an empty label"),
+        ('{"path": "b.wav", "labels": 0}', '"labels" must be a list of strings, got 0; put numbers in quotes'),
+        ('{"path": "b.wav", "path": "c.wav"}', "the key 'path' occurs twice in the object {'path': 'b.wav', "),
+        ('{"path": "b.wav", "mine": {"a": 1, "a": 2}}', "the key 'a' occurs twice"),
+        ('{"path": "b.wav", "gain": NaN}', "NaN is not JSON; write null"),
+        ('{"path": "b.wav", "gain": 1e999}', "the number '1e999' is too large"),
+        ('{"path": "b.wav", "samples": 1' + 5000 * "0" + "}", "digits"),
+        ('{"path": "b.wav", "samples": 1' + 30 * "0" + "}", '"samples" must be a whole number'),
+        ('{"path": "b.wav", "mine": ' + 100_000 * "[" + 100_000 * "]" + "}", "nested too deeply"),
+        ('{"path": {"x": ' + 400_000 * "7" + "}}", "digits"),
+        ('{"path": ["' + 400_000 * "7" + '"]}', '"path" must be a file name'),
+        ('{"path": "a\\u0000.wav"}', "NUL character, which no file name can have"),
+        ('{"path": "a\\ud83d.wav"}', "half a surrogate pair"),
+        ('{"path": "file:///data/b.wav"}', "is a URL, 'file:///data/b.wav'; give the path of a local file"),
+        ('{"path": "~/b.wav"}', "write the home folder out"),
+        ('{"path": "dog\\\\b.wav"}', "a path of Windows"),
+        ('{"path": "C:/b.wav"}', "a path of Windows"),
         (HEADER, "second header"),
     ],
 )
 def test_broken_jsonl_line_is_named(tmp_path, line, words):
     path = put(tmp_path / "m.jsonl", lines(HEADER, {"path": "a.wav"}, line))
-    with pytest.raises(ManifestError, match=rf"m\.jsonl:3: .*{re.escape(words)}"):
+    with pytest.raises(ManifestError, match=rf"m\.jsonl:3: .*{re.escape(words)}") as error:
         load_manifest(path)
+    assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize(
     ("header", "words"),
     [
+        ({"format": "cat-audio manifest", "version": True}, "version True"),
+        ({"format": "cat-audio manifest", "version": 1, "label_names": {"a": 3}}, "label_names['a'] must be a string"),
+        ({"format": "cat-audio manifest", "version": 1, "embeddings": "~/e.npy"}, "write the home folder out"),
         ({"format": "other", "version": 1}, "'other'"),
         ({"format": "cat-audio manifest", "version": 2}, "version 2"),
         ({"format": "cat-audio manifest", "version": 1, "embedings": "e.npy"}, "did you mean 'embeddings'"),
@@ -97,10 +122,66 @@ def test_rows_without_an_embeddings_file(tmp_path):
         load_manifest(put(tmp_path / "m.jsonl", lines(HEADER, {"path": "a.wav", "embedding": 0})))
 
 
-def test_not_text(tmp_path):
-    (tmp_path / "m.jsonl").write_bytes(b'{"path": "a.wav"}\n\xff\xfe')
-    with pytest.raises(ManifestError, match=r"m\.jsonl:2: not UTF-8"):
-        load_manifest(tmp_path / "m.jsonl")
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.json", '{"path": "a.wav"}\n{"path": "b.wav"}\n', r"m\.json:2: not JSON .*Name it \.jsonl"),
+        ("m.jsonl", '[\n{"wav": "a.wav"}\n]\n', r"m\.jsonl:1: not JSON .*Name it \.json$"),
+    ],
+)
+def test_one_kind_of_list_under_the_other_s_name(tmp_path, name, text, words):
+    with pytest.raises(ManifestError, match=words):
+        load_manifest(put(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.tsv", "m.json"])
+def test_not_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"path": "a.wav"}\n\xff\xfe')
+    with pytest.raises(ManifestError, match=rf"{re.escape(name)}:2: not UTF-8 text; save it as UTF-8"):
+        load_manifest(tmp_path / name)
+    for encoding in ("utf-16", "utf-16-le"):
+        (tmp_path / name).write_bytes(lines({"path": "a.wav"}).encode(encoding))
+        with pytest.raises(ManifestError, match=rf"{re.escape(name)}:1: .*save it as UTF-8"):
+            load_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_line_ends_and_byte_order_marks(tmp_path, start, end):
+    texts = {
+        "m.jsonl": lines(HEADER, {"path": "a.wav", "labels": ["dog"]}),
+        "m.tsv": ".\na.wav\t7\n",
+        "m.lbl": "a dog\n",
+        "label_descriptors.csv": "0,dog,Dog\n",
+        "n.json": '[\n{"wav": "a.wav", "labels": "dog"}\n]\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes((start + text.replace("\n", end)).encode())
+    for name in ("m.jsonl", "m.tsv", "n.json"):
+        assert [(clip.path, clip.labels) for clip in load_manifest(tmp_path / name).clips] == [("a.wav", ("dog",))]
+    assert load_manifest(tmp_path / "m.tsv").label_names == {"dog": "Dog"}
+
+
+def test_labels_are_stripped_composed_and_once_a_clip(tmp_path):
+    header = {"format": "cat-audio manifest", "version": 1, "label_names": {" dog ": "Dog"}}
+    entries = [{"path": "a", "labels": [" dog", "dog ", "cafe\u0301"]}, {"path": "b", "labels": "dog, cat "}]
+    manifest = load_manifest(put(tmp_path / "m.jsonl", lines(header, *entries)))
+    assert [clip.labels for clip in manifest.clips] == [("dog", "caf\u00e9"), ("dog, cat",)]
+    assert manifest.classes == ("dog", "caf\u00e9", "dog, cat")
+
+
+def test_own_fields_named_as_the_header_s_are_own_fields(tmp_path):
+    manifest = load_manifest(put(tmp_path / "m.jsonl", lines({"path": "a.wav", "format": "wav", "version": 3})))
+    assert manifest.clips[0].extra == {"format": "wav", "version": 3}
+
+
+def test_odd_paths_that_are_there_are_taken(tmp_path):
+    for name in ("~/a.wav", "x\\y.wav", "s3:/b.wav"):
+        put(tmp_path / name, "")
+    manifest = load_manifest(
+        put(tmp_path / "m.jsonl", lines(*({"path": p} for p in ("~/a.wav", "x\\y.wav", "s3://b.wav"))))
+    )
+    assert all(manifest.path(i).exists() for i in range(3))
 
 
 def test_no_path_is_not_the_current_folder():
@@ -113,6 +194,16 @@ def test_wrong_path(tmp_path, name, words):
     put(tmp_path / "m.csv", "a,b")
     with pytest.raises(ManifestError, match=words):
         load_manifest(tmp_path / name)
+
+
+def test_a_path_that_the_system_refuses_or_that_would_block(tmp_path, monkeypatch):
+    with pytest.raises(ManifestError, match=r"xxx\.\.\.': File name too long"):
+        load_manifest(300 * "x" + ".jsonl")
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(ManifestError, match="not a regular file"):
+        load_manifest(tmp_path / "m.jsonl")
+    monkeypatch.setenv("HOME", str(put(tmp_path / "data" / "m.jsonl", lines({"path": "a.wav"})).parent))
+    assert len(load_manifest("~/m.jsonl")) == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", HEADER])
@@ -158,8 +249,49 @@ def test_tsv_root(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ('1,x,"Dog, bark"', "Dog, bark"),
+        ("1,x,Dog, bark", "Dog, bark"),
+        ('1, x, "a ""dog"""', 'a "dog"'),
+        ("1,x", "x"),
+        ('index,mid,name\n1,x,"Dog"', "Dog"),
+    ],
+)
+def test_label_descriptors(tmp_path, row, name):
+    put(tmp_path / "m.tsv", ".\na 1.wav\t1\n")
+    put(tmp_path / "m.lbl", "a 1\tx, y\n")
+    put(tmp_path / "label_descriptors.csv", row)
+    manifest = load_manifest(tmp_path / "m.tsv")
+    assert manifest.label_names == {"x": name}
+    assert manifest.clips[0].labels == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("0,x,X\n0,y,Y", "index 0 or label 'y' occurs a second time"),
+        ("0,x,X\n1,x,Y", "index 1 or label 'x' occurs a second time"),
+        ("0,x,X\n1, ,Y", "an empty label"),
+        ("0,x,X\nmid", "expected 'index,label,name'"),
+        ('0,x,X\n1,y,"Y', "expected 'index,label"),
+    ],
+)
+def test_broken_label_descriptors(tmp_path, rows, words):
+    put(tmp_path / "m.tsv", ".\na.wav\t1\n")
+    put(tmp_path / "m.lbl", "a x\n")
+    put(tmp_path / "label_descriptors.csv", rows)
+    with pytest.raises(ManifestError, match=rf"label_descriptors\.csv:2: .*{words}"):
+        load_manifest(tmp_path / "m.tsv")
+
+
+@pytest.mark.parametrize(
     ("labels", "words"),
-    [("a x\n", r"m\.lbl: 1 lines for the 2 clips"), ("a x\nb\n", r"m\.lbl:2: expected 'name label,label'")],
+    [
+        ("a x,\nb y", r"m\.lbl:1: an empty label"),
+        ("a x\n", r"m\.lbl: 1 lines for the 2 clips"),
+        ("a x\nb\n", r"m\.lbl:2: expected 'name label,label'"),
+    ],
 )
 def test_labels_that_do_not_fit(tmp_path, labels, words):
     put(tmp_path / "m.tsv", f"{tmp_path}\na.wav\t1\nb.wav\t1\n")
@@ -178,6 +310,15 @@ def test_released_cat_json(tmp_path):
     assert [str(file) for file in manifest.embedding_files] == ["/e/a.npy", str(tmp_path / "b.npy")]
 
 
+def test_comma_separated_labels_and_own_fields_of_a_released_list(tmp_path):
+    entries = [{"wav": "a.wav", "labels": "dog, cat", "mine": [1, None]}, {"wav": "b.wav", "labels": "", "path": "x"}]
+    manifest = load_manifest(put(tmp_path / "m.json", json.dumps({"data": entries})))
+    assert [(clip.labels, clip.extra) for clip in manifest.clips] == [(("dog", "cat"), {"mine": [1, None]}), ((), {})]
+    assert manifest.notes[0].startswith(f"{tmp_path / 'm.json'}: the field 'path' of 1 entries goes into no manifest")
+    write_manifest(manifest, tmp_path / "m.jsonl")
+    assert load_manifest(tmp_path / "m.jsonl").clips[0].extra == {"mine": [1, None]}
+
+
 def test_ast_json(tmp_path):
     entries = {"data": [{"wav": "/d/a.flac", "labels": "/m/1,/m/2"}, {"wav": "b.flac", "labels": "/m/3"}]}
     manifest = load_manifest(put(tmp_path / "eval.json", json.dumps(entries)))
@@ -194,6 +335,17 @@ def test_ast_json(tmp_path):
         ('[{"wav": "a.wav"}, 7]', "entry 2: expected an object"),
         ('[{"wav": "a.wav", "num_frame": "7"}]', 'entry 1: "num_frame"'),
         ('[{"wav": "a.wav", "labels": ["x"]}]', 'entry 1: "labels"'),
+        ('[{"wav": "a.wav", "labels": 3}]', 'entry 1: "labels"'),
+        ('[{"wav": "a.wav", "labels": "dog,,cat"}]', "entry 1: an empty label"),
+        ('[{"wav": "a.wav", "num_frame": true}]', 'entry 1: "num_frame"'),
+        ('[{"wav": "a.wav"}, {"wav": "a.wav", "clap_path": 3}]', 'entry 2: "clap_path" must be a file name, got 3'),
+        ('[{"wav": 3}]', "entry 1: expected an object"),
+        ('[{"wav": "http://x/a.wav"}]', "entry 1: .* is a URL"),
+        ('[{"wav": "a.wav", "label": "dog"}]', "entry 1: unknown field 'label'; did you mean 'labels'"),
+        ('[{"wav": "a.wav", "wav": "b.wav"}]', "m.json: the key 'wav' occurs twice in the object {'wav': 'a.wav'"),
+        ('[{"wav": "a.wav", "gain": -Infinity}]', "m.json: -Infinity is not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "m.json: nested too deeply"),
+        ("", "not JSON"),
         ('[{"wav": "a.wav", "clap_path": "a.npy"}, {"wav": "b.wav"}]', "1 of 2 entries"),
         ("[]", "no clips"),
     ],
@@ -221,10 +373,29 @@ def test_written_manifest_reads_back_from_another_folder(tmp_path):
     assert (read.embeddings_fingerprint, read.label_names) == ("f", {"ä": "A"})
 
 
+def test_fields_of_the_user_survive_reading_and_writing(tmp_path):
+    own = {"speaker": "s\u00e4", "start_s": 0.1, "odd": "\ud83d", "deep": [{"a": None, "b": [True, 10**30]}]}
+    header = {"format": "cat-audio manifest", "version": 1, "licence": {"name": "CC0"}}
+    entries = [{"path": "a.wav", "labels": ["dog"], **own}, {"path": "b.wav", "x": None}]
+    write_manifest(load_manifest(put(tmp_path / "m.jsonl", lines(header, *entries))), tmp_path / "n.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "n.jsonl").read_text().splitlines()] == [header, *entries]
+
+
+def test_links_among_folders_are_resolved_in_written_paths(tmp_path):
+    put(tmp_path / "real" / "deep" / "dog" / "0.wav", "")
+    (tmp_path / "real" / "deep" / "dog" / "1.wav").symlink_to("0.wav")
+    (tmp_path / "link").symlink_to("real/deep")
+    (tmp_path / "out").symlink_to("real")
+    clips = (Clip("dog/0.wav"), Clip("dog/1.wav"), Clip("../deep/dog/0.wav"))
+    write_manifest(Manifest(clips, tmp_path / "link"), tmp_path / "out" / "m.jsonl")
+    read = load_manifest(tmp_path / "out" / "m.jsonl")
+    assert [clip.path for clip in read.clips] == ["deep/dog/0.wav", "deep/dog/1.wav", "deep/dog/0.wav"]
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = put(tmp_path / "m.jsonl", "old")
     with pytest.raises(TypeError):
-        write_manifest(Manifest((Clip("a.wav", labels=(object(),)),), tmp_path), path)
+        write_manifest(Manifest((Clip("a.wav"),), tmp_path, extra={"mine": object()}), path)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
 
@@ -242,3 +413,21 @@ def test_fingerprint_is_that_of_the_list_of_paths():
     )
     assert first.fingerprint != Manifest((Clip("b.wav"), Clip("a.wav")), "/x").fingerprint
     assert first.fingerprint != Manifest((Clip("a.wav"),), "/x").fingerprint
+
+
+def test_fingerprint_is_what_it_always_was():
+    """It is in checkpoints and beside embeddings."""
+    paths = ["a.wav", "./b.wav", "x//y.wav", "x/./y.wav", "x/", "\u00e4/../b.wav", "/abs.wav", ".hidden/c.wav", "."]
+    text = "".join(f"{Path(path).as_posix()}\n" for path in paths)
+    assert Manifest([Clip(path) for path in paths], "/x").fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    other = [Clip(os.fsdecode(bytes([byte]))) for byte in (0xE8, 0xE9)]
+    assert Manifest(other[:1], "/x").fingerprint != Manifest(other[1:], "/x").fingerprint
+
+
+def test_identity_knows_the_clips_and_their_rows():
+    first = Manifest((Clip("a.wav", embedding=0), Clip("b.wav", embedding=1)), "/x", embeddings="/e.npy")
+    swapped = Manifest((Clip("a.wav", embedding=1), Clip("b.wav", embedding=0)), "/x", embeddings="/e.npy")
+    assert first.identity == Manifest(tuple(first.clips), "/y", embeddings="/f.npy").identity
+    assert first.identity != swapped.identity
+    assert first.fingerprint == swapped.fingerprint
+    assert json.loads(json.dumps(first.identity)) == first.identity

@@ -149,6 +149,17 @@ def test_labels_that_make_no_task(data):
         probe.labelled_task(dict.fromkeys(probe.SPLITS, one))
 
 
+def test_a_clip_without_a_label_is_left_out_and_changes_no_number(data):
+    """One stray file in the root of a folder of class folders used to turn accuracy into mAP."""
+    splits, log_mel = manifests(data), {"log-mel": LogMelStatistics()}
+    stray = {split: Manifest((Clip("stray.wav"), *m.clips), data) for split, m in splits.items()}
+    report = probe.run_probe(log_mel, stray, probes=["knn"])
+    assert report.task.metric == "accuracy"
+    assert report.counts == {"train": 24, "valid": 12, "test": 12}
+    assert report.rows[0].scores == probe.run_probe(log_mel, splits, probes=["knn"]).rows[0].scores
+    assert "1 clips of test left out, without a label; first: stray.wav" in report.notes
+
+
 def test_several_labels_give_map_and_say_what_is_left_out(data):
     several = manifests(data)
     train = tuple(Clip(c.path, labels=(*c.labels, "sound", "rare")) for c in several["train"].clips)

@@ -1,0 +1,82 @@
+"""A manifest's clips in a few arrays: what goes in comes out, and data workers share the memory."""
+
+import dataclasses
+import os
+import pickle
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from cat.data.clips import Clip, Clips
+from cat.data.manifest import Manifest, ManifestError
+
+CLIPS = (
+    Clip("x/ä.wav", 100, 8000, ("dog", "bark"), 3, {"speaker": "s0", "start_s": 0.5, "nested": [{"a": None}]}),
+    Clip(os.fsdecode(b"caf\xe9.wav")),
+    Clip("/abs/c.wav", 0, 1, ("dog",), 0),
+)
+
+
+def test_what_goes_in_comes_out():
+    clips = pickle.loads(pickle.dumps(Clips(CLIPS)))
+    assert clips == CLIPS
+    assert [clip.extra for clip in clips] == [clip.extra for clip in CLIPS]
+    assert (clips[-1], clips[1:], list(clips)) == (CLIPS[-1], CLIPS[1:], list(CLIPS))
+    assert (clips.labels, clips.rows.tolist()) == (("dog", "bark"), [3, -1, 0])
+    assert clips != CLIPS[:2]
+    with pytest.raises(IndexError):
+        clips[3]
+
+
+def test_labels_are_clean_wherever_they_come_from():
+    decomposed = unicodedata.normalize("NFD", "café")
+    manifest = Manifest((Clip("a.wav", labels=(" dog", decomposed, "dog")), Clip("b.wav", labels=("café",))), "/x")
+    assert [clip.labels for clip in manifest.clips] == [("dog", "café"), ("café",)]
+    assert Manifest((Clip("a.wav", labels=("\udce9", "\ud83d")),), "/x").classes == ("\\ud83d", "\\xe9")
+    with pytest.raises(ManifestError, match="an empty label"):
+        Manifest((Clip("a.wav", labels=(" ",)),), "/x")
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [Clip("a", labels="dog"), Clip("a", labels=(3,)), Clip("a", samples=1.5), Clip("a", embedding=2**70)],
+)
+def test_wrong_types_name_the_clip(clip):
+    with pytest.raises(TypeError, match=r"path='a'.*expected the types that Clip names"):
+        Clips([clip])
+
+
+def test_some_clips_of_a_manifest(tmp_path):
+    manifest = Manifest(CLIPS, tmp_path)
+    fewer = dataclasses.replace(manifest, clips=manifest.clips[1:])
+    assert [fewer.path(i) for i in range(len(fewer))] == [tmp_path / os.fsdecode(b"caf\xe9.wav"), Path("/abs/c.wav")]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="reads Linux's account of memory")
+def test_a_worker_that_looks_at_every_clip_gets_no_copy_of_them():
+    """As objects these clips made 14 MB of private memory in every worker."""
+    clips = Clips(Clip(f"folder/{i:09}.wav", 160000, 16000, (f"l{i % 500}", f"l{i % 7}"), i) for i in range(50_000))
+    assert private_memory_of_a_child(lambda: sum(len(clip.labels) for clip in clips)) < 4
+
+
+def private_memory_of_a_child(work) -> float:
+    """MB that a forked process gets of its own by doing `work`."""
+
+    def private() -> int:
+        with open("/proc/self/smaps_rollup") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("Private_Dirty"))
+
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            before = private()
+            work()
+            os.write(write, str((private() - before) / 1024).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read) as file:
+        return float(file.read())
