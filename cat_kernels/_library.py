@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from cat_kernels.backends import OPERATORS, BackendError, resolve
+from ._ops import add_op_namespace_prefix, ops
+from .backends import OPERATORS, BackendError, resolve
 
-NAMESPACE = "cat_kernels"
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Dispatch keys an operator is implemented for; the implementation itself is chosen by `backends.resolve`.
@@ -48,10 +49,10 @@ def register(
         theirs: inside an implementation autocast is off, so that its arithmetic is the same everywhere.
     """
     name = schema.split("(")[0]
-    qualname = f"{NAMESPACE}::{name}"
+    qualname = add_op_namespace_prefix(name)
     # flexible_layout: implementations accept any strides, so that a compiler need not copy inputs to fixed ones.
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(ops, name).default
     for device in DEVICES:
         kernel = _kernel(operator, implementations, device, refuses or {})
         LIBRARY.impl(name, kernel, device.upper())

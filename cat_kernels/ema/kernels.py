@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import _INTERPRETED, Ahead, launch
+from .._triton import _INTERPRETED, Ahead, launch
 
 CHUNK = 4096  # elements a program: 16 a thread
 WARPS = 8

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cat_kernels.backends import resolve
-from cat_kernels.ema.op import OPERATOR, _check_decay, _forward
+from ..backends import resolve
+from .op import OPERATOR, _check_decay, _forward
 
 if TYPE_CHECKING:
-    from cat_kernels.ema.kernels import Table
+    from .kernels import Table
 
 FULL = (torch.float32, torch.float64)
 
@@ -170,7 +170,7 @@ class EMA:
         exact += [(tensor, students[name]) for name, tensor in buffers if not _lie_together(tensor, students[name])]
         self._table: Table | None = None
         if self._average and resolve(OPERATOR, self.backend, self._average[0].device.type) == "triton":
-            from cat_kernels.ema.kernels import Table
+            from .kernels import Table
 
             self._table = Table(self._average, self._from, copies)
             # PyTorch's share, and its copies.

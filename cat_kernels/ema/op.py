@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
 
 OPERATOR = "ema_update_"
 
@@ -52,7 +53,7 @@ def ema_update_(
                 )
     if teacher:
         decay_tensor = _check_decay(decay, teacher[0])
-        torch.ops.cat_kernels.ema_update_(teacher, student, decay_tensor, copies, backend=backend)
+        ops.ema_update_(teacher, student, decay_tensor, copies, backend=backend)
 
 
 def _as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -114,7 +115,7 @@ def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies
 def _forward_triton(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
     if not teacher:
         return
-    from cat_kernels.ema import kernels
+    from . import kernels
 
     table = kernels.table(teacher, student, copies)
     table.run(decay)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
-from cat_kernels._rows import flat_rows, gather_rows
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
+from .._rows import flat_rows, gather_rows
 
 OPERATOR = "gather_tokens"
 
@@ -62,7 +63,7 @@ def gather_tokens(
             f"{OPERATOR}: positions has {positions.shape[0]} rows for {tokens.shape[1]} patches; "
             "build a longer position table"
         )
-    return torch.ops.cat_kernels.gather_tokens(tokens, visible, positions, cls_token, select, backend=backend)
+    return ops.gather_tokens(tokens, visible, positions, cls_token, select, backend=backend)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def _forward(
 def _forward_triton(
     tokens: Tensor, visible: Tensor | None, positions: Tensor | None, cls_token: Tensor | None, select: bool = True
 ) -> Tensor:
-    from cat_kernels.gather import kernels
+    from . import kernels
 
     _check_values(tokens, visible, positions, select)
     return kernels.gather(tokens, visible, positions, cls_token, select=select)
@@ -123,7 +124,7 @@ def _sum_rows(grad: Tensor, visible: Tensor, clips: int, length: int, dtype: tor
 
 
 def _sum_rows_triton(grad: Tensor, visible: Tensor, clips: int, length: int, dtype: torch.dtype) -> Tensor:
-    from cat_kernels.gather import kernels
+    from . import kernels
 
     return kernels.sum_rows(grad, visible, clips, length, dtype)
 

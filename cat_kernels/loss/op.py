@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
-from cat_kernels.loss.reference import RegressionLoss
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
+from .reference import RegressionLoss
 
 OPERATOR = "masked_regression_loss"
 REDUCTIONS = ("mean", "sum")
@@ -63,7 +64,7 @@ def masked_regression_loss(
     # In float16 the gradient of a mean is below the smallest number until it is multiplied by a loss scale: there
     # backward computes it, from the incoming gradient.
     with_gradient = torch.is_grad_enabled() and prediction.requires_grad and prediction.dtype != torch.float16
-    loss, prediction_std, target_std, _ = torch.ops.cat_kernels.masked_regression_loss(
+    loss, prediction_std, target_std, _ = ops.masked_regression_loss(
         prediction, target, visible, float(beta), reduction, with_gradient, backend=backend
     )
     return RegressionLoss(loss, prediction_std, target_std)
@@ -198,7 +199,7 @@ def _scaled_gradient(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
 def _forward_triton(
     prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     check.check_visible_values(OPERATOR, visible, prediction.shape[1], distinct=True)
     gradient = _new_gradient(prediction, with_gradient)
@@ -212,7 +213,7 @@ def _forward_triton(
 def _prediction_backward_triton(
     grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
 ) -> Tensor:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     out = _new_gradient(prediction, True)
     kernels.backward(grad, prediction, target, visible, beta, _scale(prediction, visible, reduction), out, None)
@@ -222,7 +223,7 @@ def _prediction_backward_triton(
 def _target_backward_triton(
     grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
 ) -> Tensor:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     out = target.new_empty(target.shape)
     kernels.backward(grad, prediction, target, visible, beta, _scale(prediction, visible, reduction), None, out)
@@ -230,13 +231,13 @@ def _target_backward_triton(
 
 
 def _scale_gradient_triton(gradient: Tensor, grad: Tensor) -> None:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     kernels.scale(gradient, grad, gradient)
 
 
 def _scaled_gradient_triton(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     out = gradient.new_empty(gradient.shape)
     kernels.scale(gradient, grad, out)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels._checks import check_device
-from cat_kernels._library import register
-from cat_kernels.backends import BackendError
-from cat_kernels.mel.native import fbank_native, why_not_native
-from cat_kernels.mel.reference import WINDOWS, FbankSettings, fbank_backward_reference, fbank_reference
+from .._checks import check_device
+from .._library import register
+from ..backends import BackendError
+from .native import fbank_native, why_not_native
+from .reference import WINDOWS, FbankSettings, fbank_backward_reference, fbank_reference
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.float64)
 OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -8,18 +8,12 @@ Shapes: N = B * M clone rows, K visible patches each, S positions (p x p) in a p
 ``rows`` are (N*K*S, c), positions in block order (`layout.block_order`).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
-
-if TYPE_CHECKING:
-    from cat_kernels.stem.module import ConvBlock, MultiResConv
+from .layout import block_order, halo_rows, patchify, strides
+from .weights import ConvBlock, StemWeights
 
 
 def patch_weight(conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
@@ -56,7 +50,7 @@ def conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor) -> Tens
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
-def multires_conv_visible(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+def multires_conv_visible(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
     """The stem on visible patches only. Returns (N, K, D), or (B, L, D) without ``visible`` (all patches visible)."""
     B, _, T, n_mels = spec_BCTF.shape
     P = stem.patch_size
