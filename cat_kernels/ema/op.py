@@ -94,7 +94,7 @@ def _check_decay(decay: float | Tensor, template: Tensor) -> Tensor:
         return decay
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"{OPERATOR}: decay={decay} must be between 0 (take the student) and 1 (keep the teacher)")
-    return torch.tensor(decay, dtype=torch.float64)
+    return torch.tensor(decay, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:

@@ -12,6 +12,7 @@ from .. import _checks as check
 from .._library import register
 from .._ops import ops
 from .._rows import flat_rows, gather_rows
+from .reference import gather_tokens_reference
 
 OPERATOR = "gather_tokens"
 
@@ -95,6 +96,13 @@ def _forward_triton(
     return kernels.gather(tokens, visible, positions, cls_token, select=select)
 
 
+def _composite(
+    tokens: Tensor, visible: Tensor | None, positions: Tensor | None, cls_token: Tensor | None, select: bool = True
+) -> Tensor:
+    _check_values(tokens, visible, positions, select)
+    return gather_tokens_reference(tokens, visible, positions, cls_token, select=select)
+
+
 def _check_values(tokens: Tensor, visible: Tensor | None, positions: Tensor | None, select: bool) -> None:
     if visible is not None and select:
         check.check_visible_values(OPERATOR, visible, tokens.shape[1])
@@ -148,6 +156,7 @@ _sum_rows_op = register(
     {"triton": _sum_rows_triton, "torch": _sum_rows},
     refuses={"triton": _why_not_triton},
     fake=_sum_rows_fake,
+    composite=_sum_rows,
 )
 
 
@@ -190,5 +199,6 @@ register(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
     autocast=(0,),
 )

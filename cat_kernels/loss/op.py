@@ -193,6 +193,30 @@ def _scaled_gradient(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
     return gradient * grad
 
 
+def _composite(
+    prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference, but for shapes, which do not depend on values here: `torch.func.vmap` could not take that."""
+    dtype = _accumulator(prediction, target)
+    N, L, _ = prediction.shape
+    check.check_visible_values(OPERATOR, visible, L, distinct=True)
+    masked_NL1 = torch.ones(N, L, dtype=torch.bool, device=visible.device).scatter(1, visible, False)[:, :, None]
+    target_NLD = target.to(dtype).repeat_interleave(N // max(target.shape[0], 1), dim=0)
+    count = N * (L - visible.shape[1])
+
+    def masked(x_NLD: Tensor) -> Tensor:
+        return torch.where(masked_NL1, x_NLD, 0)
+
+    def deviation(x_NLD: Tensor) -> Tensor:
+        mean_D = masked(x_NLD).sum((0, 1)) / max(count, 1)
+        return _deviation(masked(x_NLD - mean_D).square().sum((0, 1)), count)
+
+    # Scaled before the sum: PyTorch gives a 0-dim tensor times a number a tangent in float64.
+    loss = (_distances(masked(prediction - target_NLD), beta) * _scale(prediction, visible, reduction)).sum()
+    deviations = deviation(prediction.detach().to(dtype)), deviation(target_NLD.detach())
+    return loss, *deviations, _new_gradient(prediction, False)
+
+
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
@@ -332,4 +356,5 @@ register(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
 )

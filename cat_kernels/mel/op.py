@@ -67,8 +67,8 @@ def fbank(
         (B, T, F), or (T, F) for a waveform (n,). Pad frames of a ragged batch are 0 before the normalisation. The floor
         is log(2^-23) = -15.942385. NaN in a frame makes that frame NaN.
 
-    Differentiable once with respect to a floating-point waveform: the backward is PyTorch's on every backend, and
-    computes the spectra again. On a GPU nothing waits, and the call can be captured in a CUDA graph once it has been
+    Differentiable once with respect to a floating-point waveform, by `torch.func` and forward mode any number of times:
+    the backward is PyTorch's on every backend, and computes the spectra again. On a GPU nothing waits, and the call can be captured in a CUDA graph once it has been
     made before with the same settings.
 
     Raises:
@@ -192,6 +192,7 @@ _fbank = register(
     fake=_fbank_fake,
     setup_context=_save_for_backward,
     backward=_backward,
+    composite=_fbank_torch,
 )
 
 

@@ -13,6 +13,7 @@ from .. import philox
 from .._library import register
 from .._ops import ops
 from .._rows import flat_rows, gather_rows
+from .reference import restore_tokens_reference
 
 OPERATOR = "restore_tokens"
 
@@ -84,6 +85,11 @@ def _forward_triton(tokens: Tensor, visible: Tensor, num_patches: int, seed: Ten
     return kernels.restore(tokens, visible, num_patches, seed, noise_std)
 
 
+def _composite(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
+    check.check_visible_values(OPERATOR, visible, num_patches, distinct=True)
+    return restore_tokens_reference(tokens, visible, num_patches, seed, noise_std=noise_std)
+
+
 def _backward_triton(grad: Tensor, visible: Tensor) -> Tensor:
     from ..gather import kernels
 
@@ -110,6 +116,7 @@ _backward_op = register(
     {"triton": _backward_triton, "torch": gather_rows},
     refuses={"triton": _why_not_triton},
     fake=_backward_fake,
+    composite=gather_rows,
 )
 
 
@@ -131,5 +138,6 @@ register(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
     autocast=(0,),
 )

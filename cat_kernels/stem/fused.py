@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import register
+from . import composite
 from .layout import block_order, halo_rows, strides
 from .visible import patch_weight
 from .weights import ConvBlock, Embed, StemWeights
@@ -235,6 +236,7 @@ _stem_embed_pixels = register(
     fake=_embed_pixels_fake,
     setup_context=_embed_pixels_save,
     backward=_embed_pixels_formula,
+    composite=composite.embed_pixels,
 )
 
 
@@ -284,6 +286,7 @@ _stem_layer_norm = register(
     fake=lambda x, weight, bias, eps: _like(x)[0],
     setup_context=_layer_norm_save,
     backward=_layer_norm_formula,
+    composite=composite.layer_norm,
 )
 
 
@@ -417,4 +420,5 @@ _stem_conv_block = register(
     fake=_conv_block_fake,
     setup_context=_conv_block_save,
     backward=_conv_block_formula,
+    composite=composite.conv_block,
 )

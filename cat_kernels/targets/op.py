@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import register
 from .._ops import ops
+from .reference import average_targets_reference
 
 OPERATOR = "average_targets"
 
@@ -108,6 +109,10 @@ def _forward_triton(layers: Sequence[Tensor], partial: Tensor | None, num_layers
     return out
 
 
+def _composite(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int | None, eps: float) -> Tensor:
+    return average_targets_reference(layers, partial=partial, num_layers=num_layers, eps=eps)
+
+
 def _why_not_triton(layers: Sequence[Tensor], partial: Tensor | None, *_: Any) -> str | None:
     return "float64 input" if _accumulator(layers, partial) == torch.float64 else None
 
@@ -181,4 +186,5 @@ register(
     refuses={"triton": _why_not_triton},
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
 )
