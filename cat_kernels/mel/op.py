@@ -67,9 +67,9 @@ def fbank(
         (B, T, F), or (T, F) for a waveform (n,). Pad frames of a ragged batch are 0 before the normalisation. The floor
         is log(2^-23) = -15.942385. NaN in a frame makes that frame NaN.
 
-    Differentiable once with respect to a floating-point waveform, by `torch.func` and forward mode any number of times:
-    the backward is PyTorch's on every backend, and computes the spectra again. On a GPU nothing waits, and the call can be captured in a CUDA graph once it has been
-    made before with the same settings.
+    Differentiable once with respect to a floating-point waveform, in forward mode and by `torch.func` any number of
+    times. The backward is PyTorch's on every backend, and computes the spectra again. On a GPU nothing waits, and the
+    call can be captured in a CUDA graph once it has been made before with the same settings.
 
     Raises:
         ValueError: fewer samples than one frame takes, wrong rank, settings that contradict each other.
