@@ -1,13 +1,16 @@
 """The package as a whole: which way its imports point, and that it loads under another name, as kernel hubs load it."""
 
 import ast
+import copy
 import graphlib
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cat_kernels
 
@@ -119,3 +122,65 @@ def test_loads_under_another_name_beside_itself(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the extension was not built" in done.stdout
+
+
+# --- modules that are not made the usual way --------------------------------------------------------------------------
+
+MAKERS = {
+    "MultiResConv": lambda: cat_kernels.MultiResConv((4, 8), (16,), 32),
+    "LogMelFbank": lambda: cat_kernels.LogMelFbank("beats", target_length=9, num_mel_bins=16),
+}
+INPUTS = {
+    "MultiResConv": lambda: (torch.linspace(-1, 1, 512).view(2, 1, 16, 16), torch.tensor([[0, 3], [2, 1]])),
+    "LogMelFbank": lambda: (torch.linspace(-1, 1, 1600).view(2, 800) ** 3,),
+}
+
+
+def from_meta(make, good):
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu").load_state_dict(good.state_dict())
+    return module
+
+
+def assigned(make, good):
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(copy.deepcopy(good.state_dict()), assign=True)
+    return module
+
+
+def pickled(make, good):
+    return pickle.loads(pickle.dumps(good))
+
+
+def there_and_back(make, good):
+    return copy.deepcopy(good).double().float()
+
+
+WAYS = [from_meta, assigned, lambda make, good: copy.deepcopy(good), pickled, there_and_back]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["meta", "assign", "deepcopy", "pickle", "double and float"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_module_is_all_in_its_state_dict(name, way):
+    torch.manual_seed(0)
+    good, inputs = MAKERS[name](), INPUTS[name]()
+    expected = good(*inputs)
+    with torch.device("meta"):  # what is kept from call to call must not come from here
+        other = way(MAKERS[name], good)
+    assert not any(t.is_meta for t in (*other.parameters(), *other.buffers()))
+    assert torch.equal(other(*inputs), expected)
+    assert list(other.state_dict()) == list(good.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_modules_in_another_dtype(dtype):
+    torch.manual_seed(0)
+    stem, (spec, visible) = MAKERS["MultiResConv"](), INPUTS["MultiResConv"]()
+    found = copy.deepcopy(stem).to(dtype)(spec.to(dtype), visible)
+    assert found.dtype == dtype
+    tolerance = 10 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(found.float(), stem(spec, visible), rtol=tolerance, atol=tolerance)
+    features, waveform = MAKERS["LogMelFbank"](), INPUTS["LogMelFbank"]()[0].to(dtype)
+    assert torch.equal(copy.deepcopy(features).to(dtype)(waveform), features(waveform))
