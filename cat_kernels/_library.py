@@ -78,7 +78,7 @@ def register(
                 setup_context(ctx, inputs, output)
 
         # What `torch.library.register_autograd` would register.
-        recorded = make_autograd_impl(op, Info(backward or _not_differentiable(name), save))
+        recorded = make_autograd_impl(op, Info(backward or _not_differentiable(qualname), save))
 
     def composed(*args: Any, backend: str = "auto") -> Any:
         if composite is None:
@@ -90,7 +90,8 @@ def register(
     LIBRARY.impl(name, _autograd_kernel(recorded, composed, op._schema.is_mutable), "Autograd", with_keyset=True)
     if any(is_tensorlist_like_type(argument.type) for argument in op._schema.arguments):
         # What others have of PyTorch, a loop over the batch, it does not make for lists of tensors.
-        LIBRARY.impl(name, composed, "FuncTorchBatched")
+        for key in ("FuncTorchBatched", "Batched"):  # torch.func.vmap, and autograd's is_grads_batched
+            LIBRARY.impl(name, composed, key)
     return op
 
 
@@ -158,10 +159,10 @@ def _no_composite(op: torch._ops.OpOverload) -> str:
     remedy = "use the operator's reference (cat_kernels.<operator>.reference), which is plain PyTorch"
     if op._schema.is_mutable:
         return (
-            f"{name} writes in place: torch.func and forward-mode derivatives do not go through it; detach its "
+            f"{name} writes in place: torch.func, vmap and forward-mode derivatives do not go through it; detach its "
             f"arguments (torch.Tensor.detach), or {remedy}"
         )
-    return f"{name} has no forward-mode derivative, and torch.func does not go through it; {remedy}"
+    return f"{name} has no forward-mode derivative, and neither torch.func nor vmap goes through it; {remedy}"
 
 
 def _autocast_kernel(op: torch._ops.OpOverload, device: str, positions: tuple[int, ...]) -> Callable[..., Any]:
@@ -193,8 +194,8 @@ def _mutating_autograd_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
 def _not_differentiable(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            f"cat_kernels.{name} cannot be differentiated: second derivatives are not implemented. "
-            "Use the operator's reference (cat_kernels.<operator>.reference), which is plain PyTorch, for these."
+            f"{name} cannot be differentiated: second derivatives are not implemented. Take them with torch.func, "
+            "which goes by PyTorch's operations, or use the operator's reference (cat_kernels.<operator>.reference)."
         )
 
     return backward

@@ -329,7 +329,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     grad_prediction = grad_target = None
     if ctx.needs_input_grad[0] and not ctx.with_gradient:
         grad_prediction = _prediction_backward_op(grad, *arguments, backend=ctx.backend)
-    elif ctx.needs_input_grad[0] and _may_overwrite(gradient):
+    elif ctx.needs_input_grad[0] and _may_overwrite(gradient, grad):
         grad_prediction = gradient
         _scale_op(gradient, grad, backend=ctx.backend)
     elif ctx.needs_input_grad[0]:
@@ -339,10 +339,15 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return grad_prediction, grad_target, None, None, None, None
 
 
-def _may_overwrite(saved: Tensor) -> bool:
+_BATCHED = [torch._C._parse_dispatch_key(key) for key in ("Batched", "FuncTorchBatched")]  # the two kinds of vmap
+
+
+def _may_overwrite(saved: Tensor, grad: Tensor) -> bool:
     """Whether no backward can follow this one: neither retain_graph nor create_graph. A tracer's tensors, which are of
-    types of their own, are left alone: it would have to copy them."""
+    types of their own, are left alone: it would have to copy them. And a batch of incoming gradients needs one each."""
     if type(saved) is not Tensor or torch.is_grad_enabled():
+        return False
+    if any(torch._C._dispatch_keys(grad).has(key) for key in _BATCHED):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
