@@ -129,8 +129,7 @@ class EMA:
         """Without the plan, which is about the tensors of this one."""
         with torch.no_grad():
             self._catch_up()
-        kept = ("teacher", "student", "backend", "_masters", "_modules", "_held", "_described")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: value for name, value in self.__dict__.items() if name not in _PLAN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -266,6 +265,7 @@ def _moved(average: Tensor, teacher: Tensor) -> Tensor:
     return average.to(teacher.device)
 
 
+_PLAN = ("_seen", "_watch", "_average", "_from", "_table", "_exact", "_rounded", "_pairs", "_written")
 _LOAD = "load what the state_dict() of an EMA of the same module gave"
 _CHANGED = "make a new EMA after changing a module"
 _DIFFERENT = "make the teacher with copy.deepcopy(student)"
