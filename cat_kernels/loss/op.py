@@ -339,7 +339,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return grad_prediction, grad_target, None, None, None, None
 
 
-_BATCHED = [torch._C._parse_dispatch_key(key) for key in ("Batched", "FuncTorchBatched")]  # the two kinds of vmap
+# Of the two kinds of vmap. Their keys are not among `DispatchKey`'s members.
+_BATCHED: list[Any] = [torch._C._parse_dispatch_key(key) for key in ("Batched", "FuncTorchBatched")]
 
 
 def _may_overwrite(saved: Tensor, grad: Tensor) -> bool:
