@@ -7,14 +7,14 @@ backend runs each of them here.
 
 __version__ = "0.1.0"
 
-from cat_kernels.backends import explain
-from cat_kernels.ema import EMA, ema_update_
-from cat_kernels.gather import gather_tokens
-from cat_kernels.loss import masked_regression_loss
-from cat_kernels.mel import LogMelFbank, fbank
-from cat_kernels.restore import restore_tokens
-from cat_kernels.stem import MultiResConv
-from cat_kernels.targets import average_targets
+from .backends import explain
+from .ema import EMA, ema_update_
+from .gather import gather_tokens
+from .loss import masked_regression_loss
+from .mel import LogMelFbank, fbank
+from .restore import restore_tokens
+from .stem import MultiResConv
+from .targets import average_targets
 
 __all__ = [
     "EMA",

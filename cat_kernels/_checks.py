@@ -67,8 +67,13 @@ def check_clones(operator: str, name: str, clones: int, clips_name: str, clips: 
 
 def check_visible_values(operator: str, visible_NK: Tensor, length: int, *, distinct: bool = False) -> None:
     """Indices in [0, length), and distinct within a row where asked. Reads values, so it is for CPU tensors only:
-    on a GPU it would make every call wait (what happens there, an operator's docstring says)."""
+    on a GPU it would make every call wait (what happens there, an operator's docstring says). Nor has a tracer's
+    tensor, or one that `torch.func.vmap` took apart, values to read."""
     if visible_NK.device.type != "cpu" or visible_NK.numel() == 0:
+        return
+    while torch._C._functorch.is_gradtrackingtensor(visible_NK):
+        visible_NK = torch._C._functorch.get_unwrapped(visible_NK)
+    if type(visible_NK) is not Tensor or torch._C._functorch.is_batchedtensor(visible_NK):
         return
     low, high = torch.aminmax(visible_NK)
     if int(low) < 0 or int(high) >= length:

@@ -8,12 +8,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from cat_kernels import extension
+from . import extension
 
 # Looked up, not imported: importing Triton takes long and, without a GPU, may fail.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -177,8 +178,6 @@ def _row(operator: str, device: str) -> Row:
 
 
 def _versions() -> dict[str, str]:
-    from cat_kernels import __version__
-
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         gpus = ", ".join(f"{name} (sm_{_capability(i)})" for i, name in enumerate(names))
@@ -191,7 +190,7 @@ def _versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         triton = "present, version unknown" if HAS_TRITON else "not installed"
     return {
-        "cat_kernels": __version__,
+        "cat_kernels": sys.modules[__package__].__version__,  # set by the time anything is called
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "CUDA": torch.version.cuda or "not in this PyTorch",

@@ -1,4 +1,4 @@
-"""The compiled part of the package, `cat_kernels._C` (csrc/): whether it is there, what is in it, why it cannot run.
+"""The compiled part of the package, its module `_C` (csrc/): whether it is there, what is in it, why it cannot run.
 
 It is optional. Operators that have it fall back to PyTorch, and `explain()` says so.
 """
@@ -20,9 +20,9 @@ BUILD_RECORD = Path(__file__).with_name("_build.json")  # written by setup.py, a
 def _found() -> tuple[ModuleType | None, str | None]:
     """The module, or the reason why there is none."""
     try:
-        return importlib.import_module("cat_kernels._C"), None
+        return importlib.import_module("._C", __package__), None
     except ModuleNotFoundError as error:
-        if error.name != "cat_kernels._C":
+        if error.name != f"{__package__}._C":
             return None, _broken(error)
         reason = _recorded("reason") or "in a source tree: pip install -e ."
         return None, f"the extension was not built ({reason}); see docs/install.md"
@@ -43,7 +43,7 @@ def _recorded(key: str) -> str | None:
 
 
 def load() -> ModuleType | None:
-    """`cat_kernels._C`, or None without it."""
+    """The module `_C`, or None without it."""
     return _found()[0]
 
 

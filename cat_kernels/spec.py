@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cat_kernels.backends import INTERPRETED
+from .backends import INTERPRETED
 
 # Folders of cat_kernels that hold a spec.py.
 SPEC_MODULES = ("stem", "gather", "restore", "targets", "loss", "ema", "mel")
@@ -138,10 +138,10 @@ def specs() -> tuple[OperatorSpec, ...]:
     """The specifications of all operators, in the order of `SPEC_MODULES`."""
     found = []
     for folder in SPEC_MODULES:
-        name = f"cat_kernels.{folder}.spec"
-        if importlib.util.find_spec(f"cat_kernels.{folder}") is None or importlib.util.find_spec(name) is None:
+        name = f".{folder}.spec"
+        if any(importlib.util.find_spec(part, __package__) is None for part in (f".{folder}", name)):
             continue
-        found.append(importlib.import_module(name).SPEC)
+        found.append(importlib.import_module(name, __package__).SPEC)
     return tuple(found)
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import _INTERPRETED, Ahead, launch
+from .._triton import _INTERPRETED, Ahead, launch
 
 CHUNK = 4096  # elements a program: 16 a thread
 WARPS = 8
@@ -183,15 +183,16 @@ def _takes(teacher: Tensor, student: Tensor, copy: Tensor | None) -> bool:
 def _rows(
     group: Sequence[tuple[Tensor, Tensor, Tensor | None]], student: torch.dtype, copy: torch.dtype | None
 ) -> _Rows:
-    addresses = torch.tensor([[t.data_ptr(), s.data_ptr(), 0 if c is None else c.data_ptr()] for t, s, c in group])
-    numel = torch.tensor([t.numel() for t, _, _ in group])
-    chunks = (numel + CHUNK - 1) // CHUNK
-    of = torch.repeat_interleave(torch.arange(len(group)), chunks)
-    start = (torch.arange(of.numel()) - (chunks.cumsum(0) - chunks)[of]) * CHUNK
-    itemsize = torch.tensor([4, student.itemsize, 0 if copy is None else copy.itemsize])
-    first = addresses[of]
-    first += start[:, None] * itemsize * (first != 0)
-    rows = torch.cat([first, (numel[of] - start).clamp_(max=CHUNK)[:, None]], 1)
+    with torch.device("cpu"):  # whatever the default device is
+        addresses = torch.tensor([[t.data_ptr(), s.data_ptr(), 0 if c is None else c.data_ptr()] for t, s, c in group])
+        numel = torch.tensor([t.numel() for t, _, _ in group])
+        chunks = (numel + CHUNK - 1) // CHUNK
+        of = torch.repeat_interleave(torch.arange(len(group)), chunks)
+        start = (torch.arange(of.numel()) - (chunks.cumsum(0) - chunks)[of]) * CHUNK
+        itemsize = torch.tensor([4, student.itemsize, 0 if copy is None else copy.itemsize])
+        first = addresses[of]
+        first += start[:, None] * itemsize * (first != 0)
+        rows = torch.cat([first, (numel[of] - start).clamp_(max=CHUNK)[:, None]], 1)
     return _Rows(_upload(rows, group[0][0].device), student, copy, bool((addresses % 16 == 0).all()))
 
 

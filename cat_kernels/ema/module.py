@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cat_kernels.backends import resolve
-from cat_kernels.ema.op import OPERATOR, _check_decay, _forward
+from ..backends import resolve
+from .op import OPERATOR, _check_decay, _forward
+from .watch import Watch, adopt, agree
 
 if TYPE_CHECKING:
-    from cat_kernels.ema.kernels import Table
+    from .kernels import Table
 
 FULL = (torch.float32, torch.float64)
 
@@ -38,8 +39,10 @@ class EMA:
 
     Every update compares names, shapes, dtypes and addresses of all modules' tensors with those of the last one.
     Tensors that have moved, and parameters frozen or unfrozen, are followed; a parameter that was added, removed,
-    reshaped or changed its dtype is a ValueError that names it. A captured CUDA graph replays on the tensors of its
-    capture, unchecked.
+    reshaped or changed its dtype is a ValueError that names it. What somebody else wrote into the teacher since then,
+    `load_state_dict` or an initialisation, is where the average goes on from: for a rounded copy at the elements that
+    are no longer the average's. Not seen is what PyTorch does not count as a change, `parameter.data.copy_(...)`: call
+    `load_state_dict` here instead. A captured CUDA graph replays on the tensors of its capture, unchecked.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class EMA:
             raise ValueError("EMA: copy_dtype makes averages and masters brings them; give one of the two")
         self.teacher, self.student, self.backend = teacher, student, backend
         self._masters = masters
+        self._seen: list[Any] | None = None
+        self._watch = Watch([])
         self._modules = {"teacher": teacher, "student": student}
         if masters is not None:
             self._modules["masters"] = masters
@@ -72,7 +77,6 @@ class EMA:
                     self._held[name] = tensor.detach().to(full, copy=True)
         self._described = {label: _describe(module) for label, module in self._modules.items()}
         self._check_names()
-        self._seen: list[Any] | None = None
         self._follow()
         if copy_dtype is not None:  # now that nothing is wrong with the modules
             for tensor in parameters.values():
@@ -84,8 +88,7 @@ class EMA:
     def update(self, decay: float | Tensor) -> None:
         """Average once. decay: in [0, 1]; a float, or a 0-dim float64 tensor on the CPU or, for CUDA graphs, on the
         parameters' device (its range is then not checked). Raises ValueError or TypeError."""
-        if self._seen != [_fingerprint(module) for module in self._modules.values()]:
-            self._follow()
+        self._catch_up()
         if self._average:
             decay = _check_decay(decay, self._average[0])
             if self._table is None:
@@ -98,26 +101,43 @@ class EMA:
         self._copy(self._rounded)
         if self._table is not None:
             torch.autograd.graph.increment_version(self._written)
+        self._watch.settle()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the averages into the teacher anew, after something else than `update` set them."""
+        """Round the averages into the teacher anew, whatever it holds, after something else than `update` set them."""
         self._follow()
         self._copy(self._pairs)
+        self._watch.settle()
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
         """The averages of the teacher's floating-point parameters, by name; the tensors themselves, not copies."""
-        parameters = dict(self.teacher.named_parameters())
-        return {n: self._master(n, p).detach() for n, p in parameters.items() if p.is_floating_point()}
+        self._catch_up()
+        return self._averages()
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Set the averages, and their rounded copies. Names and shapes must be those of `state_dict`."""
-        own = self.state_dict()
+        own = self._averages()
         _check_same("the state", _shapes(state), "those of this EMA", _shapes(own), _LOAD)
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the plan, which is about the tensors of this one."""
+        with torch.no_grad():
+            self._catch_up()
+        return {name: value for name, value in self.__dict__.items() if name not in _PLAN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._follow()
+
+    def _averages(self) -> dict[str, Tensor]:
+        parameters = dict(self.teacher.named_parameters())
+        return {n: self._master(n, p).detach() for n, p in parameters.items() if p.is_floating_point()}
 
     def _master(self, name: str, parameter: Tensor) -> Tensor:
         if self._masters is not None:
@@ -127,6 +147,30 @@ class EMA:
     def _copy(self, pairs: tuple[list[Tensor], list[Tensor]]) -> None:
         if pairs[0]:
             torch._foreach_copy_(*pairs)
+
+    def _catch_up(self) -> None:
+        """Take in what happened to the modules since the last update."""
+        seen = [_fingerprint(module) for module in self._modules.values()]
+        if self._seen == seen and self._watch.untouched():
+            return
+        watch = self._watch
+        averages = watch.written_averages()
+        self._follow()
+        before, now = watch.marks(), self._watch.marks()
+        if self._masters is not None:  # averages that are held here move with the teacher, and nobody else moves them
+            averages = {name for name in now if before[name][1] != now[name][1]}
+        for name, parameter, average in self._watch.watched:
+            if before[name][0] == now[name][0] or _lie_together(parameter, average):
+                continue
+            if name not in averages:
+                adopt(parameter, average)
+            elif not agree(parameter, average):
+                self._seen, self._watch = None, watch  # said again until it is settled
+                raise ValueError(
+                    f"EMA: {name} was changed in the teacher and in its average since the last update, to different "
+                    "values; call refresh() to go on from the averages, or load_state_dict() to set them"
+                )
+        self._watch.settle()
 
     def _follow(self) -> None:
         """Plan the update on the tensors that the modules have now."""
@@ -141,14 +185,17 @@ class EMA:
         exact: list[tuple[Tensor, Tensor]] = []
         rounded: list[tuple[Tensor, Tensor]] = []
         low_pairs: list[tuple[Tensor, Tensor]] = []
+        watched: list[tuple[str, Tensor, Tensor]] = []
         device: torch.device | None = None
         for name, teacher in self.teacher.named_parameters():
             student = students[name]
             if name in self._held:
-                self._held[name] = self._held[name].to(teacher.device)
+                self._held[name] = _moved(self._held[name], teacher)
             master = self._master(name, teacher)
             low: Tensor | None = None if _lie_together(master, teacher) else teacher
             self._check_parameter(name, teacher, student, master)
+            if teacher.is_floating_point() and (name in self._held or self._masters is not None):
+                watched.append((name, teacher, master))
             averaged = student.requires_grad and student.is_floating_point()
             if averaged:
                 device = device or master.device
@@ -170,7 +217,7 @@ class EMA:
         exact += [(tensor, students[name]) for name, tensor in buffers if not _lie_together(tensor, students[name])]
         self._table: Table | None = None
         if self._average and resolve(OPERATOR, self.backend, self._average[0].device.type) == "triton":
-            from cat_kernels.ema.kernels import Table
+            from .kernels import Table
 
             self._table = Table(self._average, self._from, copies)
             # PyTorch's share, and its copies.
@@ -179,6 +226,7 @@ class EMA:
             rounded = low_pairs
         self._exact, self._rounded, self._pairs = _unzip(exact), _unzip(rounded), _unzip(low_pairs)
         self._written = [*self._average, *(low for low in copies if low is not None)]
+        self._watch = Watch(watched)
         self._seen = [_fingerprint(module) for module in self._modules.values()]
 
     def _check_names(self) -> None:
@@ -210,6 +258,14 @@ class EMA:
                 )
 
 
+def _moved(average: Tensor, teacher: Tensor) -> Tensor:
+    """On the teacher's device; an average on "meta" has no value, and starts at the teacher's."""
+    if average.is_meta and not teacher.is_meta:
+        return teacher.detach().to(average.dtype, copy=True)
+    return average.to(teacher.device)
+
+
+_PLAN = ("_seen", "_watch", "_average", "_from", "_table", "_exact", "_rounded", "_pairs", "_written")
 _LOAD = "load what the state_dict() of an EMA of the same module gave"
 _CHANGED = "make a new EMA after changing a module"
 _DIFFERENT = "make the teacher with copy.deepcopy(student)"

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
 
 OPERATOR = "ema_update_"
 
@@ -52,7 +53,7 @@ def ema_update_(
                 )
     if teacher:
         decay_tensor = _check_decay(decay, teacher[0])
-        torch.ops.cat_kernels.ema_update_(teacher, student, decay_tensor, copies, backend=backend)
+        ops.ema_update_(teacher, student, decay_tensor, copies, backend=backend)
 
 
 def _as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -93,7 +94,7 @@ def _check_decay(decay: float | Tensor, template: Tensor) -> Tensor:
         return decay
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"{OPERATOR}: decay={decay} must be between 0 (take the student) and 1 (keep the teacher)")
-    return torch.tensor(decay, dtype=torch.float64)
+    return torch.tensor(decay, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
@@ -114,7 +115,7 @@ def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies
 def _forward_triton(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
     if not teacher:
         return
-    from cat_kernels.ema import kernels
+    from . import kernels
 
     table = kernels.table(teacher, student, copies)
     table.run(decay)

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from cat_kernels.ema.op import ema_update_
-from cat_kernels.ema.reference import ema_update_reference
-from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .._ops import ops
+from ..spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .op import ema_update_
+from .reference import ema_update_reference
 
 # name: shapes of the parameters
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -40,7 +41,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
     i = sample.inputs
     decay = torch.as_tensor(i["decay"], dtype=torch.float64)
-    yield torch.ops.cat_kernels.ema_update_.default, (i["teacher"], i["student"], decay, i["copies"] or [])
+    yield ops.ema_update_.default, (i["teacher"], i["student"], decay, i["copies"] or [])
 
 
 def _bad_inputs(device: torch.device) -> Iterator[BadInput]:

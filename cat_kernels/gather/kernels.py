@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, launch, padded
+from .._triton import Ahead, launch, padded
 
 LOOKED_UP = 128  # entries of the table of slots that are made at once, by one program a clone
 LISTED = 16  # visible patches that they are compared with at once

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
-from cat_kernels._rows import flat_rows, gather_rows
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
+from .._rows import flat_rows, gather_rows
+from .reference import gather_tokens_reference
 
 OPERATOR = "gather_tokens"
 
@@ -62,7 +64,7 @@ def gather_tokens(
             f"{OPERATOR}: positions has {positions.shape[0]} rows for {tokens.shape[1]} patches; "
             "build a longer position table"
         )
-    return torch.ops.cat_kernels.gather_tokens(tokens, visible, positions, cls_token, select, backend=backend)
+    return ops.gather_tokens(tokens, visible, positions, cls_token, select, backend=backend)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -88,10 +90,17 @@ def _forward(
 def _forward_triton(
     tokens: Tensor, visible: Tensor | None, positions: Tensor | None, cls_token: Tensor | None, select: bool = True
 ) -> Tensor:
-    from cat_kernels.gather import kernels
+    from . import kernels
 
     _check_values(tokens, visible, positions, select)
     return kernels.gather(tokens, visible, positions, cls_token, select=select)
+
+
+def _composite(
+    tokens: Tensor, visible: Tensor | None, positions: Tensor | None, cls_token: Tensor | None, select: bool = True
+) -> Tensor:
+    _check_values(tokens, visible, positions, select)
+    return gather_tokens_reference(tokens, visible, positions, cls_token, select=select)
 
 
 def _check_values(tokens: Tensor, visible: Tensor | None, positions: Tensor | None, select: bool) -> None:
@@ -123,7 +132,7 @@ def _sum_rows(grad: Tensor, visible: Tensor, clips: int, length: int, dtype: tor
 
 
 def _sum_rows_triton(grad: Tensor, visible: Tensor, clips: int, length: int, dtype: torch.dtype) -> Tensor:
-    from cat_kernels.gather import kernels
+    from . import kernels
 
     return kernels.sum_rows(grad, visible, clips, length, dtype)
 
@@ -147,6 +156,7 @@ _sum_rows_op = register(
     {"triton": _sum_rows_triton, "torch": _sum_rows},
     refuses={"triton": _why_not_triton},
     fake=_sum_rows_fake,
+    composite=_sum_rows,
 )
 
 
@@ -189,5 +199,6 @@ register(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
     autocast=(0,),
 )

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from cat_kernels.backends import INTERPRETED
-from cat_kernels.gather.op import gather_tokens
-from cat_kernels.gather.reference import gather_tokens_reference
-from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .._ops import ops
+from ..backends import INTERPRETED
+from ..spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .op import gather_tokens
+from .reference import gather_tokens_reference
 
 # name: clips B, masks M, patches L, visible K, width D
 SHAPES = {
@@ -68,7 +69,6 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
-    ops = torch.ops.cat_kernels
     i = sample.inputs
     tokens, visible, positions = i["tokens"], i["visible"], i["positions"]
     select = i.get("select", True)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, launch, padded
+from .._triton import Ahead, launch, padded
 
 PROGRAMS = 1024  # that share the rows, for every chunk of channels: their sums are 12 MB at the base width
 FLAGS = 256  # patches of a program that marks masked ones

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
-from cat_kernels.loss.reference import RegressionLoss
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
+from .reference import RegressionLoss
 
 OPERATOR = "masked_regression_loss"
 REDUCTIONS = ("mean", "sum")
@@ -63,7 +64,7 @@ def masked_regression_loss(
     # In float16 the gradient of a mean is below the smallest number until it is multiplied by a loss scale: there
     # backward computes it, from the incoming gradient.
     with_gradient = torch.is_grad_enabled() and prediction.requires_grad and prediction.dtype != torch.float16
-    loss, prediction_std, target_std, _ = torch.ops.cat_kernels.masked_regression_loss(
+    loss, prediction_std, target_std, _ = ops.masked_regression_loss(
         prediction, target, visible, float(beta), reduction, with_gradient, backend=backend
     )
     return RegressionLoss(loss, prediction_std, target_std)
@@ -192,13 +193,37 @@ def _scaled_gradient(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
     return gradient * grad
 
 
+def _composite(
+    prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference, but for shapes, which do not depend on values here: `torch.func.vmap` could not take that."""
+    dtype = _accumulator(prediction, target)
+    N, L, _ = prediction.shape
+    check.check_visible_values(OPERATOR, visible, L, distinct=True)
+    masked_NL1 = torch.ones(N, L, dtype=torch.bool, device=visible.device).scatter(1, visible, False)[:, :, None]
+    target_NLD = target.to(dtype).repeat_interleave(N // max(target.shape[0], 1), dim=0)
+    count = N * (L - visible.shape[1])
+
+    def masked(x_NLD: Tensor) -> Tensor:
+        return torch.where(masked_NL1, x_NLD, 0)
+
+    def deviation(x_NLD: Tensor) -> Tensor:
+        mean_D = masked(x_NLD).sum((0, 1)) / max(count, 1)
+        return _deviation(masked(x_NLD - mean_D).square().sum((0, 1)), count)
+
+    # Scaled before the sum: PyTorch gives a 0-dim tensor times a number a tangent in float64.
+    loss = (_distances(masked(prediction - target_NLD), beta) * _scale(prediction, visible, reduction)).sum()
+    deviations = deviation(prediction.detach().to(dtype)), deviation(target_NLD.detach())
+    return loss, *deviations, _new_gradient(prediction, False)
+
+
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
 def _forward_triton(
     prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     check.check_visible_values(OPERATOR, visible, prediction.shape[1], distinct=True)
     gradient = _new_gradient(prediction, with_gradient)
@@ -212,7 +237,7 @@ def _forward_triton(
 def _prediction_backward_triton(
     grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
 ) -> Tensor:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     out = _new_gradient(prediction, True)
     kernels.backward(grad, prediction, target, visible, beta, _scale(prediction, visible, reduction), out, None)
@@ -222,7 +247,7 @@ def _prediction_backward_triton(
 def _target_backward_triton(
     grad: Tensor, prediction: Tensor, target: Tensor, visible: Tensor, beta: float, reduction: str
 ) -> Tensor:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     out = target.new_empty(target.shape)
     kernels.backward(grad, prediction, target, visible, beta, _scale(prediction, visible, reduction), None, out)
@@ -230,13 +255,13 @@ def _target_backward_triton(
 
 
 def _scale_gradient_triton(gradient: Tensor, grad: Tensor) -> None:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     kernels.scale(gradient, grad, gradient)
 
 
 def _scaled_gradient_triton(gradient: Tensor, grad: Tensor, loss: Tensor) -> Tensor:
-    from cat_kernels.loss import kernels
+    from . import kernels
 
     out = gradient.new_empty(gradient.shape)
     kernels.scale(gradient, grad, out)
@@ -304,7 +329,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     grad_prediction = grad_target = None
     if ctx.needs_input_grad[0] and not ctx.with_gradient:
         grad_prediction = _prediction_backward_op(grad, *arguments, backend=ctx.backend)
-    elif ctx.needs_input_grad[0] and _may_overwrite(gradient):
+    elif ctx.needs_input_grad[0] and _may_overwrite(gradient, grad):
         grad_prediction = gradient
         _scale_op(gradient, grad, backend=ctx.backend)
     elif ctx.needs_input_grad[0]:
@@ -314,10 +339,16 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return grad_prediction, grad_target, None, None, None, None
 
 
-def _may_overwrite(saved: Tensor) -> bool:
+# Of the two kinds of vmap. Their keys are not among `DispatchKey`'s members.
+_BATCHED: list[Any] = [torch._C._parse_dispatch_key(key) for key in ("Batched", "FuncTorchBatched")]
+
+
+def _may_overwrite(saved: Tensor, grad: Tensor) -> bool:
     """Whether no backward can follow this one: neither retain_graph nor create_graph. A tracer's tensors, which are of
-    types of their own, are left alone: it would have to copy them."""
+    types of their own, are left alone: it would have to copy them. And a batch of incoming gradients needs one each."""
     if type(saved) is not Tensor or torch.is_grad_enabled():
+        return False
+    if any(torch._C._dispatch_keys(grad).has(key) for key in _BATCHED):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -331,4 +362,5 @@ register(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
 )

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from cat_kernels.loss.op import masked_regression_loss
-from cat_kernels.loss.reference import masked_regression_loss_reference
-from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .._ops import ops
+from ..spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .op import masked_regression_loss
+from .reference import masked_regression_loss_reference
 
 # name: clips B, masks M, patches L, visible patches K, width D
 SHAPES = {
@@ -52,7 +53,6 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
-    ops = torch.ops.cat_kernels
     i = sample.inputs
     ends = (i.get("beta", 0.0), i.get("reduction", "mean"))
     inputs = (i["prediction"], i["target"], i["visible"])

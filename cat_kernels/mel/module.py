@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cat_kernels.mel.op import check_options, fbank
+from .op import check_options, fbank
 
 # What published models were trained on; everything else is fbank's default. AudioSet, ESC-50 and SPC-2: the statistics
 # of AST, EAT and CAT. BEATs: its own, on samples scaled to 16 bits, and Kaldi's own window.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels import extension
-from cat_kernels.mel.reference import FbankSettings
+from .. import extension
+from .reference import FbankSettings
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int16: "int16"}
 

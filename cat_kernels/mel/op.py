@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels._checks import check_device
-from cat_kernels._library import register
-from cat_kernels.backends import BackendError
-from cat_kernels.mel.native import fbank_native, why_not_native
-from cat_kernels.mel.reference import WINDOWS, FbankSettings, fbank_backward_reference, fbank_reference
+from .._checks import check_device
+from .._library import register
+from ..backends import BackendError
+from .native import fbank_native, why_not_native
+from .reference import WINDOWS, FbankSettings, fbank_backward_reference, fbank_reference
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.float64)
 OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -67,9 +67,9 @@ def fbank(
         (B, T, F), or (T, F) for a waveform (n,). Pad frames of a ragged batch are 0 before the normalisation. The floor
         is log(2^-23) = -15.942385. NaN in a frame makes that frame NaN.
 
-    Differentiable once with respect to a floating-point waveform: the backward is PyTorch's on every backend, and
-    computes the spectra again. On a GPU nothing waits, and the call can be captured in a CUDA graph once it has been
-    made before with the same settings.
+    Differentiable once with respect to a floating-point waveform, in forward mode and by `torch.func` any number of
+    times. The backward is PyTorch's on every backend, and computes the spectra again. On a GPU nothing waits, and the
+    call can be captured in a CUDA graph once it has been made before with the same settings.
 
     Raises:
         ValueError: fewer samples than one frame takes, wrong rank, settings that contradict each other.
@@ -192,6 +192,7 @@ _fbank = register(
     fake=_fbank_fake,
     setup_context=_save_for_backward,
     backward=_backward,
+    composite=_fbank_torch,
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,16 +193,31 @@ def mel_matrix(settings: FbankSettings, device: torch.device, dtype: torch.dtype
     return _tables(settings, device, dtype)[1]
 
 
-@lru_cache(maxsize=64)
 def _tables(settings: FbankSettings, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # What a tracer or a transform of torch.func makes is its own, and must not outlive it.
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return _make_tables(settings, device, dtype)
+    return _kept_tables(settings, device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_tables(settings: FbankSettings, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # A tensor made in inference mode could not be used in training afterwards.
     with torch.inference_mode(False), torch.no_grad():
-        tables = _window_f64(settings), _mel_matrix_f64(settings)
-        return tables[0].to(device, dtype), tables[1].to(device, dtype)
+        return _make_tables(settings, device, dtype)
+
+
+def _make_tables(settings: FbankSettings, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tables = _window_f64(settings), _mel_matrix_f64(settings)
+    return tables[0].to(device, dtype), tables[1].to(device, dtype)
+
+
+# Tables are computed there, whatever the default device is.
+_EXACT: Any = {"dtype": torch.float64, "device": "cpu"}
 
 
 def _window_f64(settings: FbankSettings) -> Tensor:
-    phase = 2 * math.pi * torch.arange(settings.frame_length, dtype=torch.float64) / (settings.frame_length - 1)
+    phase = 2 * math.pi * torch.arange(settings.frame_length, **_EXACT) / (settings.frame_length - 1)
     if settings.window == "hamming":
         return 0.54 - 0.46 * phase.cos()
     hann = 0.5 - 0.5 * phase.cos()
@@ -209,15 +225,15 @@ def _window_f64(settings: FbankSettings) -> Tensor:
 
 
 def _mel_matrix_f64(settings: FbankSettings) -> Tensor:
-    low, high = (_mel(torch.tensor(f, dtype=torch.float64)) for f in settings.band)
+    low, high = (_mel(torch.tensor(f, **_EXACT)) for f in settings.band)
     width = (high - low) / (settings.num_mel_bins + 1)
-    left_F = low + width * torch.arange(settings.num_mel_bins, dtype=torch.float64)
+    left_F = low + width * torch.arange(settings.num_mel_bins, **_EXACT)
     half = settings.fft_length // 2
-    bins_N1 = _mel(torch.arange(half, dtype=torch.float64) * settings.sample_rate / settings.fft_length)[:, None]
+    bins_N1 = _mel(torch.arange(half, **_EXACT) * settings.sample_rate / settings.fft_length)[:, None]
     rising_NF = (bins_N1 - left_F) / width
     falling_NF = (left_F + 2 * width - bins_N1) / width
     weights_NF = torch.minimum(rising_NF, falling_NF).clamp(min=0)
-    return torch.cat([weights_NF, torch.zeros(1, settings.num_mel_bins, dtype=torch.float64)])
+    return torch.cat([weights_NF, torch.zeros(1, settings.num_mel_bins, **_EXACT)])
 
 
 def _mel(frequency: Tensor) -> Tensor:

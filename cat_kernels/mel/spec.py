@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels.mel.op import _fbank, _fbank_backward, fbank
-from cat_kernels.mel.reference import FbankSettings, fbank_reference
-from cat_kernels.spec import BadInput, OperatorSpec, Sample, nbytes
+from ..spec import BadInput, OperatorSpec, Sample, nbytes
+from .op import _fbank, _fbank_backward, fbank
+from .reference import FbankSettings, fbank_reference
 
 # 4 kHz, frames of 60 samples every 24, 64-point FFT: every step at a size that gradcheck can afford.
 SMALL = {"sample_rate": 4000, "num_mel_bins": 6, "frame_length_ms": 15.0, "frame_shift_ms": 6.0}

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from cat_kernels._triton import _INTERPRETED, Ahead, launch, padded
-from cat_kernels.gather.kernels import slots
+from .._triton import _INTERPRETED, Ahead, launch, padded
+from ..gather.kernels import slots
 
 ROWS = 4  # of a program: what it does but once is little beside that
 

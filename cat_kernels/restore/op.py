@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels import philox
-from cat_kernels._library import register
-from cat_kernels._rows import flat_rows, gather_rows
+from .. import _checks as check
+from .. import philox
+from .._library import register
+from .._ops import ops
+from .._rows import flat_rows, gather_rows
+from .reference import restore_tokens_reference
 
 OPERATOR = "restore_tokens"
 
@@ -64,7 +66,7 @@ def restore_tokens(
     check.check_device(OPERATOR, "seed", seed, "tokens", tokens)
     if not noise_std >= 0:
         raise ValueError(f"{OPERATOR}: noise_std={noise_std} must be a standard deviation, at least 0")
-    return torch.ops.cat_kernels.restore_tokens(tokens, visible, num_patches, seed, noise_std, backend=backend)
+    return ops.restore_tokens(tokens, visible, num_patches, seed, noise_std, backend=backend)
 
 
 def _forward(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
@@ -77,14 +79,19 @@ def _forward(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, no
 
 
 def _forward_triton(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
-    from cat_kernels.restore import kernels
+    from . import kernels
 
     check.check_visible_values(OPERATOR, visible, num_patches, distinct=True)
     return kernels.restore(tokens, visible, num_patches, seed, noise_std)
 
 
+def _composite(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noise_std: float = 0.01) -> Tensor:
+    check.check_visible_values(OPERATOR, visible, num_patches, distinct=True)
+    return restore_tokens_reference(tokens, visible, num_patches, seed, noise_std=noise_std)
+
+
 def _backward_triton(grad: Tensor, visible: Tensor) -> Tensor:
-    from cat_kernels.gather import kernels
+    from ..gather import kernels
 
     return kernels.gather(grad, visible)
 
@@ -109,6 +116,7 @@ _backward_op = register(
     {"triton": _backward_triton, "torch": gather_rows},
     refuses={"triton": _why_not_triton},
     fake=_backward_fake,
+    composite=gather_rows,
 )
 
 
@@ -130,5 +138,6 @@ register(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
     autocast=(0,),
 )

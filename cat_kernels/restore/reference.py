@@ -5,7 +5,7 @@ Shapes: N clip-clones, K visible patches, L = num_patches, D width.
 
 from torch import Tensor
 
-from cat_kernels import philox
+from .. import philox
 
 
 def restore_tokens_reference(

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from cat_kernels.backends import INTERPRETED
-from cat_kernels.restore.op import restore_tokens
-from cat_kernels.restore.reference import restore_tokens_reference
-from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .._ops import ops
+from ..backends import INTERPRETED
+from ..spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .op import restore_tokens
+from .reference import restore_tokens_reference
 
 # name: clip-clones N, patches L, visible K, width D
 SHAPES = {
@@ -59,7 +60,6 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
-    ops = torch.ops.cat_kernels
     i = sample.inputs
     tokens, visible, L = i["tokens"], i["visible"], i["num_patches"]
     if isinstance(i["seed"], int):

@@ -1,5 +1,5 @@
 """The multi-resolution convolution stem."""
 
-from cat_kernels.stem.module import MultiResConv
+from .module import MultiResConv
 
 __all__ = ["MultiResConv"]

@@ -12,24 +12,23 @@ Shapes: N clone rows, K visible patches each, S positions in a patch of a stage,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_kernels._library import register
-from cat_kernels.stem.layout import block_order, halo_rows, strides
-from cat_kernels.stem.visible import patch_weight
-
-if TYPE_CHECKING:
-    from cat_kernels.stem.module import ConvBlock, Embed, MultiResConv
+from .._library import register
+from . import composite
+from .layout import block_order, halo_rows, strides
+from .visible import patch_weight
+from .weights import ConvBlock, Embed, StemWeights
 
 OPERATOR = "MultiResConv"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not_fused(stem: MultiResConv, dtype: torch.dtype) -> str | None:
+def why_not_fused(stem: StemWeights, dtype: torch.dtype) -> str | None:
     """What the kernels do not compute, in words; None where there is nothing."""
     if dtype not in DTYPES:
         return f"{dtype} input, the kernels take float32, bfloat16 and float16"
@@ -47,14 +46,19 @@ def compute_dtype(spec: Tensor) -> torch.dtype:
     return spec.dtype
 
 
-def multires_conv_triton(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
-    """The stem on visible patches only. Returns (N, K, D), or (B, L, D) without ``visible`` (all patches visible)."""
+def multires_conv_triton(
+    stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None = None, *, recompute: bool = False
+) -> Tensor:
+    """The stem on visible patches only. Returns (N, K, D), or (B, L, D) without ``visible`` (all patches visible).
+
+    recompute: see `MultiResConv`.
+    """
     dtype = compute_dtype(spec_BCTF)
     with torch.autocast(spec_BCTF.device.type, enabled=False):
-        return _stem(stem, spec_BCTF.to(dtype), visible_NK)
+        return _stem(stem, spec_BCTF.to(dtype), visible_NK, recompute)
 
 
-def _stem(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None) -> Tensor:
+def _stem(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None, recompute: bool) -> Tensor:
     B, _, T, n_mels = spec_BCTF.shape
     H, W = T // stem.patch_size, n_mels // stem.patch_size
     if visible_NK is None:
@@ -75,7 +79,7 @@ def _stem(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None) -> T
         halo = torch.where(halo == x.shape[0], -1, halo).int()
         order = block_order(coarser, x.device).int()
         for block in blocks:
-            x = _conv_block(block, x, halo, order, keep=not stem.recompute)
+            x = _conv_block(block, x, halo, order, keep=not recompute)
         # Side outputs and the last Linear are summed by the products themselves.
         weight = patch_weight(side, coarser).to(x.dtype)
         rows = x.reshape(N * K, weight.shape[1])
@@ -122,7 +126,7 @@ def _embed_pixels_triton(
     resolutions: Sequence[int],
     eps: float,
 ) -> Tensor:
-    from cat_kernels.stem.kernels.pixels import embed_pixels
+    from .kernels.pixels import embed_pixels
 
     weight, bias = weight.to(spec.dtype).contiguous(), bias.contiguous()
     norm = ln_weight.contiguous(), ln_bias.contiguous()
@@ -146,7 +150,7 @@ def _embed_pixels_backward_triton(
     eps: float,
     need_spec: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from cat_kernels.stem.kernels.pixels import embed_pixels_backward
+    from .kernels.pixels import embed_pixels_backward
 
     matrix = weight.to(spec.dtype).contiguous()
     *grads, pixels = embed_pixels_backward(
@@ -172,7 +176,7 @@ def _embed_pixels_backward_triton(
 
 def _scatter_pixels(pixels: Tensor, spec: Tensor, visible: Tensor, resolutions: tuple[int, ...]) -> Tensor:
     """Gradients of the visible patches' pixels, summed over the clones of each clip, in the spectrogram's layout."""
-    from cat_kernels.stem.layout import unpatchify
+    from .layout import unpatchify
 
     B, C, T, n_mels = spec.shape
     P = resolutions[-1]
@@ -232,6 +236,7 @@ _stem_embed_pixels = register(
     fake=_embed_pixels_fake,
     setup_context=_embed_pixels_save,
     backward=_embed_pixels_formula,
+    composite=composite.embed_pixels,
 )
 
 
@@ -239,7 +244,7 @@ _stem_embed_pixels = register(
 
 
 def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    from cat_kernels.stem.kernels.rows import layer_norm
+    from .kernels.rows import layer_norm
 
     return layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
 
@@ -247,7 +252,7 @@ def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
 def _layer_norm_backward_triton(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from cat_kernels.stem.kernels.rows import layer_norm_backward
+    from .kernels.rows import layer_norm_backward
 
     dx, (dweight, dbias) = layer_norm_backward(grad.contiguous(), x.contiguous(), weight.contiguous(), eps)
     # Copies: they are parts of one tensor, and an operator's results must not share memory.
@@ -281,6 +286,7 @@ _stem_layer_norm = register(
     fake=lambda x, weight, bias, eps: _like(x)[0],
     setup_context=_layer_norm_save,
     backward=_layer_norm_formula,
+    composite=composite.layer_norm,
 )
 
 
@@ -320,7 +326,7 @@ class _BlockWeights(NamedTuple):
 def _conv_block_triton(
     x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from cat_kernels.stem.kernels.mlp import norm_mlp_residual
+    from .kernels.mlp import norm_mlp_residual
 
     x, w = x.contiguous(), _BlockWeights.of(weights, x.dtype)
     y, middle = _first_half(x, halo, order, w, eps)
@@ -332,8 +338,8 @@ def _conv_block_triton(
 
 def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: _BlockWeights, eps: float) -> tuple[Tensor, Tensor]:
     """What the depthwise convolution reads, and the block's middle: the rows after the first residual."""
-    from cat_kernels.stem.kernels.conv import conv_linear_residual
-    from cat_kernels.stem.kernels.linear import norm_linear
+    from .kernels.conv import conv_linear_residual
+    from .kernels.linear import norm_linear
 
     y = norm_linear(x, w.norm1_weight, w.norm1_bias, w.conv1_weight, w.conv1_bias, eps)
     return y, conv_linear_residual(x, y, halo, order, w.taps, w.taps_bias, w.conv2_weight, w.conv2_bias)
@@ -360,10 +366,10 @@ def _conv_block_backward_triton(
     eps: float,
     keep: bool,
 ) -> list[Tensor]:
-    from cat_kernels._triton import product
-    from cat_kernels.stem.kernels.conv import depthwise, depthwise_backward_weight
-    from cat_kernels.stem.kernels.mlp import norm_mlp_backward
-    from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
+    from .._triton import product
+    from .kernels.conv import depthwise, depthwise_backward_weight
+    from .kernels.mlp import norm_mlp_backward
+    from .kernels.rows import layer_norm, layer_norm_backward
 
     grad, x, w = grad.contiguous(), x.contiguous(), _BlockWeights.of(weights, x.dtype)
     if not keep:
@@ -414,4 +420,5 @@ _stem_conv_block = register(
     fake=_conv_block_fake,
     setup_context=_conv_block_save,
     backward=_conv_block_formula,
+    composite=composite.conv_block,
 )

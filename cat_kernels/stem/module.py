@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels.backends import BackendError, resolve
-from cat_kernels.stem.fused import compute_dtype, multires_conv_triton, why_not_fused
-from cat_kernels.stem.layout import strides
-from cat_kernels.stem.reference import multires_conv_dense
-from cat_kernels.stem.visible import multires_conv_visible
+from .. import _checks as check
+from ..backends import OPERATORS, BackendError, resolve
+from .fused import compute_dtype, multires_conv_triton, why_not_fused
+from .reference import multires_conv_dense
+from .visible import multires_conv_visible
+from .weights import StemWeights
 
 OPERATOR = "MultiResConv"
-IMPLEMENTATIONS = {"triton": multires_conv_triton, "visible": multires_conv_visible, "dense": multires_conv_dense}
 
 
-class Embed(nn.Module):
-    """Conv2d with kernel = stride, then LayerNorm over the channels of each position."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, out_channels, stride, stride)
-        self.norm = nn.LayerNorm(out_channels, eps=1e-5)
-        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
-
-
-class ConvBlock(nn.Module):
-    """Weights of one conv block; 1x1 convolutions are kept as Linear layers, which PyTorch initialises the same way."""
-
-    def __init__(self, channels: int, mlp_ratio: float, kernel_size: int) -> None:
-        super().__init__()
-        hidden = int(channels * mlp_ratio)
-        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
-        self.conv1 = nn.Linear(channels, channels)
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-        self.conv2 = nn.Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
-
-
-class MultiResConv(nn.Module):
+class MultiResConv(StemWeights):
     """Multi-resolution convolution stem: spectrogram -> one token per patch (arXiv 2601.21612).
 
     Args:
@@ -77,39 +49,11 @@ class MultiResConv(nn.Module):
         backend: str = "auto",
         recompute: bool = False,
     ) -> None:
-        super().__init__()
         resolutions, channels = tuple(resolutions), tuple(channels)
         _check_settings(resolutions, channels, kernel_size, backend)
-        self.resolutions = resolutions
-        self.channels = channels
-        self.embed_dim = embed_dim
-        self.in_chans = in_chans
-        self.kernel_size = kernel_size
+        super().__init__(resolutions, channels, embed_dim, in_chans, depth, mlp_ratio, kernel_size)
         self.backend = backend
         self.recompute = recompute
-        self.patch_size = resolutions[-1]
-
-        widths = (*channels, embed_dim)
-        self.embeds = nn.ModuleList(
-            Embed(c_in, c_out, k)
-            for c_in, c_out, k in zip((in_chans, *channels), widths, strides(resolutions), strict=True)
-        )
-        self.stages = nn.ModuleList(
-            nn.ModuleList(ConvBlock(c, mlp_ratio, kernel_size) for _ in range(depth)) for c in channels
-        )
-        self.sides = nn.ModuleList(
-            nn.Conv2d(c, embed_dim, self.patch_size // r, self.patch_size // r)
-            for c, r in zip(channels, resolutions[:-1], strict=True)
-        )
-        self.proj = nn.Linear(embed_dim, embed_dim)
-        nn.init.normal_(self.proj.weight, std=0.02)
-        nn.init.zeros_(self.proj.bias)
-
-    def levels(self) -> list[tuple[Embed, Sequence[ConvBlock], nn.Conv2d | None]]:
-        """Embedding, conv blocks and side output of each resolution, finest first; the last has only the embedding."""
-        stages = [*self.stages, ()]
-        sides = [*self.sides, None]
-        return [cast(Any, level) for level in zip(self.embeds, stages, sides, strict=True)]
 
     def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
         """Tokens of all patches, or of the visible ones.
@@ -128,7 +72,11 @@ class MultiResConv(nn.Module):
             IndexError: a patch index outside 0 .. L-1 (on the CPU; looking at the values would make a GPU wait).
         """
         self._check_input(spec, visible)
-        return IMPLEMENTATIONS[self._backend(spec)](self, spec, visible)
+        backend = self._backend(spec)
+        if backend == "triton":
+            return multires_conv_triton(self, spec, visible, recompute=self.recompute)
+        formulation = multires_conv_visible if backend == "visible" else multires_conv_dense
+        return formulation(self, spec, visible)
 
     def _backend(self, spec: Tensor) -> str:
         backend = resolve(OPERATOR, self.backend, spec.device.type)
@@ -183,5 +131,5 @@ def _check_settings(resolutions: tuple[int, ...], channels: tuple[int, ...], ker
         )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}; expected a positive odd number, e.g. 5")
-    if backend != "auto" and backend not in IMPLEMENTATIONS:
+    if backend != "auto" and backend not in OPERATORS[OPERATOR]:
         raise ValueError(f"backend={backend!r}; expected 'auto', 'triton', 'visible' or 'dense'")

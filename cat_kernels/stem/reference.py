@@ -6,16 +6,11 @@ Shapes: B clips, M masks a clip, N = B * M, T frames, F mel bins, P patch, H x W
 K visible patches, c channels of a stage, D embedding width.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cat_kernels.stem.module import ConvBlock, MultiResConv
+from .weights import ConvBlock, StemWeights
 
 
 def layer_norm_2d(x_NCHW: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
@@ -37,7 +32,7 @@ def conv_block(block: ConvBlock, x_NCHW: Tensor, m_N1HW: Tensor | None) -> Tenso
     return x + conv1x1(hidden, block.fc2)
 
 
-def multires_conv_dense(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+def multires_conv_dense(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
     """The stem over all positions; with ``visible``, of every clone, and only then the visible patches are read.
 
     Returns (B, L, D), or (N, K, D) with ``visible`` (N, K).

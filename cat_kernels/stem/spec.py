@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_kernels.spec import BadInput, OperatorSpec, Sample
-from cat_kernels.stem.module import MultiResConv
+from ..spec import BadInput, OperatorSpec, Sample
+from .module import MultiResConv
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], int]  # resolutions, channels, embed_dim
 

@@ -8,18 +8,12 @@ Shapes: N = B * M clone rows, K visible patches each, S positions (p x p) in a p
 ``rows`` are (N*K*S, c), positions in block order (`layout.block_order`).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
-
-if TYPE_CHECKING:
-    from cat_kernels.stem.module import ConvBlock, MultiResConv
+from .layout import block_order, halo_rows, patchify, strides
+from .weights import ConvBlock, StemWeights
 
 
 def patch_weight(conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
@@ -37,26 +31,28 @@ def patch_linear(rows: Tensor, conv: torch.nn.Conv2d, factors: tuple[int, ...]) 
     return F.linear(rows.reshape(rows.numel() // weight.shape[1], weight.shape[1]), weight, conv.bias)
 
 
-def masked_depthwise(rows: Tensor, conv: torch.nn.Conv2d, halo: Tensor, order: Tensor) -> Tensor:
+def masked_depthwise(rows: Tensor, taps: Tensor, bias: Tensor | None, halo: Tensor, order: Tensor) -> Tensor:
     """Depthwise convolution of the visible rows, everything else being zero.
 
-    rows (R, c); halo (patches, (p + 2 radius)^2) row numbers, R for "zero"; order: `block_order` of the patch.
+    rows (R, c); taps (c, 1, kernel, kernel); halo (patches, (p + 2 radius)^2) row numbers, R for "zero"; order:
+    `block_order` of the patch.
     """
     patches, c = halo.shape[0], rows.shape[1]
     side = int(halo.shape[1] ** 0.5)
     with_zero = F.pad(rows, (0, 0, 0, 1))
     window = with_zero.index_select(0, halo.flatten()).unflatten(0, (patches, side, side))
-    out = F.conv2d(window.permute(0, 3, 1, 2), conv.weight, conv.bias, groups=c)
+    out = F.conv2d(window.permute(0, 3, 1, 2), taps, bias, groups=c)
     return out.permute(0, 2, 3, 1).flatten(1, 2)[:, order].flatten(0, 1)
 
 
 def conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor) -> Tensor:
     """x + W2 . DW(m * (W1 . LN1(x) + b1)) + b2, then x + fc2(GELU(fc1(LN2(x)))), on visible rows."""
-    x = x + block.conv2(masked_depthwise(block.conv1(block.norm1(x)), block.dwconv, halo, order))
+    taps, bias = block.dwconv.weight, block.dwconv.bias
+    x = x + block.conv2(masked_depthwise(block.conv1(block.norm1(x)), taps, bias, halo, order))
     return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
-def multires_conv_visible(stem: MultiResConv, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
+def multires_conv_visible(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None = None) -> Tensor:
     """The stem on visible patches only. Returns (N, K, D), or (B, L, D) without ``visible`` (all patches visible)."""
     B, _, T, n_mels = spec_BCTF.shape
     P = stem.patch_size

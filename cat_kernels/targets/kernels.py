@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, launch, padded
+from .._triton import Ahead, launch, padded
 
 HELD = 512  # patches that one program holds, 16 channels of them: 10 s of audio at 16-pixel patches
 

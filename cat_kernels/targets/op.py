@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cat_kernels import _checks as check
-from cat_kernels._library import register
+from .. import _checks as check
+from .._library import register
+from .._ops import ops
+from .reference import average_targets_reference
 
 OPERATOR = "average_targets"
 
@@ -62,7 +64,7 @@ def average_targets(
         raise ValueError(f"{OPERATOR}: num_layers={num_layers} must be the number of blocks in the sum, at least 1")
     if not eps > 0:
         raise ValueError(f"{OPERATOR}: eps={eps} must be positive")
-    return torch.ops.cat_kernels.average_targets(layers, partial, num_layers, eps, backend=backend)
+    return ops.average_targets(layers, partial, num_layers, eps, backend=backend)
 
 
 def _accumulator(layers: Sequence[Tensor], partial: Tensor | None) -> torch.dtype:
@@ -100,11 +102,15 @@ def _forward(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int |
 
 
 def _forward_triton(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int | None, eps: float) -> Tensor:
-    from cat_kernels.targets import kernels
+    from . import kernels
 
     out = _fake(layers, partial, num_layers, eps)
     kernels.forward(layers, partial, num_layers, eps, out)
     return out
+
+
+def _composite(layers: Sequence[Tensor], partial: Tensor | None, num_layers: int | None, eps: float) -> Tensor:
+    return average_targets_reference(layers, partial=partial, num_layers=num_layers, eps=eps)
 
 
 def _why_not_triton(layers: Sequence[Tensor], partial: Tensor | None, *_: Any) -> str | None:
@@ -180,4 +186,5 @@ register(
     refuses={"triton": _why_not_triton},
     setup_context=_save,
     backward=_backward,
+    composite=_composite,
 )

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from cat_kernels.spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
-from cat_kernels.targets.op import average_targets
-from cat_kernels.targets.reference import average_targets_reference
+from .._ops import ops
+from ..spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
+from .op import average_targets
+from .reference import average_targets_reference
 
 # name: blocks, clips B, patches L, width D
 SHAPES = {
@@ -41,7 +42,6 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
-    ops = torch.ops.cat_kernels
     i = sample.inputs
     layers, partial = i["layers"], i.get("partial")
     num_layers, eps = i.get("num_layers"), i.get("eps", 1e-5)

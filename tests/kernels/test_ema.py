@@ -1,6 +1,7 @@
 """The moving average: its table of addresses, agreement with PyTorch's lerp, and what `EMA` follows and refuses."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -294,6 +295,168 @@ def test_masters_are_rounded_anew(backend):
     teacher.load_state_dict({n: t + 1 for n, t in teacher.state_dict().items()})
     ema.refresh()
     same([low.head.weight], [teacher.head.weight.bfloat16()])
+
+
+WRITES = {
+    "load_state_dict": lambda m, state: m.load_state_dict(state),
+    "assign": lambda m, state: m.load_state_dict(
+        {n: t.to(m.state_dict()[n].dtype) for n, t in state.items()}, assign=True
+    ),
+    "copy_": lambda m, state: [p.copy_(state[n]) for n, p in m.named_parameters()],
+    "init": lambda m, state: [(nn.init.zeros_(p), p.add_(state[n])) for n, p in m.named_parameters()],
+    "data": lambda m, state: [setattr(p, "data", state[n].to(p.dtype)) for n, p in m.named_parameters()],
+    "parameters": lambda m, state: [
+        m.get_submodule(n.rpartition(".")[0]).register_parameter(
+            n.rpartition(".")[2], nn.Parameter(state[n].to(p.dtype), requires_grad=p.requires_grad)
+        )
+        for n, p in list(m.named_parameters())
+    ],
+    "to and load": lambda m, state: m.to(memory_format=torch.channels_last).load_state_dict(state),
+}
+
+
+def other_state(module):
+    """Values of the module's names that bfloat16 holds."""
+    torch.manual_seed(7)
+    return {n: torch.randn_like(t.float()).bfloat16().to(t.dtype) for n, t in module.state_dict().items()}
+
+
+@every_backend
+@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("which", ["teacher", "student"])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_others_write_counts(backend, copy_dtype, which, write):
+    """A teacher, in full or low precision, and a student that are written between two updates."""
+    teacher, student, ema = pair(backend=backend, copy_dtype=copy_dtype)
+    ema.update(0.9)
+    module = {"teacher": teacher, "student": student}[which]
+    state = other_state(student)
+    with torch.no_grad():
+        WRITES[write](module, state)
+    average = {n: t.clone() for n, t in ema.state_dict().items()}
+    if which == "teacher":
+        same(average.values(), [state[n] for n in average])
+    expected = expect(average, student)
+    ema.update(0.9)
+    same(ema.state_dict().values(), expected.values())
+    assert_followed(teacher, student, expected)
+
+
+def test_only_what_changed_is_taken_from_a_rounded_copy():
+    """The average keeps its precision where the copy is still the rounded average."""
+    teacher, student, ema = pair(copy_dtype=torch.bfloat16)
+    ema.update(0.9)
+    before = {n: t.clone() for n, t in ema.state_dict().items()}
+    teacher.load_state_dict(teacher.state_dict())
+    teacher.head.weight.data = teacher.head.weight.data.clone()
+    same(ema.state_dict().values(), before.values())
+    with torch.no_grad():
+        teacher.head.weight[0, 0] = 3.0
+        teacher.scale.fill_(torch.nan)
+    before["head.weight"][0, 0] = 3.0
+    before["scale"].fill_(torch.nan)
+    same(ema.state_dict().values(), before.values())
+    teacher.load_state_dict(teacher.state_dict())  # NaN is NaN
+    expected = expect(before, student)
+    ema.update(0.9)
+    same(ema.state_dict().values(), expected.values())
+
+
+@pytest.mark.parametrize("which", ["teacher", "masters", "both"])
+def test_writes_beside_masters(which):
+    """Either of the two may be written; where both were and disagree, one has to say which counts."""
+    masters, student, _ = pair()
+    teacher = copy.deepcopy(masters).bfloat16()
+    for layer in (teacher.inner[1], masters.inner[1]):
+        layer.float()
+    ema = EMA(teacher, student, masters=masters)
+    ema.update(0.9)
+    state = other_state(student)
+    for label, module in (("teacher", teacher), ("masters", masters)):
+        if which in (label, "both"):
+            module.load_state_dict(state)
+    expected = expect(state, student)
+    ema.update(0.9)
+    same(masters.parameters(), expected.values())
+    same_rounded(teacher.parameters(), expected.values())
+    teacher.load_state_dict(state)
+    masters.load_state_dict({n: t + 1 for n, t in state.items()})
+    for attempt in (ema.update, ema.update, lambda _: ema.state_dict()):
+        with pytest.raises(ValueError, match=r"was changed in the teacher and in its average.*refresh"):
+            attempt(0.9)
+    ema.refresh()
+    same([teacher.head.weight], [masters.head.weight.bfloat16()])
+    expected = expect(dict(masters.named_parameters()), student)
+    ema.update(0.9)
+    same(masters.parameters(), expected.values())
+
+
+def test_a_loaded_state_wins():
+    teacher, student, ema = pair(copy_dtype=torch.bfloat16)
+    ema.update(0.9)
+    state = {n: t.clone() for n, t in ema.state_dict().items()}
+    teacher.load_state_dict(other_state(student))
+    ema.load_state_dict(state)
+    same(ema.state_dict().values(), state.values())
+    same([teacher.head.weight], [state["head.weight"].bfloat16()])
+    ema.update(1.0)
+    same([ema.state_dict()["head.weight"]], [state["head.weight"]])
+
+
+@every_backend
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_an_ema_are_on_their_own(backend, how):
+    teacher, student, ema = pair(backend=backend, copy_dtype=torch.bfloat16)
+    ema.update(0.9)
+    teacher.load_state_dict(other_state(student))  # seen in the copy too
+    other = copy.deepcopy(ema) if how == "deepcopy" else pickle.loads(pickle.dumps(ema))
+    assert other.teacher is not teacher
+    before = {n: t.clone() for n, t in ema.state_dict().items()}
+    same(other.state_dict().values(), before.values())
+    expected = expect(before, other.student)
+    other.update(0.9)
+    same(other.state_dict().values(), expected.values())
+    same(ema.state_dict().values(), before.values())
+    with torch.no_grad():
+        other.teacher.scale.fill_(5.0)
+    assert other.state_dict()["scale"] == 5.0
+
+
+@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16])
+def test_modules_made_on_meta(copy_dtype):
+    """An EMA that was made before its modules had values."""
+    torch.manual_seed(0)
+    good = Net()
+    with torch.device("meta"):
+        student, teacher = Net(), Net().requires_grad_(False)
+        ema = EMA(teacher, student, copy_dtype=copy_dtype)
+    for module in (student, teacher):
+        module.to_empty(device=DEVICE)
+        module.load_state_dict(good.state_dict())
+    step(student)
+    average = {n: t.clone() for n, t in ema.state_dict().items()}
+    wanted = dict(good.to(DEVICE).named_parameters())
+    same(average.values(), [wanted[n].detach().to(copy_dtype or torch.float32).float() for n in average])
+    expected = expect(average, student)
+    ema.update(0.9)
+    same(ema.state_dict().values(), expected.values())
+
+
+@every_backend
+def test_the_default_device_does_not_matter(backend):
+    _, student, ema = pair(copy_dtype=torch.bfloat16, backend=backend)
+    expected = expect(ema.state_dict(), student)
+    with torch.device("meta"):
+        ema.update(0.9)
+    same(ema.state_dict().values(), expected.values())
+
+
+def test_parameters_of_inference_mode():
+    with torch.inference_mode():
+        _, student, ema = pair(copy_dtype=torch.bfloat16)
+        expected = expect(ema.state_dict(), student)
+        ema.update(0.9)
+        same(ema.state_dict().values(), expected.values())
 
 
 def test_rounding_keeps_the_exact_average():

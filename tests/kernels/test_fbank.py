@@ -8,7 +8,7 @@ import torch
 
 from cat_kernels import backends
 from cat_kernels.mel import FBANK_PRESETS, FbankSettings, LogMelFbank, fbank, fbank_reference
-from cat_kernels.mel.reference import ENERGY_FLOOR, _spectrum, _tables, mel_matrix
+from cat_kernels.mel.reference import ENERGY_FLOOR, _kept_tables, _make_tables, _spectrum, mel_matrix
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fbank_torchaudio.safetensors"
 FLOOR = math.log(ENERGY_FLOOR)
@@ -223,9 +223,9 @@ def test_gradient_equals_autograd_through_the_reference():
 
 def test_windows():
     for name, middle, edge in (("hanning", 1.0, 0.0), ("povey", 1.0, 0.0), ("hamming", 1.0, 0.08)):
-        window = _tables(FbankSettings(sample_rate=16040, window=name), CPU, torch.float64)[0]  # 401 samples
+        window = _make_tables(FbankSettings(sample_rate=16040, window=name), CPU, torch.float64)[0]  # 401 samples
         assert (window[200].item(), window[0].item()) == pytest.approx((middle, edge))
-    hann, povey = (_tables(FbankSettings(window=name), CPU, torch.float64)[0] for name in ("hanning", "povey"))
+    hann, povey = (_make_tables(FbankSettings(window=name), CPU, torch.float64)[0] for name in ("hanning", "povey"))
     torch.testing.assert_close(povey, hann**0.85)
 
 
@@ -251,13 +251,27 @@ def test_one_clip_empty_batch_and_strides(backend):
 
 
 def test_tables_are_made_once_and_survive_inference_mode():
-    _tables.cache_clear()
+    _kept_tables.cache_clear()
     with torch.inference_mode():
         fbank(noise(1, 800))
     wave = noise(1, 800).requires_grad_()
     fbank_reference(wave, None, FbankSettings()).sum().backward()
     fbank(noise(1, 800))
-    assert _tables.cache_info().misses == 1
+    assert _kept_tables.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tables_of_a_transform_are_not_kept(compiled):
+    """Made inside of one, they are tensors that only it can use."""
+    _kept_tables.cache_clear()
+    wave, tangent = noise(1, 800), noise(1, 800)
+
+    def derivatives(wave):
+        return torch.func.jvp(fbank, (wave,), (tangent,))[1], torch.func.grad(lambda w: fbank(w).sum())(wave)
+
+    (torch.compile(derivatives, fullgraph=True, backend="aot_eager") if compiled else derivatives)(wave)
+    assert _kept_tables.cache_info().misses == 0
+    torch.testing.assert_close(fbank(wave, backend="torch"), fbank_reference(wave, None, FbankSettings()))
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,20 @@ def test_a_new_batch_length_or_seed_compiles_nothing():
     assert len(counts) == 4
     assert counts[0][1] == 4
     assert set(counts) == {counts[0]}, done.stdout
+
+
+def test_indices_are_looked_at_inside_transforms():
+    """Where they have values: not in vmap."""
+    tokens, visible = torch.randn(2, 9, 8), torch.tensor([[1, 2], [3, 4]])
+
+    def total(tokens, visible, more):
+        return gather_tokens(tokens, visible + more).sum()
+
+    with pytest.raises(IndexError, match=r"visible\[1, 1\] = 10, but there are 9 patches"):
+        torch.func.grad(total)(tokens, visible, 6)
+    with pytest.raises(IndexError, match=r"visible\[1, 1\] = 10, but there are 9 patches"):
+        torch.func.jvp(lambda t: total(t, visible, 6), (tokens,), (tokens,))
+    both = torch.stack([visible, visible.flip(1)])
+    found = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0, None))(tokens, both, 1)
+    expected = [torch.func.grad(total)(tokens, v, 1) for v in both]
+    torch.testing.assert_close(found, torch.stack(expected))

@@ -173,3 +173,13 @@ def test_float64_is_not_for_the_kernels():
     prediction, target, visible = make(torch.float64)
     with pytest.raises(backends.BackendError, match="float64 input; use backend='torch' or 'auto'"):
         masked_regression_loss(prediction, target, visible, backend="triton")
+
+
+def test_a_batch_of_incoming_gradients():
+    """The saved gradient, which one backward may overwrite, serves each of them."""
+    prediction, target = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8)
+    visible = torch.tensor([[1, 2], [3, 4]])
+    losses = [masked_regression_loss(prediction, target, visible).loss for _ in range(2)]
+    (one,) = torch.autograd.grad(losses[0], prediction)
+    (batch,) = torch.autograd.grad(losses[1], prediction, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(batch, torch.stack([one, 2 * one]))

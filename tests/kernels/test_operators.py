@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from cat_kernels import backends
@@ -239,6 +240,151 @@ def test_second_derivatives_are_right_or_refused(spec, device):
         return
     for a, e in zip(actual, second_derivatives(spec.reference), strict=True):
         torch.testing.assert_close(a, e)
+
+
+# --- other derivatives ------------------------------------------------------------------------------------------------
+
+
+def of_its_tensors(function, sample):
+    """(function of the differentiable tensors alone, a tuple of outputs; these tensors)."""
+    leaves, tree = pytree.tree_flatten({name: sample.inputs[name] for name in sample.differentiable})
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+    def call(*tensors):
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        return tuple(pytree.tree_leaves(function(**{**sample.inputs, **pytree.tree_unflatten(filled, tree)})))
+
+    return call, tuple(leaves[i] for i in places)
+
+
+def unpacked(outputs):
+    """Tangents; zeros for what carries none."""
+    tangents = [forward_ad.unpack_dual(out).tangent for out in outputs]
+    return [torch.zeros_like(o) if t is None else t for o, t in zip(outputs, tangents, strict=True)]
+
+
+def dual(function, tensors, tangents, *, grad):
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        duals = [
+            forward_ad.make_dual(x.clone().requires_grad_(grad), t) for x, t in zip(tensors, tangents, strict=True)
+        ]
+        return [t.detach() for t in unpacked(function(*duals))]
+
+
+def gradient_of(function):
+    """Of a sum of sines, so that linear operators have second derivatives too."""
+
+    def total(*tensors):
+        return sum(out.sin().sum() for out in function(*tensors))
+
+    return lambda *tensors: torch.func.grad(total, argnums=tuple(range(len(tensors))))(*tensors)
+
+
+def two(tensors):
+    return tuple(torch.stack([x, 0.5 * x]) for x in tensors)
+
+
+# name: (function, tensors, tangents) -> derivatives
+TRANSFORMS = {
+    "jvp": lambda f, x, t: torch.func.jvp(f, x, t)[1],
+    "dual tensors": lambda f, x, t: dual(f, x, t, grad=False),
+    "dual tensors that require gradients": lambda f, x, t: dual(f, x, t, grad=True),
+    "grad": lambda f, x, t: gradient_of(f)(*x),
+    "jvp of grad": lambda f, x, t: torch.func.jvp(gradient_of(f), x, t)[1],
+    "vmap of grad": lambda f, x, t: torch.func.vmap(gradient_of(f))(*two(x)),
+    "jvp of vmap": lambda f, x, t: torch.func.jvp(torch.func.vmap(f), two(x), two(t))[1],
+    "vmap of jvp": lambda f, x, t: torch.func.vmap(lambda *x: torch.func.jvp(f, x, t)[1])(*two(x)),
+}
+
+
+@every_device
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@differentiable_specs
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap of an operator is a loop
+def test_forward_mode_and_transforms(spec, device, transform):
+    """What an autograd.Function alone gives as silent zeros, or not at all."""
+    sample = first_sample(spec, device)
+    exact = S.to_float64(sample)
+    found = []
+    for function, inputs in ((spec.operator, exact if spec.float64 else sample), (spec.reference, exact)):
+        call, tensors = of_its_tensors(function, inputs)
+        tangents = tuple(S.incoming_gradients(list(tensors), seed=1))
+        found.append(pytree.tree_leaves(TRANSFORMS[transform](call, tensors, tangents)))
+    assert any(bool(expected.any()) for expected in found[1])
+    for actual, expected in zip(*found, strict=True):
+        tolerance = (1e-9 if spec.float64 else 1e-4) * float(expected.abs().max())
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
+@every_device
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+@registered_specs
+def test_compiled_transforms(spec, device, transform):
+    sample = first_sample(spec, device)
+    if not sample.differentiable:
+        pytest.skip("not differentiable")
+    torch._dynamo.reset()
+    call, tensors = of_its_tensors(spec.operator, sample)
+    tangents = tuple(S.incoming_gradients(list(tensors), seed=1))
+
+    def whole(*tensors):
+        return TRANSFORMS[transform](call, tensors, tangents)
+
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager", dynamic=False)
+    for actual, expected in zip(compiled(*tensors), whole(*tensors), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@every_device
+@pytest.mark.parametrize("grad", [False, True])
+@registered_specs
+def test_no_registered_operator_drops_a_tangent(spec, device, grad):
+    """Nor do those of the backward pass and those that write in place: they have it, or say that they do not."""
+    sample = first_sample(spec, device)
+    for overload, arguments in spec.overload_calls(replace(sample, inputs=S.clone_tensors(dict(sample.inputs)))):
+        before = [t.clone() for t in S.floats(arguments)]
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            duals = S.map_floats(lambda t: forward_ad.make_dual(t, torch.ones_like(t)), arguments)
+            try:
+                outputs = pytree.tree_leaves(overload(*duals))
+            except NotImplementedError as error:
+                assert overload._schema.name in str(error)  # noqa: PT017
+                assert "use the operator's reference" in str(error)  # noqa: PT017
+            else:
+                assert not overload._schema.is_mutable
+                assert any(forward_ad.unpack_dual(out).tangent is not None for out in outputs)
+        assert_same(S.floats(arguments), before, "inputs")
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.mutates], ids=lambda s: s.name)
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+def test_transforms_of_what_writes_in_place_are_refused(spec, transform):
+    sample = first_sample(spec, CPU)
+    sample = replace(sample, inputs=S.clone_tensors(dict(sample.inputs)), differentiable=tuple(sample.inputs))
+    call, tensors = of_its_tensors(spec.operator, sample)
+    written = S.floats([sample.inputs[name] for name in spec.mutates])
+    before = [t.clone() for t in written]
+    attempt = {
+        "jvp": lambda: torch.func.jvp(call, tensors, tensors),
+        "grad": lambda: torch.func.grad(lambda *x: (call(*x), x[0].sum())[1])(*tensors),
+        "vmap": lambda: torch.func.vmap(call)(*two(tensors)),
+    }[transform]
+    with pytest.raises((NotImplementedError, ValueError), match=r"detach|requires gradients"):
+        attempt()
+    assert_same(written, before, spec.name)
+
+
+@every_device
+@every_backend
+def test_the_default_device_does_not_matter(spec, device):
+    sample = first_sample(spec, device)
+    incoming = S.incoming_gradients(S.run(spec, spec.operator, sample).outputs) if sample.differentiable else None
+    expected = S.run(spec, spec.operator, sample, incoming)
+    with torch.device("meta"):
+        actual = S.run(spec, spec.operator, sample, incoming)
+    assert_same(actual.outputs + actual.grads, expected.outputs + expected.grads, spec.name)
 
 
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import DTYPES, Ahead, dot, launch
-from cat_kernels.stem.kernels import tiles
+from ..._triton import DTYPES, Ahead, dot, launch
+from . import tiles
 
 SHARES = 128  # of the rows in `depthwise_backward_weight`; times tap rows and channel chunks: thousands of programs
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import DTYPES, Ahead, dot, launch
-from cat_kernels.stem.kernels import tiles
-from cat_kernels.stem.kernels.rows import layer_norm
+from ..._triton import DTYPES, Ahead, dot, launch
+from . import tiles
+from .rows import layer_norm
 
 
 @triton.jit

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import DTYPES, Ahead, dot, input_precision, launch
-from cat_kernels.stem.kernels import tiles
-from cat_kernels.stem.layout import block_order, strides
+from ..._triton import DTYPES, Ahead, dot, input_precision, launch
+from ..layout import block_order, strides
+from . import tiles
 
 PROGRAMS = 512  # that share the weight's gradient: about four on every multiprocessor, and tens of MB of partial sums
 

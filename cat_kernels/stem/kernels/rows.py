@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat_kernels._triton import Ahead, launch, padded
-from cat_kernels.stem.kernels import tiles
+from ..._triton import Ahead, launch, padded
+from . import tiles
 
 PROGRAMS = 1024  # that share the rows of a backward: two to eight on every multiprocessor
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cat_kernels._triton import padded
+from ..._triton import padded
 
 Tiles = dict[str, int]
 
