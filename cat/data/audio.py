@@ -7,6 +7,7 @@ import errno
 import io
 import math
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "its name cannot be the name of a file here: it has characters that no encoding has"
     if isinstance(error, MemoryError):
         return "its samples do not fit into memory"
-    text = str(error).partition(">: ")[2] or str(error)  # behind "Error opening <_io.BytesIO ...>: "
+    text = re.sub(r"^Error opening [^:]*: ", "", str(error))
     if "not recognised" in text:
         text = f"{text} A headerless file must be made a WAV file first."
     return f"cannot be read: {text}"

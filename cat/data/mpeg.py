@@ -27,6 +27,7 @@ _JUNK = 1 << 16  # bytes looked through for the first frame
 _LOST = 1 << 20  # bytes without a frame that end the stream
 _WARM = 4  # whole frames before the first one that is used; overlap and filter bank hold what two left behind
 _DECODER_DELAY = 529  # samples that libmpg123 leaves out together with the encoder's delay
+_RING = 4  # frames after which libmpg123's filter bank, a ring, is where it was (measured: outputs are bit-identical)
 _RESERVOIR = 511  # bytes, the farthest that a frame's data can begin before the frame
 _HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef].", re.DOTALL)  # of any frame of layer III
 
@@ -100,13 +101,15 @@ class Mp3:
             lead -= 1
             reservoir += self._offsets[lead + 1] - self._offsets[lead] - 4 - self._kind.side
         frames = self._cut_out(lead, -(-end // size))
-        # A frame that says how many there are, then a silent one, for libmpg123 leaves out samples at the beginning.
-        count = len(frames) + 1
-        stream = self._kind.silent(announced=count) + self._kind.silent() + b"".join(frames)
+        # A frame that says how many there are; then silent ones, for libmpg123 leaves out samples at the beginning, and
+        # as many as give each frame its own place in the filter bank's ring: rounding is then as in the whole file.
+        silent = _RING - -(lead + self._skip // size) % _RING
+        count = silent + len(frames)
+        stream = self._kind.silent(announced=count) + silent * self._kind.silent() + b"".join(frames)
         decoder = open_decoder(io.BytesIO(stream))
         try:
             left_out = count * size - decoder.frames
-            at = begin - (lead - 1) * size - left_out
+            at = begin + (silent - lead) * size - left_out
             wave = decode(decoder, at + end - begin, dtype)[at:]
         finally:
             decoder.close()
@@ -121,17 +124,18 @@ class Mp3:
         """Frames first <= i < last. Those whose data begin in frames before them are made silent."""
         kind, begin = self._kind, self._offsets[first]
         data = os.pread(self._file.fileno(), self._offsets[last - 1] + _LONGEST - begin, begin)
-        frames, reservoir = [], 0
-        for offset in self._offsets[first:last]:
-            at = offset - begin
-            frame = data[at : at + kind.sizes[data[at + 2]]]
+        starts = [offset - begin for offset in self._offsets[first:last]]
+        frames = [data[at : at + kind.sizes[data[at + 2]]] for at in starts]
+        reservoir = 0  # bytes of data in the frames so far; once it is full no frame's data can begin before it
+        for number, frame in enumerate(frames):
+            if reservoir >= _RESERVOIR:
+                break
             side = 4 if frame[1] & 1 else 6  # behind the header, and a checksum
             before = frame[side] << 1 | frame[side + 1] >> 7 if kind.mpeg1 else frame[side]
             if before > reservoir:
-                kept = frame[side : side + 1] + bytes([frame[side + 1] & 0x80 if kind.mpeg1 else 0])
-                frame = frame[:side] + kept + bytes(kind.side - 2) + frame[side + kind.side :]
-            reservoir = min(_RESERVOIR, reservoir + len(frame) - side - kind.side)
-            frames.append(frame)
+                kept = bytes([frame[side], frame[side + 1] & 0x80 if kind.mpeg1 else 0])
+                frames[number] = frame[:side] + kept + bytes(kind.side - 2) + frame[side + kind.side :]
+            reservoir += max(0, len(frame) - side - kind.side)
         return frames
 
 
