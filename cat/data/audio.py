@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from cat.data.mpeg import Mp3, open_mp3
 
 # Read on each side of a crop, so that the resampler's filter has settled where the crop begins.
 _MARGIN_SECONDS = 0.05
-_MOST_RESAMPLING = 1000  # times faster or slower; more is an absurd header
+_MOST_RESAMPLING = 256  # times up or down; more is an absurd header, and memory without bound
+# What the system, NumPy, soundfile (of raw files: TypeError) and the readers of headers raise about one file.
+_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError, AssertionError, struct.error)
 _SYSTEM_REASONS = {
     errno.EACCES: "no permission to read it",
     errno.EPERM: "no permission to read it",
@@ -68,14 +71,12 @@ def read_audio(
     """
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start is {start}; it must lie in [0, 1]")
-    import_library("soundfile")
+    soundfile = import_library("soundfile")
     path = Path(path)
     try:
         with _open(path) as file, contextlib.closing(_sound(file, path.suffix)) as sound:
             return _crop(sound, sample_rate, max_samples, start, min_samples, allow_int16)
-    except ImportError:
-        raise
-    except Exception as error:  # of libsndfile, NumPy, soxr or the system: one file must not end a run
+    except (Unusable, soundfile.SoundFileError, *_ERRORS) as error:
         raise AudioError(path, _reason(path, error)) from error
 
 
@@ -124,7 +125,10 @@ def _crop(
     if bad:
         raise Unusable(f"{bad} of {len(wave)} samples are NaN or infinite")
     if source_rate != sample_rate:
-        wave = import_library("soxr").resample(wave, source_rate, sample_rate)
+        try:
+            wave = import_library("soxr").resample(wave, source_rate, sample_rate)
+        except RuntimeError as error:
+            raise Unusable(f"cannot be resampled from {source_rate} to {sample_rate} Hz: {error}") from error
     offset = first - begin * sample_rate // source_rate
     return np.ascontiguousarray(wave[offset : offset + wanted])
 
@@ -134,8 +138,8 @@ def _reason(path: Path, error: Exception) -> str:
         return str(error)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return f"a link to a file that is missing, {path.readlink()}" if path.is_symlink() else "no such file"
-    if isinstance(error, OSError) and error.errno in _SYSTEM_REASONS:
-        return _SYSTEM_REASONS[error.errno]
+    if isinstance(error, OSError) and error.errno:
+        return _SYSTEM_REASONS.get(error.errno, f"cannot be read: {error.strerror}")
     if isinstance(error, UnicodeEncodeError):
         return "its name cannot be the name of a file here: it has characters that no encoding has"
     if isinstance(error, MemoryError):

@@ -94,7 +94,7 @@ def with_true_size(file: io.FileIO, start: int) -> io.FileIO:
 
 def _find_size(descriptor: int, start: int, end: int) -> _Size | None:
     """The size of the samples in the container at ``start``; None where there is none that is known here."""
-    head = os.pread(descriptor, 4096, start)
+    head = os.pread(descriptor, 512, start)
 
     def read(form: str, place: int) -> int:
         there = head[place : place + 8] if place + 8 <= len(head) else os.pread(descriptor, 8, start + place)
@@ -109,9 +109,9 @@ def _find_size(descriptor: int, start: int, end: int) -> _Size | None:
     total = None if layout.total is None else read(layout.size, layout.total) + layout.uncounted
     at, in_ds64 = layout.first, None
     for _ in range(_MOST_CHUNKS):
-        name = head[at : at + 4] if at + 4 <= len(head) else os.pread(descriptor, 4, start + at)
         if start + at >= end:
             return None
+        name = head[at : at + 4] if at + 4 <= len(head) else os.pread(descriptor, 4, start + at)
         place, form = at + layout.id_bytes, layout.size
         size, begin = read(form, place), place + struct.calcsize(form)
         if name in layout.samples:

@@ -7,6 +7,7 @@ A stream that begins with what the first frame that is used needs, and that says
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -33,44 +34,51 @@ _HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef].", re.DOTALL) 
 
 
 class _Format:
-    """What all frames of a stream have in common, from one frame's header."""
+    """What all frames of a stream have in common: MPEG-1 (3), -2 (2) or -2.5 (0), sampling rate, mono or not."""
 
-    def __init__(self, header: bytes) -> None:
-        version, self._rate_bits = header[1] >> 3 & 3, header[2] & 0x0C
-        self.mpeg1 = version == 3  # 2: MPEG-2, 0: MPEG-2.5
-        self.second, self.fourth = header[1] | 1, header[3]
-        self.mono = header[3] >= 0xC0
-        rate = (44100, 48000, 32000, 0)[self._rate_bits >> 2]
+    def __init__(self, version: int, rate_bits: int, mono: bool) -> None:
+        self.mpeg1, self.mono, self._rate_bits = version == 3, mono, rate_bits
+        self.second = 0xE3 | version << 3  # byte of the header, without a checksum
+        rate = (44100, 48000, 32000, 0)[rate_bits]
         self.rate = rate if self.mpeg1 else rate // 2 if version == 2 else rate // 4
         self.samples = 1152 if self.mpeg1 else 576  # in a frame
-        self.side = (17 if self.mono else 32) if self.mpeg1 else (9 if self.mono else 17)  # bytes of side information
+        self.side = (17 if mono else 32) if self.mpeg1 else (9 if mono else 17)  # bytes of side information
         self.sizes = [self._size(third) for third in range(256)]  # of a frame, by the header's third byte; 0: no frame
-        thirds = b"".join(re.escape(bytes([third])) for third in range(256) if self.sizes[third])
         seconds = re.escape(bytes([self.second, self.second & 0xFE]))
-        fourths = b"[\xc0-\xff]" if self.mono else b"[\x00-\xbf]"
-        self.pattern = re.compile(b"\xff[%b][%b]%b" % (seconds, thirds or b"\xff", fourths), re.DOTALL)
+        thirds = b"".join(re.escape(bytes([third])) for third in range(256) if self.sizes[third])
+        fourths = b"[\xc0-\xff]" if mono else b"[\x00-\xbf]"
+        self.pattern = re.compile(b"\xff[%b][%b]%b" % (seconds, thirds or b"\xff", fourths))
 
     def _size(self, third: int) -> int:
         kbits = (_KBITS_1 if self.mpeg1 else _KBITS_2)[third >> 4]
-        if not kbits or not self.rate or third & 0x0C != self._rate_bits:
+        if not kbits or not self.rate or third >> 2 & 3 != self._rate_bits:
             return 0
         return (144 if self.mpeg1 else 72) * kbits * 1000 // self.rate + (third >> 1 & 1)
 
     def silent(self, announced: int | None = None) -> bytes:
         """A frame of silence; with ``announced`` one that is not played, and says how many frames follow."""
-        third = 0x90 | self._rate_bits
+        third = 0x90 | self._rate_bits << 2
         info = b"" if announced is None else struct.pack(">4sII", b"Info", 1, announced)
-        head = bytes([0xFF, self.second, third, self.fourth]) + bytes(self.side) + info
+        head = bytes([0xFF, self.second, third, 0xC0 if self.mono else 0]) + bytes(self.side) + info
         return head.ljust(self.sizes[third], b"\0")
 
+    def is_frame(self, data: bytes, place: int, last: bool) -> bool:
+        """Whether a frame begins at ``place`` that another one or, in the ``last`` data, the end follows."""
+        if not self.rate or not self.pattern.match(data, place):
+            return False
+        behind = place + self.sizes[data[place + 2]]
+        return self.pattern.match(data, behind) is not None or (last and behind == len(data))
+
     def find(self, data: bytes, place: int, last: bool) -> int | None:
-        """Where, from ``place``, the first frame begins that another one or, in the ``last`` data, the end follows."""
+        """Where the first such frame begins, from ``place`` on."""
         while found := self.pattern.search(data, place):
-            place, behind = found.start(), found.start() + self.sizes[found[0][2]]
-            if self.pattern.match(data, behind) or (last and behind == len(data)):
-                return place
-            place += 1
+            if self.is_frame(data, found.start(), last):
+                return found.start()
+            place = found.start() + 1
         return None
+
+
+_format = functools.cache(_Format)  # there are eighteen
 
 
 class Mp3:
@@ -167,12 +175,13 @@ def open_mp3(file: io.FileIO, start: int, *, search: bool) -> Mp3 | None:
 
     None where there is none, or one of free format, whose frames do not tell their size.
     """
-    end = os.fstat(file.fileno()).st_size
     head = os.pread(file.fileno(), _JUNK if search else 2 * _LONGEST, start)
     found = _HEADER.match(head) or (_HEADER.search(head) if search else None)
     while found:
-        kind = _Format(found[0])
-        if kind.find(head[: found.start() + 2 * _LONGEST], found.start(), start + len(head) == end) == found.start():
+        end = os.fstat(file.fileno()).st_size
+        header = found[0]
+        kind = _format(header[1] >> 3 & 3, header[2] >> 2 & 3, header[3] >= 0xC0)
+        if kind.is_frame(head, found.start(), last=start + len(head) == end):
             return Mp3(file, kind, _find_frames(file.fileno(), start + found.start(), end, kind))
         found = _HEADER.search(head, found.start() + 1) if search else None
     return None
@@ -182,7 +191,7 @@ def _find_frames(descriptor: int, at: int, end: int, kind: _Format) -> array[int
     """Where the frames begin, from ``at`` to the last one that is whole."""
     offsets: array[int] = array("q")
     second, mono, sizes = kind.second, kind.mono, kind.sizes
-    behind = at  # the last frame
+    behind = at  # where the last frame ends
     while at + 4 <= end and at - behind < _LOST:
         chunk = os.pread(descriptor, _CHUNK, at)
         last = at + len(chunk) >= end
