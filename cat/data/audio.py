@@ -145,6 +145,6 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "its samples do not fit into memory"
     text = re.sub(r"^Error opening [^:]*: ", "", str(error))
-    if "not recognised" in text:
-        text = f"{text} A headerless file must be made a WAV file first."
+    if text.startswith(("Format not", "File does not exist")):  # the latter is libsndfile's word for MPEG without audio
+        text = "Format not recognised. A headerless file must be made a WAV file first."
     return f"cannot be read: {text}"

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 # A file that has less than this share of what its header announces is cut off. The rest is for writers that count the
 # header among the samples, or one frame too many.
@@ -63,7 +64,7 @@ class _Mended(io.FileIO):
         super().__init__(descriptor, closefd=False)
         self._place, self._patch = place, patch
 
-    def readinto(self, buffer):  # type: ignore[no-untyped-def]  # memoryview, or cffi's buffer
+    def readinto(self, buffer: Any) -> int:  # memoryview, or cffi's buffer
         begin = self.tell()
         count = super().readinto(buffer)
         for place, byte in enumerate(self._patch, self._place - begin):

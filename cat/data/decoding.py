@@ -39,7 +39,7 @@ def decode(decoder: Any, count: int, dtype: str = "float32") -> np.ndarray:
     parts = [np.zeros(0, dtype)]
     block = max(1, _BLOCK // decoder.channels)
     while count > 0:
-        part = decoder.read(min(block, count), dtype=dtype, always_2d=True)
+        part = _read(decoder, min(block, count), dtype)
         parts.append(part.mean(axis=1) if part.shape[1] > 1 else part[:, 0])
         if len(part) < min(block, count):
             break
@@ -52,11 +52,18 @@ def skip(decoder: Any, count: int) -> int:
     block, done = max(1, _BLOCK // decoder.channels), 0
     while done < count:
         wanted = min(block, count - done)
-        there = len(decoder.read(wanted, dtype="float32", always_2d=True))
+        there = len(_read(decoder, wanted, "float32"))
         done += there
         if there < wanted:
             break
     return done
+
+
+def _read(decoder: Any, count: int, dtype: str) -> np.ndarray:
+    try:
+        return decoder.read(count, dtype=dtype, always_2d=True)
+    except import_library("soundfile").SoundFileError as error:
+        raise Unusable(f"cannot be read: damaged or cut off ({error})") from error
 
 
 class Sound:

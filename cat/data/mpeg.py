@@ -78,7 +78,7 @@ class _Format:
         return None
 
 
-_format = functools.cache(_Format)  # there are eighteen
+_format = functools.cache(_Format)  # of 24
 
 
 class Mp3:
@@ -163,6 +163,7 @@ def _read_info(frame: bytes, kind: _Format) -> _Info | None:
         return None
     flags = int.from_bytes(frame[at + 4 : at + 8], "big")
     frames = int.from_bytes(frame[at + 8 : at + 12], "big") if flags & 1 else 0
+    frames = 0 if frames >= 1 << 31 else frames  # what cannot be is not told
     at += 8 + sum(size for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)) if flags & bit)
     lame = frame[at : at + 24]
     if len(lame) < 24 or lame[0] == 0:

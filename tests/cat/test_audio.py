@@ -254,7 +254,7 @@ def broken(tmp_path):
         ("short_at_16k.wav", "too short: 362 samples"),
         ("text.wav", "Format not recognised"),
         ("text.mp3", "Format not recognised"),
-        ("cut.flac", "cannot be read"),
+        ("cut.flac", "cannot be read: damaged or cut off"),
         ("folder.wav", "is a folder"),
         ("missing.wav", "no such file"),
         ("nan.wav/below.wav", "no such file"),
