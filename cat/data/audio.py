@@ -60,14 +60,14 @@ def read_audio(
     With ``allow_int16`` a mono file of 16-bit samples at ``sample_rate`` comes as int16, as its samples are stored: the
     same clip times 2^15, at half the bytes.
 
-    What is decoded is what is there. A header's count of samples is taken where the file can hold it; a file that has
-    less than 99 % of what its header announces is cut off. Where there is no count (a stream written into a pipe, FLAC
-    or MP3 without one, Ogg), or one that the file cannot hold, the file is as long as it can be decoded, which is
-    found by decoding all of it once.
+    What counts is what is there. A header's count of samples is taken where the file can hold it, and a file that has
+    less is cut off; one per cent is forgiven where writers are known to count wrongly (chunked containers such as WAV,
+    and MP3). A file without a count (written into a pipe, FLAC of unknown length, MP3 without a Xing header), or with
+    one that it cannot hold, is as long as it can be decoded; that may take decoding all of it once. Ogg announces
+    nothing: cut off, it is a shorter file.
 
     Raises AudioError, with the reason, for a file that is missing, unreadable, empty or cut off, has NaN or infinite
-    samples, or has fewer than ``min_samples`` samples at ``sample_rate``. A FLAC file that is cut off is one only to
-    those crops that reach the missing part: nothing short of decoding it would tell.
+    samples in the crop, or has fewer than ``min_samples`` samples at ``sample_rate``.
     """
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start is {start}; it must lie in [0, 1]")

@@ -6,7 +6,7 @@ import io
 import os
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # A file that has less than this share of what its header announces is cut off. The rest is for writers that count the
 # header among the samples, or one frame too many.
@@ -45,8 +45,7 @@ _LAYOUTS = {
 }
 
 
-@dataclass(frozen=True)
-class _Size:
+class _Size(NamedTuple):
     """The announced size of the samples."""
 
     place: int  # of the field
@@ -98,8 +97,9 @@ def _find_size(descriptor: int, start: int, end: int) -> _Size | None:
     head = os.pread(descriptor, 512, start)
 
     def read(form: str, place: int) -> int:
-        there = head[place : place + 8] if place + 8 <= len(head) else os.pread(descriptor, 8, start + place)
-        return int(struct.unpack_from(form, there.ljust(8, b"\0"))[0])
+        if place + 8 <= len(head):
+            return int(struct.unpack_from(form, head, place)[0])
+        return int(struct.unpack_from(form, os.pread(descriptor, 8, start + place).ljust(8, b"\0"))[0])
 
     if head[:4] in (b".snd", b"dns."):  # AU has one header
         form = ">I" if head[:4] == b".snd" else "<I"

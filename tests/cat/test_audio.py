@@ -149,10 +149,24 @@ def test_flac_of_unknown_length(tmp_path, announced):
 
 def test_flac_that_has_less_than_it_could(tmp_path):
     path = flac(tmp_path / "a.flac", 3 * RATE)
-    for options in ({}, {"max_samples": 5000, "start": 1.0}):
+    for options in ({}, {"max_samples": 5000}, {"max_samples": 5000, "start": 1.0}):
         with pytest.raises(AudioError, match="cut off: 48000 samples announced, 32000 could be decoded"):
             read_audio(path, RATE, **options)
-    assert len(read_audio(path, RATE, max_samples=5000)) == 5000
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_flac_that_is_cut_off_is_an_error_to_every_crop(broken, start):
+    with pytest.raises(AudioError, match="damaged or cut off"):
+        read_audio(broken / "cut.flac", RATE, max_samples=500, start=start)
+
+
+@pytest.mark.parametrize("tail", [b"TAG".ljust(128, b"\0"), b"\xff\xf8garbage" * 20_000], ids=["tag", "garbage"])
+def test_flac_with_something_behind_it(tmp_path, tail):
+    path = write(tmp_path / "a.flac", chirp(2 * RATE))
+    whole = read_audio(path, RATE)
+    path.write_bytes(path.read_bytes() + tail)
+    np.testing.assert_array_equal(read_audio(path, RATE), whole)
+    assert_crops_are_those_of(whole, path)
 
 
 def with_granule(data, granule):
