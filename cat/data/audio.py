@@ -18,8 +18,9 @@ from cat.data.containers import Unusable, id3_end
 from cat.data.decoding import Sound, import_library
 from cat.data.mpeg import Mp3, open_mp3
 
-# Read on each side of a crop, so that the resampler's filter has settled where the crop begins.
-_MARGIN_SECONDS = 0.05
+# Read on each side of a crop, so that the resampler's filter has settled where the crop begins: seconds, and samples
+# at the lower rate, in which the filter is always as long.
+_MARGIN_SECONDS, _MARGIN_SAMPLES = 0.05, 400
 _MOST_RESAMPLING = 256  # times up or down; more is an absurd header, and memory without bound
 # What the system, NumPy, soundfile (of raw files: TypeError) and the readers of headers raise about one file.
 _ERRORS = (OSError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError, AssertionError, struct.error)
@@ -115,7 +116,8 @@ def _crop(
     # The source interval, from a sample that both rates have in common: resampling from there gives the very samples
     # that resampling the whole file would.
     step = source_rate // math.gcd(source_rate, sample_rate)
-    margin = 0 if source_rate == sample_rate else math.ceil(source_rate * _MARGIN_SECONDS)
+    settled = max(_MARGIN_SECONDS, _MARGIN_SAMPLES / min(source_rate, sample_rate))
+    margin = 0 if source_rate == sample_rate else math.ceil(source_rate * settled)
     begin = max(0, first * source_rate // sample_rate - max(margin, sound.lead)) // step * step
     end = min(sound.length, -(-(first + wanted) * source_rate // sample_rate) + margin)
     as_stored = allow_int16 and sound.sixteen_bits and source_rate == sample_rate

@@ -86,6 +86,13 @@ def test_a_crop_is_what_cropping_the_whole_file_gives(tmp_path, suffix, rate, st
     np.testing.assert_allclose(crop, whole[first : first + 8000], atol=1e-6)
 
 
+@pytest.mark.parametrize(("rate", "seconds"), [(100, 60), (1000, 9), (4000, 3), (384_000, 1)])
+def test_crops_at_rates_far_from_the_models(tmp_path, rate, seconds):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(seconds * rate)
+    path = write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
+    assert_crops_are_those_of(read_audio(path, RATE), path)
+
+
 @pytest.mark.parametrize("suffix", ["ogg", "mp3"])
 @pytest.mark.parametrize("start", [0.7, 1.0])
 def test_seeking_in_a_lossy_file_is_exact(tmp_path, suffix, start):
