@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import math
 import os
+import re
+import stat
+import struct
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-# Read on each side of a crop, so that the resampler's filter has settled where the crop begins.
-_MARGIN_SECONDS = 0.05
-# Read before a crop of a lossy file. libsndfile's seek in MP3 gives silence until the bit reservoir is full (3,109
-# samples measured), and in Ogg it misses the place within the last page, which can hold several seconds.
-_LEAD_SECONDS = {"MP3": 10.0, "OGG": 10.0}
+from cat.data.containers import Unusable, id3_end
+from cat.data.decoding import Sound, import_library
+from cat.data.mpeg import Mp3, open_mp3
+
+# Read on each side of a crop, so that the resampler's filter has settled where the crop begins: seconds, and samples
+# at the lower rate, in which the filter is always as long.
+_MARGIN_SECONDS, _MARGIN_SAMPLES = 0.05, 400
+_MOST_RESAMPLING = 256  # times up or down; more is an absurd header, and memory without bound
+# What the system, NumPy, soundfile (of raw files: TypeError) and the readers of headers raise about one file.
+_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError, AssertionError, struct.error)
+_SYSTEM_REASONS = {
+    errno.EACCES: "no permission to read it",
+    errno.EPERM: "no permission to read it",
+    errno.ENAMETOOLONG: "its name is too long for a file",
+    errno.ELOOP: "a link that leads back to itself",
+}
 
 
 class AudioError(RuntimeError):
@@ -45,73 +61,92 @@ def read_audio(
     With ``allow_int16`` a mono file of 16-bit samples at ``sample_rate`` comes as int16, as its samples are stored: the
     same clip times 2^15, at half the bytes.
 
+    What counts is what is there. A header's count of samples is taken where the file can hold it, and a file that has
+    less is cut off; one per cent is forgiven where writers are known to count wrongly (chunked containers such as WAV,
+    and MP3). A file without a count (written into a pipe, FLAC of unknown length, MP3 without a Xing header), or with
+    one that it cannot hold, is as long as it can be decoded; that may take decoding all of it once. Ogg announces
+    nothing: cut off, it is a shorter file.
+
     Raises AudioError, with the reason, for a file that is missing, unreadable, empty or cut off, has NaN or infinite
-    samples, or has fewer than ``min_samples`` samples at ``sample_rate``.
+    samples in the crop, or has fewer than ``min_samples`` samples at ``sample_rate``.
     """
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start is {start}; it must lie in [0, 1]")
-    soundfile = _import("soundfile")
+    soundfile = import_library("soundfile")
     path = Path(path)
-    if not path.is_file():
-        raise AudioError(path, "is a folder, not a file" if path.is_dir() else "no such file")
-    if path.stat().st_size == 0:
-        raise AudioError(path, "empty: 0 bytes")
     try:
-        with soundfile.SoundFile(path) as file:
-            return _read_open(file, path, sample_rate, max_samples, start, min_samples, allow_int16)
-    except (soundfile.SoundFileError, OSError) as error:
-        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ")
-        if reason.startswith("File does not exist"):  # libsndfile's words for an .mp3 without MPEG audio in it
-            reason = "Format not recognised."
-        raise AudioError(path, f"cannot be read: {reason}") from None
+        with _open(path) as file, contextlib.closing(_sound(file, path.suffix)) as sound:
+            return _crop(sound, sample_rate, max_samples, start, min_samples, allow_int16)
+    except (Unusable, soundfile.SoundFileError, *_ERRORS) as error:
+        raise AudioError(path, _reason(path, error)) from error
 
 
-def _read_open(
-    file,
-    path: Path,
-    sample_rate: int,
-    max_samples: int | None,
-    start: float,
-    min_samples: int,
-    allow_int16: bool,
+def _open(path: Path) -> io.FileIO:
+    """The file, without waiting for the other end of a pipe. Opened here, its name may be any bytes."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise Unusable("is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file")
+    file = io.FileIO(path)
+    if os.fstat(file.fileno()).st_size == 0:
+        file.close()
+        raise Unusable("empty: 0 bytes")
+    return file
+
+
+def _sound(file: io.FileIO, suffix: str) -> Mp3 | Sound:
+    start = id3_end(file)
+    return open_mp3(file, start, search=suffix.lower() == ".mp3") or Sound(file, start)
+
+
+def _crop(
+    sound: Mp3 | Sound, sample_rate: int, max_samples: int | None, start: float, min_samples: int, allow_int16: bool
 ) -> np.ndarray:
-    source_rate = file.samplerate
-    if file.frames <= 0:
-        raise AudioError(path, "empty: it has no samples")
+    source_rate = sound.rate
+    if sound.length <= 0:
+        raise Unusable("empty: it has no samples")
+    if max(source_rate, sample_rate) > _MOST_RESAMPLING * min(source_rate, sample_rate):
+        raise Unusable(f"sample rate {source_rate} Hz: too far from {sample_rate} Hz to resample")
     # floor: the resampler never gives fewer
-    available = file.frames * sample_rate // source_rate
+    available = sound.length * sample_rate // source_rate
     if available < min_samples:
-        raise AudioError(path, f"too short: {available} samples at {sample_rate} Hz, at least {min_samples} are needed")
+        raise Unusable(f"too short: {available} samples at {sample_rate} Hz, at least {min_samples} are needed")
     wanted = available if max_samples is None else min(max_samples, available)
     first = min(int(start * (available - wanted + 1)), available - wanted)
 
     # The source interval, from a sample that both rates have in common: resampling from there gives the very samples
     # that resampling the whole file would.
-    common = math.gcd(source_rate, sample_rate)
-    step = source_rate // common
-    margin = 0 if source_rate == sample_rate else math.ceil(source_rate * _MARGIN_SECONDS)
-    lead = max(margin, int(source_rate * _LEAD_SECONDS.get(file.format, 0.0)))
-    begin = max(0, first * source_rate // sample_rate - lead) // step * step
-    end = min(file.frames, -(-(first + wanted) * source_rate // sample_rate) + margin)
-    if begin:
-        file.seek(begin)
-    as_stored = allow_int16 and file.subtype == "PCM_16" and file.channels == 1 and source_rate == sample_rate
-    wave = file.read(end - begin, dtype="int16" if as_stored else "float32", always_2d=True)
-    if len(wave) < end - begin:
-        raise AudioError(path, f"cut off: {file.frames} samples announced, {begin + len(wave)} could be decoded")
+    step = source_rate // math.gcd(source_rate, sample_rate)
+    settled = max(_MARGIN_SECONDS, _MARGIN_SAMPLES / min(source_rate, sample_rate))
+    margin = 0 if source_rate == sample_rate else math.ceil(source_rate * settled)
+    begin = max(0, first * source_rate // sample_rate - max(margin, sound.lead)) // step * step
+    end = min(sound.length, -(-(first + wanted) * source_rate // sample_rate) + margin)
+    as_stored = allow_int16 and sound.sixteen_bits and source_rate == sample_rate
+    wave = sound.read(begin, end, "int16" if as_stored else "float32")
 
-    wave = wave.mean(axis=1) if wave.shape[1] > 1 else wave[:, 0]
     bad = 0 if as_stored else len(wave) - int(np.count_nonzero(np.isfinite(wave)))
     if bad:
-        raise AudioError(path, f"{bad} of {len(wave)} samples are NaN or infinite")
+        raise Unusable(f"{bad} of {len(wave)} samples are NaN or infinite")
     if source_rate != sample_rate:
-        wave = _import("soxr").resample(wave, source_rate, sample_rate)
+        try:
+            wave = import_library("soxr").resample(wave, source_rate, sample_rate)
+        except RuntimeError as error:
+            raise Unusable(f"cannot be resampled from {source_rate} to {sample_rate} Hz: {error}") from error
     offset = first - begin * sample_rate // source_rate
     return np.ascontiguousarray(wave[offset : offset + wanted])
 
 
-def _import(name: str) -> ModuleType:
-    try:
-        return __import__(name)
-    except (ImportError, OSError) as error:  # OSError: libsndfile itself is missing
-        raise ImportError(f"reading audio needs {name} ({error}); pip install 'cat-kernels[train]'") from error
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, Unusable):
+        return str(error)
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"a link to a file that is missing, {path.readlink()}" if path.is_symlink() else "no such file"
+    if isinstance(error, OSError) and error.errno:
+        return _SYSTEM_REASONS.get(error.errno, f"cannot be read: {error.strerror}")
+    if isinstance(error, UnicodeEncodeError):
+        return "its name cannot be the name of a file here: it has characters that no encoding has"
+    if isinstance(error, MemoryError):
+        return "its samples do not fit into memory"
+    text = re.sub(r"^Error opening [^:]*: ", "", str(error))
+    if text.startswith(("Format not", "File does not exist")):  # the latter is libsndfile's word for MPEG without audio
+        text = "Format not recognised. A headerless file must be made a WAV file first."
+    return f"cannot be read: {text}"

@@ -1,6 +1,8 @@
 """Audio files in, waveforms out; and every way in which a file can be unusable."""
 
+import os
 import pickle
+import struct
 import sys
 
 import numpy as np
@@ -84,6 +86,13 @@ def test_a_crop_is_what_cropping_the_whole_file_gives(tmp_path, suffix, rate, st
     np.testing.assert_allclose(crop, whole[first : first + 8000], atol=1e-6)
 
 
+@pytest.mark.parametrize(("rate", "seconds"), [(100, 60), (1000, 9), (4000, 3), (384_000, 1)])
+def test_crops_at_rates_far_from_the_models(tmp_path, rate, seconds):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(seconds * rate)
+    path = write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
+    assert_crops_are_those_of(read_audio(path, RATE), path)
+
+
 @pytest.mark.parametrize("suffix", ["ogg", "mp3"])
 @pytest.mark.parametrize("start", [0.7, 1.0])
 def test_seeking_in_a_lossy_file_is_exact(tmp_path, suffix, start):
@@ -95,6 +104,125 @@ def test_seeking_in_a_lossy_file_is_exact(tmp_path, suffix, start):
     crop = read_audio(tmp_path / f"a.{suffix}", RATE, max_samples=8000, start=start)
     first = min(int(start * (len(whole) - 8000 + 1)), len(whole) - 8000)
     np.testing.assert_allclose(crop, whole[first : first + 8000], atol=1e-6)
+
+
+def assert_crops_are_those_of(whole, path, samples=5000, **options):
+    for start in (0.0, 0.37, 0.8, 1.0):
+        first = min(int(start * (len(whole) - samples + 1)), len(whole) - samples)
+        crop = read_audio(path, RATE, max_samples=samples, start=start, **options)
+        np.testing.assert_allclose(crop, whole[first : first + samples], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype"),
+    [
+        ("wav", "GSM610"),
+        ("wav", "G721_32"),
+        ("wav", "NMS_ADPCM_32"),
+        ("wav", "IMA_ADPCM"),
+        ("wav", "MS_ADPCM"),
+        ("wav", "ULAW"),
+        ("au", "G723_40"),
+        ("aiff", "GSM610"),
+        ("aiff", "DWVW_16"),
+        ("caf", "ALAC_16"),
+        ("ogg", "OPUS"),
+    ],
+)
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_codecs_that_cannot_seek_are_read_from_the_start(tmp_path, suffix, subtype, rate):
+    path = write(tmp_path / f"a.{suffix}", chirp(3 * rate, rate), rate, subtype=subtype)
+    whole = read_audio(path, RATE)
+    assert abs(len(whole) - 3 * RATE) < 1000  # codecs fill their last block
+    np.testing.assert_allclose(whole[1000:30000], chirp(3 * RATE)[1000:30000, 0], atol=0.15)
+    assert_crops_are_those_of(whole, path)
+
+
+def flac(path, announced, samples=2 * RATE):
+    """A FLAC file whose header announces another number of samples; 0 is the format's word for unknown."""
+    data = bytearray(write(path, chirp(samples)).read_bytes())
+    data[21:26] = struct.pack(">BI", data[21] & 0xF0 | announced >> 32, announced & 0xFFFF_FFFF)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("announced", [0, 2**36 - 1])
+def test_flac_of_unknown_length(tmp_path, announced):
+    whole = read_audio(write(tmp_path / "a.flac", chirp(2 * RATE)), RATE)
+    path = flac(tmp_path / "b.flac", announced)
+    np.testing.assert_array_equal(read_audio(path, RATE), whole)
+    assert_crops_are_those_of(whole, path)
+
+
+def test_flac_that_has_less_than_it_could(tmp_path):
+    path = flac(tmp_path / "a.flac", 3 * RATE)
+    for options in ({}, {"max_samples": 5000}, {"max_samples": 5000, "start": 1.0}):
+        with pytest.raises(AudioError, match="cut off: 48000 samples announced, 32000 could be decoded"):
+            read_audio(path, RATE, **options)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_flac_that_is_cut_off_is_an_error_to_every_crop(broken, start):
+    with pytest.raises(AudioError, match="damaged or cut off"):
+        read_audio(broken / "cut.flac", RATE, max_samples=500, start=start)
+
+
+@pytest.mark.parametrize("tail", [b"TAG".ljust(128, b"\0"), b"\xff\xf8garbage" * 20_000], ids=["tag", "garbage"])
+def test_flac_with_something_behind_it(tmp_path, tail):
+    path = write(tmp_path / "a.flac", chirp(2 * RATE))
+    whole = read_audio(path, RATE)
+    path.write_bytes(path.read_bytes() + tail)
+    np.testing.assert_array_equal(read_audio(path, RATE), whole)
+    assert_crops_are_those_of(whole, path)
+
+
+def with_granule(data, granule):
+    """The Ogg stream ``data`` whose last page ends at sample ``granule``."""
+    page = data.rindex(b"OggS")
+    data = bytearray(data)
+    data[page + 6 : page + 14] = struct.pack("<q", granule)
+    data[page + 22 : page + 26] = bytes(4)
+    checksum = 0
+    for byte in data[page:]:
+        checksum ^= byte << 24
+        for _ in range(8):
+            checksum = (checksum << 1 ^ (0x04C11DB7 if checksum >> 31 else 0)) & 0xFFFF_FFFF
+    data[page + 22 : page + 26] = struct.pack("<I", checksum)
+    return data
+
+
+@pytest.mark.parametrize("granule", [0, 100, 1 << 62])
+def test_opus_of_absurd_length(tmp_path, granule):
+    path = write(tmp_path / "a.opus", chirp(2 * RATE), format="OGG", subtype="OPUS")
+    whole = read_audio(path, RATE)
+    path.write_bytes(with_granule(path.read_bytes(), granule))
+    read = read_audio(path, RATE)
+    assert len(read) >= 15000  # libsndfile gives all pages, or all but the one that lies
+    np.testing.assert_allclose(read[:15000], whole[:15000], atol=1e-6)
+    assert_crops_are_those_of(read, path)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_that_is_cut_off_is_a_shorter_one(tmp_path, subtype):
+    """It announces no length, and recordings of streams end like this."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(20 * RATE)
+    with soundfile.SoundFile(tmp_path / "a.ogg", "w", RATE, 1, subtype=subtype, format="OGG") as file:
+        for second in noise.reshape(20, RATE):
+            file.write(second)
+    whole, data = read_audio(tmp_path / "a.ogg", RATE), (tmp_path / "a.ogg").read_bytes()
+    (tmp_path / "b.ogg").write_bytes(data[: len(data) // 2])
+    read = read_audio(tmp_path / "b.ogg", RATE)
+    assert 7 * RATE < len(read) < 11 * RATE
+    np.testing.assert_allclose(read[:-2000], whole[: len(read) - 2000], atol=1e-6)
+    assert_crops_are_those_of(read, tmp_path / "b.ogg")
+
+
+def test_many_channels_in_little_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.wav", chirp(4000, channels=100), subtype="FLOAT")
+    whole = read_audio(path, RATE)
+    monkeypatch.setattr("cat.data.decoding._BLOCK", 100_000)  # 1000 samples at a time
+    np.testing.assert_array_equal(read_audio(path, RATE), whole)
+    np.testing.assert_array_equal(read_audio(path, RATE, max_samples=1500, start=1.0), whole[2500:])
 
 
 def test_a_crop_reads_only_what_it_needs(tmp_path, monkeypatch):
@@ -127,6 +255,13 @@ def broken(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     write(tmp_path / "cut.flac", noise)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:10_000])
+    write(tmp_path / "samples.raw", noise, subtype="PCM_16")
+    write(tmp_path / "slow.wav", noise, 1)
+    write(tmp_path / "fast.wav", noise, 2**31 - 1)
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "dangling.wav").symlink_to("nowhere.wav")
+    (tmp_path / "device.wav").symlink_to("/dev/zero")
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
     return tmp_path
 
 
@@ -140,9 +275,20 @@ def broken(tmp_path):
         ("short_at_16k.wav", "too short: 362 samples"),
         ("text.wav", "Format not recognised"),
         ("text.mp3", "Format not recognised"),
-        ("cut.flac", "cannot be read"),
+        ("cut.flac", "cannot be read: damaged or cut off"),
         ("folder.wav", "is a folder"),
         ("missing.wav", "no such file"),
+        ("nan.wav/below.wav", "no such file"),
+        ("samples.raw", "A headerless file must be made a WAV file"),
+        ("slow.wav", "sample rate 1 Hz: too far from 16000 Hz"),
+        ("fast.wav", "sample rate 2147483647 Hz: too far from 16000 Hz"),
+        ("pipe.wav", "is a pipe or a device"),
+        ("device.wav", "is a pipe or a device"),
+        ("dangling.wav", "a link to a file that is missing, nowhere.wav"),
+        ("loop.wav", "a link that leads back to itself"),
+        ("x" * 300, "its name is too long"),
+        ("null\0byte.wav", "null byte"),
+        ("lone\ud800.wav", "its name cannot be the name of a file"),
     ],
 )
 def test_unusable_files(broken, name, reason):
@@ -151,6 +297,57 @@ def test_unusable_files(broken, name, reason):
     assert reason in caught.value.reason
     assert caught.value.path == str(broken / name)
     assert str(broken / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "no permission to read it"),
+        (OSError(116, "Stale file handle"), "cannot be read: Stale file handle"),
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+        (MemoryError(), "its samples do not fit into memory"),
+        (ValueError("array is too big"), "cannot be read: array is too big"),
+        (OverflowError("too large"), "cannot be read: too large"),
+        (AssertionError("of soundfile"), "cannot be read: of soundfile"),
+    ],
+)
+@pytest.mark.parametrize("where", ["io.FileIO", "soundfile.SoundFile.read"])
+def test_whatever_one_file_raises_names_it(tmp_path, monkeypatch, where, error, reason):
+    def fail(*_args, **_options):
+        raise error
+
+    path = write(tmp_path / "a.wav", chirp(1000))
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(AudioError) as caught:
+        read_audio(path, RATE)
+    assert (caught.value.path, caught.value.reason) == (str(path), reason)
+
+
+def test_being_stopped_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    path = write(tmp_path / "a.wav", chirp(1000))
+    monkeypatch.setattr(soundfile.SoundFile, "read", stop)
+    with pytest.raises(KeyboardInterrupt):
+        read_audio(path, RATE)
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may read everything")
+def test_without_permission(tmp_path):
+    path = write(tmp_path / "a.wav", chirp(1000))
+    path.chmod(0)
+    with pytest.raises(AudioError, match="no permission to read it"):
+        read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_a_name_that_is_not_utf8(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", chirp(RATE))
+    whole = read_audio(path, RATE)
+    named = os.fsencode(tmp_path) + b"/caf\xe9." + suffix.encode()
+    os.rename(path, named)
+    np.testing.assert_array_equal(read_audio(os.fsdecode(named), RATE), whole)
 
 
 def test_nan_outside_the_crop_does_not_matter(broken):
