@@ -15,7 +15,7 @@ from cat.data.text import ManifestError, label_text
 # What libsndfile reads and nobody uses for something else (as .mat and .iff are).
 AUDIO_SUFFIXES = (
     *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
-    *(".caf", ".au", ".snd", ".voc", ".sph", ".nist", ".paf", ".svx", ".8svx", ".avr", ".sd2", ".ircam", ".wve"),
+    *(".caf", ".au", ".snd", ".voc", ".sph", ".nist", ".paf", ".svx", ".8svx", ".avr", ".ircam", ".wve"),
     ".pvf",
 )
 _OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN", "__MACOSX")  # as hidden as a dot makes it
