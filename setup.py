@@ -5,6 +5,7 @@ CAT_KERNELS_EXTENSION, CAT_KERNELS_CUDA, CMAKE_CUDA_ARCHITECTURES, MAX_JOBS, CMA
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -63,8 +64,9 @@ def why_no_extension() -> str:
     return ""
 
 
-def run(command: list[str], patience: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
+def run(command: list[str], times: int = 1) -> "subprocess.CompletedProcess[str]":
     """Its standard output and error together, in English; what cannot start or does not end has failed as well."""
+    patience = times * PATIENCE
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "LANGUAGE": "en"}
     try:
@@ -81,15 +83,20 @@ def run(command: list[str], patience: float = PATIENCE) -> "subprocess.Completed
         process.communicate()
         if not isinstance(stopped, subprocess.TimeoutExpired):
             raise
-        return subprocess.CompletedProcess(command, 124, f"it did not end within {patience:g} seconds")
+        return subprocess.CompletedProcess(command, 124, f"it did not end within {patience} seconds")
 
 
 def complaint(done: "subprocess.CompletedProcess[str]") -> str:
     """The line of the output that tells most."""
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in printable(done.stdout).splitlines() if line.strip()]
     lines.sort(key=lambda line: not re.search("error|fatal|not found", line, re.IGNORECASE))  # stable
     ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
     return lines[0][:300] if lines else f"it ended with {ended}"
+
+
+def printable(text: str) -> str:
+    """Without the colours and whatever else a program may put out."""
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in text)
 
 
 def no_room(folder: Path) -> str:
@@ -115,7 +122,9 @@ def temporary_folder() -> Path:
             os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
             return folder
         unusable.append(f"{folder} ({problem})")
-    raise Missing(f"no temporary folder has room for {ROOM} MiB: {', '.join(dict.fromkeys(unusable))}; TMPDIR names one")
+    raise Missing(
+        f"no temporary folder has room for {ROOM} MiB: {', '.join(dict.fromkeys(unusable))}; TMPDIR names one"
+    )
 
 
 @functools.cache
@@ -124,7 +133,10 @@ def build_folder() -> Path:
     folder = ROOT / "build"
     problem = no_room(folder if folder.exists() else ROOT)
     if problem:
-        folder = Path(tempfile.mkdtemp(prefix="cat-kernels-"))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="cat-kernels-", dir=temporary_folder()))
+        except Missing as missing:
+            raise SystemExit(f"{folder} cannot be written ({problem}), and {missing}.") from None
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         print(f"cat_kernels: built in {folder}, since {ROOT / 'build'} cannot be: {problem}.", file=sys.stderr)
     return folder
@@ -133,22 +145,25 @@ def build_folder() -> Path:
 @functools.cache
 def compiler() -> str:
     """CXX, or else the first of the usual compilers that compiles and links a few lines of C++17."""
-    named = words("CXX")
-    commands = [named] if named else [["c++"], ["g++"], ["clang++"]]
-    found = [command for command in commands if shutil.which(command[0])]
-    if not found:
-        absent = f"the compiler CXX={os.environ.get('CXX')} was not found"
-        raise Missing(absent if named else "no C++ compiler was found (c++, g++ or clang++)")
+    whole = os.environ.get("CXX", "").strip()
+    named = [whole] if shutil.which(whole) else words("CXX")  # a path may hold spaces
     said = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "try.cpp")
         source.write_text(TRY)
-        for command in found:
-            done = run([*command, "-std=c++17", str(source), "-o", str(Path(folder, "try"))])
-            if done.returncode == 0:
-                return shlex.join(command)
-            said.append(f"{shlex.join(command)} does not compile C++17: {complaint(done).replace(str(source), 'try.cpp')}")
-    raise Missing(said[0])
+        for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+            if shutil.which(command[0]):
+                done = run([*command, "-std=c++17", str(source), "-o", str(Path(folder, "try"))])
+                if done.returncode == 0:
+                    return command[0] if len(command) == 1 else shlex.join(command)
+                what = complaint(done).replace(str(source), "try.cpp")
+                said.append(f"{shlex.join(command)} does not compile C++17: {what}")
+    if said:
+        raise Missing(said[0])
+    if named:
+        what = "is no program that can be run" if Path(named[0]).exists() else "was not found"
+        raise Missing(f"the compiler CXX={whole} {what}")
+    raise Missing("no C++ compiler was found (c++, g++ or clang++)")
 
 
 def words(name: str) -> list[str]:
@@ -220,7 +235,7 @@ def configure(folder: Path, build_type: str) -> None:
     command += [f"-DCAT_KERNELS_CUDA={switch('CAT_KERNELS_CUDA')}"]
     if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES", "").strip():
         command += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
-    done = run([*command, *words("CMAKE_ARGS")], patience=20 * PATIENCE)
+    done = run([*command, *words("CMAKE_ARGS")], times=20)
     if done.returncode:
         told = folder / "error.txt"  # ours, one sentence; CMake wraps it in a report
         said = f"{done.stdout}\nCMake failed, see above; {space(folder)}{WITHOUT}."
@@ -259,7 +274,8 @@ def replace(files: dict[Path, bytes]) -> None:
         raise SystemExit(f"{path} cannot be written ({error.strerror}); what was there is as before.") from None
     finally:
         for part in parts:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 class Build(build):
@@ -272,22 +288,24 @@ class BuildExtension(build_ext):
     """CMake's module, or none with its reason; either way a record beside it."""
 
     def run(self) -> None:
-        record: dict[str, object] = {"built": False, "reason": why_no_extension()}
+        reason = why_no_extension()
+        record: dict[str, object] = {"built": False, "reason": reason}
         module = None
-        if reason := why_no_extension():
+        if reason:
             for name in ("CAT_KERNELS_EXTENSION", "CAT_KERNELS_CUDA"):
                 if switch(name) == "on":
                     raise SystemExit(f"{name}=on, but {reason}.")
             print(f"cat_kernels: installed without its C++ extension: {reason}.", file=sys.stderr)
-        else:
+        if self.inplace and (problem := no_room(ROOT / PACKAGE)):
+            raise SystemExit(f"{ROOT / PACKAGE} has no room for {ROOM} MiB: {problem}.")
+        if not reason:
             folder = build_folder() / f"cmake-{sysconfig.get_config_var('SOABI')}"
             parallel = jobs()
             configure(folder, "Debug" if self.debug else "Release")
             compile_(folder, parallel)
             module = (folder / MODULE).read_bytes()
-            # What a compiler said may hold anything.
             text = (folder / "build.json").read_text(encoding="utf-8", errors="replace")
-            record = json.loads(text, strict=False) | {"module": MODULE}
+            record = json.loads(printable(text)) | {"module": MODULE}
         for place in (Path(self.build_lib, PACKAGE), *([ROOT / PACKAGE] if self.inplace else [])):
             files = {place / RECORD: json.dumps(record, indent=2).encode() + b"\n"}
             if module is None:
@@ -303,15 +321,13 @@ def main() -> None:
             f"setuptools {OLDEST_SETUPTOOLS} or newer is needed, this is {setuptools.__version__}; "
             f"renew it with: {sys.executable} -m pip install --upgrade setuptools"
         )
-    elsewhere = str(build_folder())
+    folder = build_folder()
+    elsewhere = {"build": {"build_base": str(folder)}, "egg_info": {"egg_base": str(folder)}}
     setup(
         # Without it the wheel fits every platform.
         ext_modules=[] if why_no_extension() else [Extension(f"{PACKAGE}._C", sources=[])],
         cmdclass={"build": Build, "build_ext": BuildExtension},
-        # Everything that setuptools writes beside the sources, where those are read-only.
-        options={}
-        if build_folder().parent == ROOT
-        else {"build": {"build_base": elsewhere}, "egg_info": {"egg_base": elsewhere}},
+        options={} if folder.parent == ROOT else elsewhere,  # what setuptools writes beside the sources
     )
 
 
