@@ -46,6 +46,10 @@ def _recorded(key: str) -> str | None:
         return None
 
 
+def _why_no_cuda() -> str:
+    return _recorded("cuda_reason") or "the reason was not recorded"
+
+
 def load() -> ModuleType | None:
     """`cat_kernels._C`, or None without it."""
     return _found()[0]
@@ -59,8 +63,7 @@ def why_not(device: str) -> str | None:
     if device != "cuda":
         return f"the extension runs on CPU and CUDA tensors, these are on {device}"
     if not module.about()["cuda"]:
-        reason = _recorded("cuda_reason") or "the reason was not recorded"
-        return f"the extension was built without CUDA ({reason}); build it again (docs/install.md)"
+        return f"the extension was built without CUDA ({_why_no_cuda()}); build it again (docs/install.md)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     return _cuda_problem(torch.cuda.current_device())
@@ -99,5 +102,5 @@ def describe() -> str:
     if module is None:
         return f"none: {reason}"
     about = module.about()
-    cuda = f"CUDA {about['cuda']} for {architectures()}" if about["cuda"] else "no CUDA"
+    cuda = f"CUDA {about['cuda']} for {architectures()}" if about["cuda"] else f"no CUDA: {_why_no_cuda()}"
     return f"C++ by {about['compiler']}, {about['cpu']} in use; {cuda}"

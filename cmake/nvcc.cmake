@@ -91,7 +91,8 @@ function(cat_gencode architectures result)
   set(${result} "${flags}" PARENT_SCOPE)
 endfunction()
 
-# Decides: `reason` is empty where `nvcc` compiles for `architectures` with `host_compiler`, or else says why not.
+# Decides: `cat_reason` is empty where `cat_nvcc` compiles for `cat_architectures` with `cat_host_compiler`, or else says
+# why not.
 function(cat_find_cuda)
   set(reason "")
   set(nvcc "${CMAKE_CUDA_COMPILER}")
@@ -130,7 +131,7 @@ function(cat_find_cuda)
       set(reason "${nvcc} does not work here: ${failure}")
     endif()
   endif()
-  foreach(name reason nvcc architectures host_compiler)
-    set(${name} "${${name}}" PARENT_SCOPE)
+  foreach(name reason nvcc architectures host_compiler) # with a prefix: CMake's modules have an `architectures`, too
+    set(cat_${name} "${${name}}" PARENT_SCOPE)
   endforeach()
 endfunction()

@@ -210,6 +210,7 @@ def test_a_wheel_runs_in_a_fresh_environment(built: tuple[Environment, Path]) ->
     record = json.loads((Path(report["file"]).parent / "_build.json").read_text())
     assert record["built"]
     assert 'does not work here: nvcc fatal   : no  [1m"libdevice" \\1;\ufffd' in record["cuda_reason"]
+    assert f"no CUDA: {record['cuda_reason']}" in report["explain"]
     assert record["module"] == f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
@@ -326,9 +327,9 @@ NVCC = {
         "{nvcc} does not work here: nvcc: error while loading shared libraries: libz",
     ),
     "killed": ("kill -SEGV $$", "{nvcc} does not work here: it ended with: Segmentation fault"),
-    "waiting": ("sleep 60", "{nvcc} does not work here: it did not end within 1 seconds"),
+    "waiting": ("sleep 600", "{nvcc} does not work here: it did not end within 1 seconds"),
     "waiting when it compiles": (
-        "case $1 in --list*) echo compute_90;; *) sleep 60;; esac",
+        "case $1 in --list*) echo compute_90;; *) sleep 600;; esac",
         "{nvcc} does not work here: it did not end within 1 seconds",
     ),
     "with an unsupported compiler": (
@@ -354,7 +355,7 @@ def decide(folder: Path, nvcc: str, patience: int = 30, **changes: str) -> dict[
         "cmake_minimum_required(VERSION 3.20)\n"
         f"set(CMAKE_BINARY_DIR {folder}/built)\nset(CMAKE_CXX_COMPILER c++)\nset(CAT_PATIENCE {patience})\n"
         f'set(CMAKE_CUDA_ARCHITECTURES "$ENV{{CMAKE_CUDA_ARCHITECTURES}}")\ninclude({ROOT}/cmake/nvcc.cmake)\n'
-        'cat_find_cuda()\nmessage("reason=${reason}\narchitectures=${architectures}")\n'
+        'cat_find_cuda()\nmessage("reason=${cat_reason}\narchitectures=${cat_architectures}")\n'
     )
     done = run([str(shutil.which("cmake", path=PATH)), "-P", str(script)], folder, CUDACXX=nvcc, **changes)
     assert done.returncode == 0, done.stdout
@@ -386,7 +387,7 @@ def test_architectures_are_understood_in_every_notation(wanted: str, tmp_path: P
 @cmake
 def test_the_machines_gpus_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    tool(tmp_path / "bin" / "nvidia-smi", "sleep 60")
+    tool(tmp_path / "bin" / "nvidia-smi", "sleep 600")
     nvcc = tool(tmp_path / "nvcc", "")
     path = f"{tmp_path}/bin{os.pathsep}{PATH}"
     said = decide(tmp_path, nvcc, 1, CMAKE_CUDA_ARCHITECTURES="native", PATH=path)["reason"]
@@ -432,7 +433,7 @@ CXX = {
     "quoted badly": ("'c++", "CXX='c++ cannot be understood: No closing quotation."),
     "silent": ("exit 1", "{cxx} does not compile C++17: it ended with exit status 1"),
     "killed": ("kill -SEGV $$", "{cxx} does not compile C++17: it ended with signal 11"),
-    "waiting": ("sleep 60", "{cxx} does not compile C++17: it did not end within 1 seconds"),
+    "waiting": ("sleep 600", "{cxx} does not compile C++17: it did not end within 1 seconds"),
     "garbage": (r"printf 'x\ny \033 error: \377\n'; exit 1", "{cxx} does not compile C++17: y   error: \ufffd"),
     "before C++17": ("exec c++ -fno-exceptions $* -std=c++11", "{cxx} does not compile C++17: try.cpp:"),
 }
