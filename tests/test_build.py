@@ -111,7 +111,9 @@ class Environment:
 
     def report(self) -> dict[str, Any]:
         """Run elsewhere than in the sources."""
-        done = subprocess.run([self.python, "-c", REPORT], cwd=self.folder, capture_output=True, text=True, timeout=120)
+        options: dict[str, Any] = {"cwd": self.folder, "capture_output": True, "text": True, "timeout": 120}
+        environment = {name: value for name, value in os.environ.items() if name not in OURS}
+        done = subprocess.run([self.python, "-c", REPORT], env=environment, **options)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
