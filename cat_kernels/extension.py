@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sysconfig
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ from types import ModuleType
 import torch
 
 BUILD_RECORD = Path(__file__).with_name("_build.json")  # written by setup.py, also where nothing was built
+
+MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 @cache
@@ -35,11 +38,16 @@ def _broken(error: ImportError) -> str:
 
 
 def _recorded(key: str) -> str | None:
-    """What the build wrote down; None where it did not."""
+    """What the build wrote down; None where it did not, or of the module of another Python in the same source tree."""
     try:
-        return json.loads(BUILD_RECORD.read_text())[key]
-    except (OSError, ValueError, KeyError):
+        record = json.loads(BUILD_RECORD.read_text())
+        return None if record.get("module", MODULE) != MODULE else record[key]
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+def _why_no_cuda() -> str:
+    return _recorded("cuda_reason") or "the reason was not recorded"
 
 
 def load() -> ModuleType | None:
@@ -55,8 +63,7 @@ def why_not(device: str) -> str | None:
     if device != "cuda":
         return f"the extension runs on CPU and CUDA tensors, these are on {device}"
     if not module.about()["cuda"]:
-        reason = _recorded("cuda_reason") or "nvcc was not found"
-        return f"the extension was built without CUDA ({reason}); build it again (docs/install.md)"
+        return f"the extension was built without CUDA ({_why_no_cuda()}); build it again (docs/install.md)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     return _cuda_problem(torch.cuda.current_device())
@@ -95,5 +102,5 @@ def describe() -> str:
     if module is None:
         return f"none: {reason}"
     about = module.about()
-    cuda = f"CUDA {about['cuda']} for {architectures()}" if about["cuda"] else "no CUDA"
+    cuda = f"CUDA {about['cuda']} for {architectures()}" if about["cuda"] else f"no CUDA: {_why_no_cuda()}"
     return f"C++ by {about['compiler']}, {about['cpu']} in use; {cuda}"

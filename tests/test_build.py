@@ -27,7 +27,18 @@ from benchmarks.resources import find_nvcc
 ROOT = Path(__file__).parents[1]
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 NOT_SOURCES = {".git", ".venv", "build", "dist", "data", "runs", "gpu-suite", "docs/build", "docs/api"}
-OURS = ("CXX", "CC", "CUDACXX", "CAT_KERNELS_EXTENSION", "CAT_KERNELS_CUDA", "CMAKE_ARGS", "PYTHONPATH")
+OURS = (
+    "CXX",
+    "CC",
+    "CUDACXX",
+    "CUDAHOSTCXX",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CAT_KERNELS_EXTENSION",
+    "CAT_KERNELS_CUDA",
+    "CMAKE_ARGS",
+    "PYTHONPATH",
+)
 
 compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler"
@@ -100,7 +111,9 @@ class Environment:
 
     def report(self) -> dict[str, Any]:
         """Run elsewhere than in the sources."""
-        done = subprocess.run([self.python, "-c", REPORT], cwd=self.folder, capture_output=True, text=True, timeout=120)
+        options: dict[str, Any] = {"cwd": self.folder, "capture_output": True, "text": True, "timeout": 120}
+        environment = {name: value for name, value in os.environ.items() if name not in OURS}
+        done = subprocess.run([self.python, "-c", REPORT], env=environment, **options)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -141,11 +154,17 @@ def source(archive: Path) -> Path:
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Path]:
     """A wheel of a machine whose nvcc is broken, and where it is installed."""
     folder = tmp_path_factory.mktemp("built")
-    nvcc = folder / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal   : Could not open libdevice' >&2\nexit 1\n")
-    nvcc.chmod(0o755)
+    # Its words hold what could spoil the record: colours, quotes, tabs, a byte that is no text.
+    nvcc = tool(folder / "nvcc", r"""printf 'nvcc fatal   : no \033[1m"libdevice"\t\\1;\377\n' >&2; exit 1""")
     environment = Environment.make(folder / "venv")
-    return environment, environment.wheel(source, CUDACXX=str(nvcc))[0]
+    return environment, environment.wheel(source, CUDACXX=nvcc, CMAKE_CUDA_ARCHITECTURES="")[0]
+
+
+def tool(path: Path, script: str) -> str:
+    """A program that only seems to be a compiler."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_source_distribution_is_complete(source: Path) -> None:
@@ -192,7 +211,9 @@ def test_a_wheel_runs_in_a_fresh_environment(built: tuple[Environment, Path]) ->
     assert report["about"]["architectures"] == []
     record = json.loads((Path(report["file"]).parent / "_build.json").read_text())
     assert record["built"]
-    assert "does not work here: nvcc fatal   : Could not open libdevice" in record["cuda_reason"]
+    assert 'does not work here: nvcc fatal   : no  [1m"libdevice" \\1;\ufffd' in record["cuda_reason"]
+    assert f"no CUDA: {record['cuda_reason']}" in report["explain"]
+    assert record["module"] == f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 @pip
@@ -283,6 +304,235 @@ def test_a_compile_error_is_shown_with_its_remedy(source: Path, tmp_path: Path) 
     assert run(build, copy, CAT_KERNELS_EXTENSION="off").returncode == 0
     record = json.loads((copy / "cat_kernels" / "_build.json").read_text())
     assert record == {"built": False, "reason": "CAT_KERNELS_EXTENSION=off when it was installed"}
+
+
+# --- what decides, without compiling ----------------------------------------------------------------------------------
+
+# A compiler's every way to fail, as shell scripts; {tmp} is the test's folder.
+NVCC = {
+    "none": ("/no/nvcc", "the compiler CUDACXX=/no/nvcc was not found"),
+    "a folder": ("{tmp}", "CUDACXX={tmp} is no program that can be run"),
+    "not executable": ("{tmp}/text", "CUDACXX={tmp}/text is no program that can be run"),
+    "a dangling link": ("{tmp}/dangling", "the compiler CUDACXX={tmp}/dangling was not found"),
+    "without its interpreter": (
+        "{tmp}/orphan",
+        "{tmp}/orphan does not work here: it ended with: No such file or directory",
+    ),
+    "silent": ("exit 1", "{nvcc} does not work here: it ended with: 1"),
+    "before --list-gpu-arch": (
+        "echo 'nvcc fatal   : Unknown option' >&2; exit 1",
+        "{nvcc} does not work here: nvcc fatal   : Unknown option",
+    ),
+    "up to sm_75": ("echo compute_75", "{nvcc} knows none of the architectures 80, 86, 89, 90, 100, 120"),
+    "without a library": (
+        "echo 'nvcc: error while loading shared libraries: libz' >&2; exit 127",
+        "{nvcc} does not work here: nvcc: error while loading shared libraries: libz",
+    ),
+    "killed": ("kill -SEGV $$", "{nvcc} does not work here: it ended with: Segmentation fault"),
+    "waiting": ("sleep 600", "{nvcc} does not work here: it did not end within 1 seconds"),
+    "waiting when it compiles": (
+        "case $1 in --list*) echo compute_90;; *) sleep 600;; esac",
+        "{nvcc} does not work here: it did not end within 1 seconds",
+    ),
+    "with an unsupported compiler": (
+        "case $1 in --list*) echo compute_90;; *) echo; echo 'x.h(1): error: unsupported GNU version'; exit 2;; esac",
+        "{nvcc} does not work here: x.h(1): error: unsupported GNU version",
+    ),
+    "garbage": (r"printf '\000\377\033'", "{nvcc} knows none of the architectures 80, 86, 89, 90, 100, 120"),
+}
+ARCHITECTURES = {
+    "": "80-real;90",
+    " ": "80-real;90",
+    "all": "80-real;90",
+    "sm_90": "90",
+    "compute_80, 90a": "80;90a",
+    "90-real;90-virtual": "90-real;90-virtual",
+}
+
+
+def decide(folder: Path, nvcc: str, patience: int = 30, **changes: str) -> dict[str, str]:
+    """What cmake/nvcc.cmake finds out, waiting no longer than `patience` seconds for a program."""
+    script = folder / "decide.cmake"
+    script.write_text(
+        "cmake_minimum_required(VERSION 3.20)\n"
+        f"set(CMAKE_BINARY_DIR {folder}/built)\nset(CMAKE_CXX_COMPILER c++)\nset(CAT_PATIENCE {patience})\n"
+        f'set(CMAKE_CUDA_ARCHITECTURES "$ENV{{CMAKE_CUDA_ARCHITECTURES}}")\ninclude({ROOT}/cmake/nvcc.cmake)\n'
+        'cat_find_cuda()\nmessage("reason=${cat_reason}\narchitectures=${cat_architectures}")\n'
+    )
+    done = run([str(shutil.which("cmake", path=PATH)), "-P", str(script)], folder, CUDACXX=nvcc, **changes)
+    assert done.returncode == 0, done.stdout
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+@cmake
+@pytest.mark.parametrize("kind", NVCC)
+def test_an_nvcc_that_cannot_be_used_costs_the_gpu_code_and_says_why(kind: str, tmp_path: Path) -> None:
+    script, reason = NVCC[kind]
+    (tmp_path / "dangling").symlink_to("/no/nvcc")
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "orphan").write_text("#!/no/shell\n")
+    (tmp_path / "orphan").chmod(0o755)
+    path = script.startswith(("/", "{tmp}"))
+    nvcc = script.format(tmp=tmp_path) if path else tool(tmp_path / "an nvcc", script)
+    said = decide(tmp_path, nvcc, 1 if "sleep" in script else 30, CMAKE_CUDA_ARCHITECTURES="")["reason"]
+    assert said.lower() == reason.format(tmp=tmp_path, nvcc=nvcc).lower()  # CMake's own words differ in case
+
+
+@cmake
+@pytest.mark.parametrize("wanted", ARCHITECTURES)
+def test_architectures_are_understood_in_every_notation(wanted: str, tmp_path: Path) -> None:
+    nvcc = tool(tmp_path / "nvcc", "echo compute_75; echo compute_80; echo compute_90; echo compute_900")
+    found = decide(tmp_path, nvcc, CMAKE_CUDA_ARCHITECTURES=wanted)
+    assert found == {"reason": "", "architectures": ARCHITECTURES[wanted]}
+
+
+@cmake
+def test_the_machines_gpus_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    tool(tmp_path / "bin" / "nvidia-smi", "sleep 600")
+    nvcc = tool(tmp_path / "nvcc", "")
+    path = f"{tmp_path}/bin{os.pathsep}{PATH}"
+    said = decide(tmp_path, nvcc, 1, CMAKE_CUDA_ARCHITECTURES="native", PATH=path)["reason"]
+    assert said.startswith("CMAKE_CUDA_ARCHITECTURES=native needs a GPU that nvidia-smi sees")
+    tool(tmp_path / "bin" / "nvidia-smi", "echo 9.0; echo 9.0; echo 8.6")
+    found = decide(tmp_path, nvcc, CMAKE_CUDA_ARCHITECTURES="native", PATH=path)
+    assert found == {"reason": "", "architectures": "90-real;86-real"}
+
+
+@cmake
+@compiler
+def test_an_nvcc_that_only_cmake_cannot_use_costs_the_gpu_code(tmp_path: Path) -> None:
+    nvcc = tool(tmp_path / "nvcc", "case $* in *try.cu*) exit 0;; *) echo 'error: no' >&2; exit 1;; esac")
+    configure = [str(shutil.which("cmake", path=PATH)), "-S", str(ROOT), "-B", str(tmp_path / "built")]
+    configure += ["-DCAT_KERNELS_PYTHON=OFF"]
+    done = run(configure, tmp_path, CUDACXX=nvcc)
+    assert done.returncode == 0, done.stdout
+    record = json.loads((tmp_path / "built" / "build.json").read_text())
+    assert f"cannot use {nvcc}" in record["cuda_reason"]
+    assert run([*configure, "-DCAT_KERNELS_CUDA=on"], tmp_path, CUDACXX=nvcc).returncode == 1
+
+
+# setup.py as a module: with the patience, the tools and the largest file that it is given.
+PROBE = """
+import importlib.util, json, resource, sys
+spec = importlib.util.spec_from_file_location("script", sys.argv[1])
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+script.PATIENCE, found, largest = json.loads(sys.argv[2])
+if found:
+    script.tools = lambda name: found[name]
+if largest:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+print(script.why_no_extension())
+"""
+CXX = {
+    "none": ("/no/c++", "the compiler CXX=/no/c++ was not found"),
+    "a folder": ("{tmp}", "the compiler CXX={tmp} is no program that can be run"),
+    "of another machine": (
+        "{tmp}/orphan",
+        "{tmp}/orphan does not compile C++17: {tmp}/orphan: No such file or directory",
+    ),
+    "quoted badly": ("'c++", "CXX='c++ cannot be understood: No closing quotation."),
+    "silent": ("exit 1", "{cxx} does not compile C++17: it ended with exit status 1"),
+    "killed": ("kill -SEGV $$", "{cxx} does not compile C++17: it ended with signal 11"),
+    "waiting": ("sleep 600", "{cxx} does not compile C++17: it did not end within 1 seconds"),
+    "garbage": (r"printf 'x\ny \033 error: \377\n'; exit 1", "{cxx} does not compile C++17: y   error: \ufffd"),
+    "before C++17": ("exec c++ -fno-exceptions $* -std=c++11", "{cxx} does not compile C++17: try.cpp:"),
+}
+
+
+def why_no_extension(
+    folder: Path, patience: int = 30, found: dict[str, list[str]] | None = None, largest: int = 0, **changes: str
+) -> str:
+    arguments = [str(ROOT / "setup.py"), json.dumps([patience, found, largest])]
+    return run([sys.executable, "-B", "-c", PROBE, *arguments], folder, **changes).stdout.strip()
+
+
+@compiler
+@pytest.mark.parametrize("kind", CXX)
+def test_a_compiler_that_cannot_be_used_costs_the_extension_and_says_why(kind: str, tmp_path: Path) -> None:
+    script, reason = CXX[kind]
+    (tmp_path / "orphan").write_text("#!/no/shell\n")
+    (tmp_path / "orphan").chmod(0o755)
+    path = script.startswith(("/", "{tmp}", "'"))
+    cxx = script.format(tmp=tmp_path) if path else tool(tmp_path / "cxx", script)
+    said = why_no_extension(tmp_path, 1 if "sleep" in script else 30, CXX=cxx)
+    assert said.startswith(reason.format(tmp=tmp_path, cxx=cxx)), said
+
+
+@compiler
+def test_the_first_compiler_that_works_is_taken(tmp_path: Path) -> None:
+    tool(tmp_path / "c++", "exit 1")
+    assert why_no_extension(tmp_path, PATH=f"{tmp_path}{os.pathsep}{PATH}") == ""
+
+
+@cmake
+@compiler
+def test_without_cmake_ninja_or_pybind11_there_is_no_extension(tmp_path: Path) -> None:
+    real = [str(shutil.which("cmake", path=PATH))]
+    old, broken = tool(tmp_path / "old", "echo cmake version 3.19.8"), tool(tmp_path / "broken", "exit 127")
+    install = f"install it with: {sys.executable} -m pip install"
+    blind = tool(tmp_path / "blind", "echo cmake version 3.20.0")  # finds no headers
+    for found, reason in (
+        ({"cmake": [old, broken]}, f"CMake 3.20 or newer was not found; {install} cmake"),
+        ({"cmake": [old, *real], "ninja": [broken], "make": []}, f"neither ninja nor make was found; {install} ninja"),
+        ({"cmake": [blind], "ninja": ["true"]}, f"pybind11's headers were not found; {install} pybind11"),
+        ({"cmake": real, "ninja": [broken], "make": ["true"]}, ""),
+    ):
+        assert why_no_extension(tmp_path, found=found) == reason
+
+
+@compiler
+def test_a_full_temporary_folder_is_not_called_a_missing_compiler(tmp_path: Path) -> None:
+    said = why_no_extension(tmp_path, largest=1 << 20, TMPDIR=str(tmp_path))
+    assert said.startswith(f"no temporary folder has room for 32 MiB: {tmp_path} (File too large), /tmp (")
+    said = why_no_extension(tmp_path, TMPDIR=str(tmp_path / "missing"))  # another one serves
+    assert said == f"cat_kernels: /tmp is the temporary folder, not {tmp_path}/missing (No such file or directory)."
+
+
+def test_nothing_is_written_into_a_source_tree_that_cannot_be(source: Path, tmp_path: Path) -> None:
+    """A file in place of the folder `build` stops root as well, whom permissions do not."""
+    copy = shutil.copytree(source, tmp_path / "copy", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    (copy / "build").write_text("")
+    (tmp_path / "temporary").mkdir()
+    before = sorted(copy.rglob("*"))
+    wheel = [sys.executable, "-B", "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    done = run(wheel, copy, CAT_KERNELS_EXTENSION="off", TMPDIR=str(tmp_path / "temporary"))
+    assert done.returncode == 0, done.stdout
+    assert f"since {copy}/build cannot be: Not a directory" in done.stdout
+    assert len(list(tmp_path.glob("*-py3-none-any.whl"))) == 1
+    assert sorted(copy.rglob("*")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_full_disk_leaves_module_and_record_as_they_were(tmp_path: Path) -> None:
+    module, record = tmp_path / "_C.so", tmp_path / "_build.json"
+    module.write_text("module")
+    record.write_text("record")
+    program = PROBE + (
+        "from pathlib import Path\n"
+        f"script.replace({{Path({str(module)!r}): b'new', Path({str(record)!r}): bytes(1 << 20)}})\n"
+    )
+    arguments = [str(ROOT / "setup.py"), json.dumps([30, None, 1 << 16])]
+    done = run([sys.executable, "-B", "-c", program, *arguments], tmp_path, CAT_KERNELS_EXTENSION="off")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith(f"{record} cannot be written (File too large)")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"_C.so": "module", "_build.json": "record"}
+
+
+def test_the_record_of_another_pythons_module_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cat_kernels import extension
+
+    monkeypatch.setattr(extension, "BUILD_RECORD", tmp_path / "_build.json")
+    record = {"built": True, "reason": "", "cuda_reason": "no nvcc"}
+    for module, expected in (("_C.other.so", None), (extension.MODULE, "no nvcc")):
+        extension.BUILD_RECORD.write_text(json.dumps(record | {"module": module}))
+        assert extension._recorded("cuda_reason") == expected
+    extension.BUILD_RECORD.write_text("[]")
+    assert extension._recorded("cuda_reason") is None
+
+
+# --- the library without Python ---------------------------------------------------------------------------------------
 
 
 @cmake
