@@ -13,11 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from cat.config import ConfigError, to_mapping
 from cat.data import AudioError, Manifest, ManifestError, load_manifest, read_audio, write_manifest
@@ -25,16 +24,18 @@ from cat.training.recipe import PretrainConfig, load_recipe
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("yaml")
+hypothesis = pytest.importorskip("hypothesis")
+st: Any = pytest.importorskip("hypothesis.strategies")
 
 SECONDS = float(os.environ.get("CAT_FUZZ_SECONDS", "20"))
 FIRST_SEED = int(os.environ.get("CAT_FUZZ_SEED", "0"))
 REPOSITORY = Path(__file__).parents[1]
-ROUND = settings(
+ROUND = hypothesis.settings(
     max_examples=100,
     deadline=None,
     database=None,
-    phases=(Phase.generate, Phase.shrink),
-    suppress_health_check=list(HealthCheck),
+    phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 
 
@@ -43,7 +44,7 @@ def for_a_while(check: Callable[[], None]) -> None:
     number, end = FIRST_SEED, time.monotonic() + SECONDS
     while number == FIRST_SEED or time.monotonic() < end:
         try:
-            seed(number)(check)()
+            hypothesis.seed(number)(check)()
         except BaseException as error:
             error.add_note(f"again: make fuzz SEED={number}")
             raise
@@ -51,7 +52,7 @@ def for_a_while(check: Callable[[], None]) -> None:
 
 
 @st.composite
-def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
+def damaged(draw: Callable[[Any], Any], whole: Any) -> bytes:
     """Bytes with some of them changed, most often near the beginning, cut out, doubled or cut off."""
     data = bytearray(draw(whole))
     for _ in range(draw(st.integers(0, 6))):
@@ -131,7 +132,7 @@ MANIFESTS = st.one_of(
 
 
 @ROUND
-@given(MANIFESTS.flatmap(lambda pair: st.tuples(st.just(pair[0]), damaged(st.just(pair[1])))))
+@hypothesis.given(MANIFESTS.flatmap(lambda pair: st.tuples(st.just(pair[0]), damaged(st.just(pair[1])))))
 def check_manifest(given_manifest: tuple[str, bytes]) -> None:
     suffix, content = given_manifest
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +204,7 @@ MOST = st.sampled_from((None, 4000))
 
 
 @ROUND
-@given(
+@hypothesis.given(
     st.sampled_from(AUDIO).flatmap(lambda f: st.tuples(st.just(f[0]), damaged(st.just(f[1])))),
     SHARE,
     MOST,
@@ -254,7 +255,7 @@ OVERRIDES = st.lists(
 
 
 @ROUND
-@given(st.sampled_from(RECIPES).flatmap(lambda recipe: damaged(st.just(recipe))), OVERRIDES)
+@hypothesis.given(st.sampled_from(RECIPES).flatmap(lambda recipe: damaged(st.just(recipe))), OVERRIDES)
 def check_recipe(recipe: bytes, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
