@@ -84,8 +84,11 @@ def flush_to_disk(path: Path) -> None:
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Makes the folder where it does not exist. Raises: OSError that names it, when no file can be written into it."""
-    with _workplace(Path(folder, "a-file")) as place:
-        (place / "a-file").write_bytes(b"x")
+    try:
+        with _workplace(Path(folder, "a-file")) as place:
+            (place / "a-file").write_bytes(b"x")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def free_space(path: str | os.PathLike[str]) -> int | None:
@@ -111,7 +114,7 @@ def format_bytes(count: float) -> str:
 def _workplace(target: Path) -> Iterator[Path]:
     """The locked hidden folder beside `target`; gone afterwards."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         clear_leftovers(target.parent)
         name = os.fsdecode(os.fsencode(target.name)[:200])  # file systems allow 255 bytes
         place = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=target.parent))
@@ -130,6 +133,18 @@ def _workplace(target: Path) -> Iterator[Path]:
         if lock >= 0:
             os.close(lock)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> bool:
+    """Makes a folder and those above it; whether it was missing. Raises: OSError, which names the file in its way."""
+    try:
+        folder.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        if folder.is_dir():
+            return False
+        wrong = next((path for path in (folder, *folder.parents) if path.is_file()), folder)
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(wrong)) from None
+    return True
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -14,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cat.files import make_folder
 from cat.progress import say
 
 LOCK = ".lock"
@@ -42,7 +42,7 @@ def sole_user(folder: str | os.PathLike[str], *, remedy: str) -> Iterator[None]:
         return
     if holder is not None and holder[0] == os.getpid():
         raise InUseError(f"{folder} is in use by another thread of this process; {remedy}")
-    made = _make(folder)
+    made = make_folder(folder)
     try:
         descriptor = _take(folder, remedy)
         _held[key] = me
@@ -60,16 +60,6 @@ def sole_user(folder: str | os.PathLike[str], *, remedy: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _make(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if folder.is_dir():
-            return False
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder)) from None
-    return True
-
-
 def _take(folder: Path, remedy: str) -> int:
     # lockf, not flock: data workers are forked with this descriptor, and one that outlives its parent must not hold
     # the lock.
@@ -78,7 +68,7 @@ def _take(folder: Path, remedy: str) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # whoever made the folder has just removed it again
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             continue
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "device": {"config"},
     "config": {"files"},
     "doctor": set(),
-    "locks": {"progress"},
+    "locks": {"files", "progress"},
     "files": set(),
     "parts": set(),
     "progress": set(),

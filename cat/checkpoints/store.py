@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -252,7 +252,7 @@ def read_tensors(path: PathLike, device: torch.device | str = "cpu") -> tuple[di
     path = Path(path)
     check_readable(path)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with open(path, "rb") as opened, safe_open(_utf8_name(path, opened), "pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
@@ -261,6 +261,14 @@ def read_tensors(path: PathLike, device: torch.device | str = "cpu") -> tuple[di
             f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); {remedy(path.parent)}"
         ) from None
     return unwrapped(tensors, str(path)), metadata
+
+
+def _utf8_name(path: Path, file: IO[bytes]) -> str:
+    """A name by which safetensors opens the open ``file``, also where bytes of the path are not UTF-8."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return f"/proc/self/fd/{file.fileno()}"
 
 
 def check_readable(path: PathLike) -> None:

@@ -104,8 +104,8 @@ def owner_is_refused(folder: Path) -> Iterator[None]:
 
 def test_what_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
-    for path in ("file", "file/run"):
-        with pytest.raises(NotADirectoryError, match="file"), sole_user(tmp_path / path, remedy="wait"):
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match=r"is not a folder: .*file'"), sole_user(path, remedy="wait"):
             pass
 
 
