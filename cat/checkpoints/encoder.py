@@ -44,7 +44,13 @@ def load_encoder(
     if weights not in ("student", "teacher"):
         raise ValueError(f"weights is {weights!r}; expected 'student' or 'teacher'")
     file = _model_file(Path(path))
-    tensors, metadata = read_tensors(file, device)
+    try:
+        tensors, metadata = read_tensors(file, device)
+    except CheckpointError:
+        gone, file = file, _model_file(Path(path))
+        if file == gone:
+            raise
+        tensors, metadata = read_tensors(file, device)  # a run that goes on has replaced its newest checkpoint
     try:
         config = json.loads(metadata["config"])
         model = from_mapping(ModelConfig, config["model"], source=f"{file} (its configuration)")

@@ -78,17 +78,17 @@ def check_disk(run_dir: Path, config: RunConfig, *, needed: int, freed: int) -> 
     Raises: OSError.
     """
     folder = run_dir / "checkpoints"
-    check_writable(folder)
     free = free_space(folder)
-    if free is None:
-        return
-    if needed > free + freed:
+    if free is not None and needed > free + freed:
         raise OSError(
             errno.ENOSPC,
             f"a checkpoint of this model needs {format_bytes(needed)}, and {format_bytes(free + freed)} are free "
             "there; make room, or choose another disk (run.dir=OTHER)",
             str(folder),
         )
+    check_writable(folder)
+    if free is None:
+        return
     kept = config.keep_last + config.keep_best
     there = total_size(path for step in checkpoints.list_checkpoints(folder) for path in step.rglob("*"))
     if (kept + 1) * needed > free + there:  # a new one is written before an old one goes

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from cat.checkpoints import CheckpointError, load_encoder
+from cat.checkpoints import encoder as encoder_module
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.released import read_released
 from cat.config import to_mapping
@@ -126,6 +127,20 @@ def test_encoder_loads_from_run_checkpoint_or_file(tmp_path, model, what):
             assert torch.equal(tensor, encoder.state_dict()[name])
     spec = torch.randn(1, 1, 64, 128)
     assert not torch.equal(load_encoder(given, "student")[0](spec), load_encoder(given, "teacher")[0](spec))
+
+
+def test_a_run_that_goes_on_may_replace_its_checkpoint_meanwhile(tmp_path, model, monkeypatch):
+    save(tmp_path / "checkpoints", 1, model)
+    read = encoder_module.read_tensors
+
+    def late(file, device):
+        monkeypatch.undo()
+        save(tmp_path / "checkpoints", 2, model)
+        checkpoints.prune(tmp_path / "checkpoints", keep_last=1, keep_best=0)
+        return read(file, device)
+
+    monkeypatch.setattr(encoder_module, "read_tensors", late)
+    assert load_encoder(tmp_path)[1].step == 2
 
 
 def test_encoder_errors(tmp_path, model):

@@ -444,6 +444,7 @@ def test_a_directory_that_is_no_run_is_never_deleted(tmp_path, recipe):
     assert (tmp_path / "thesis" / "chapter1.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_touch_a_run(tmp_path, recipe, capsys):
     run_dir = tmp_path / "run"
     # As many steps as are done before the others have been refused.
@@ -503,6 +504,7 @@ def test_what_is_known_at_the_start_is_said_at_the_start(tmp_path, recipe, monke
     monkeypatch.setattr(directory, "free_space", lambda path: 1000)
     assert main(["pretrain", str(recipe), f"run.dir={tmp_path}", "run.name=new"]) == 1
     assert "a checkpoint of this model needs" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_resuming_with_an_empty_config(short, capsys):
