@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat.checkpoints.store import check_readable, read_tensors, unwrapped
+from cat.checkpoints.store import CheckpointError, check_readable, read_tensors, unwrapped
 from cat.model import CAT, ModelConfig, ObjectiveConfig
 
 IMAGE = "modality_encoders.IMAGE."
@@ -241,15 +241,21 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
             f"{path} is not a PyTorch zip archive (written by PyTorch 1.6 or later); it may be cut short: "
             f"{path.stat().st_size} bytes"
         )
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-        try:
+    foreign: list[str] = []
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
+    except Exception as error:  # of many kinds, when bytes are wrong
+        if foreign and isinstance(error, pickle.UnpicklingError):
             raise ValueError(
                 f"{path} cannot be read without executing code it holds; it mentions {sorted(foreign)}. If you trust "
                 "it, save its weights alone where it came from: torch.save({'model': checkpoint['model']}, ...)"
             ) from None
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is damaged or not a file of torch.save "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from error
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError(
@@ -268,4 +274,6 @@ def _split_teacher(model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _tensors(mapping: Mapping[str, Any]) -> dict[str, Tensor]:
-    return unwrapped({k: v for k, v in mapping.items() if isinstance(v, Tensor)}, "the checkpoint")
+    return unwrapped(
+        {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}, "the checkpoint"
+    )
