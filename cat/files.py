@@ -24,6 +24,7 @@ from typing import Any
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _LOCK = ".lock"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OF_WRITING = (*_NO_SPACE, errno.EFBIG, errno.EIO)  # what `write` raises, without a file's name
 _SILENCE = 24 * 3600  # seconds; see `_is_abandoned`
 
 
@@ -125,8 +126,7 @@ def _workplace(target: Path) -> Iterator[Path]:
         lock = _lock(place)
         yield place
     except OSError as error:
-        about = error.filename
-        if error.errno is not None and (about is None or Path(os.fsdecode(about)).is_relative_to(place)):
+        if _is_about(error, place):
             raise _named(error, target) from error
         raise
     finally:
@@ -207,6 +207,13 @@ def _mode_of_a_new_file(path: Path) -> int:
     os.close(descriptor)
     path.unlink()
     return mode
+
+
+def _is_about(error: OSError, place: Path) -> bool:
+    """Whether an error came of writing there, and not of something else that was done meanwhile."""
+    if isinstance(error.filename, str | bytes):
+        return Path(os.fsdecode(error.filename)).is_relative_to(place)
+    return error.filename is None and error.errno in _OF_WRITING
 
 
 def _named(error: OSError, target: Path) -> OSError:

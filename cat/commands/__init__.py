@@ -92,7 +92,7 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        say(f"cat-audio {command}: error: {_sentence(error)}")
+        say("\n".join([f"cat-audio {command}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]))
         return 1
 
 

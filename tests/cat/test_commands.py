@@ -48,6 +48,12 @@ def test_every_error_is_a_sentence(monkeypatch, capsys, error, sentence):
     assert "Traceback" not in told
 
 
+def test_notes_of_an_error_are_told(monkeypatch, capsys):
+    error = ValueError("x is 3")
+    error.add_note("step 7 is saved")
+    assert fails_with(monkeypatch, capsys, error).endswith("error: x is 3\nstep 7 is saved\n")
+
+
 def test_debug_shows_where(monkeypatch, capsys):
     with pytest.raises(KeyError):
         fails_with(monkeypatch, capsys, KeyError("clap"), "--debug")

@@ -180,3 +180,6 @@ def test_an_error_about_something_else_stays_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError) as error, replacing(tmp_path / "a.json"):
         Path("/nowhere/input").read_text()
     assert (error.value.filename, error.value.errno) == ("/nowhere/input", errno.ENOENT)
+    with pytest.raises(BrokenPipeError) as error, replacing(tmp_path / "a.json"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # of a data worker, say
+    assert error.value.filename is None
