@@ -10,7 +10,7 @@ import pytest
 CAT = Path(__file__).parents[1] / "cat"
 
 # From the top. A room may use those below it that are named, and itself.
-BASE = {"config", "files", "parts", "progress"}  # no arrow to the rest
+BASE = {"config", "device", "files", "locks", "parts", "progress"}  # no arrow to the rest
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
@@ -22,8 +22,10 @@ ROOMS: dict[str, set[str]] = {
     "data": {"sounds", *BASE},
     "model": BASE,
     "sounds": set(),
+    "device": {"config"},
     "config": {"files"},
     "doctor": set(),
+    "locks": {"files", "progress"},
     "files": set(),
     "parts": set(),
     "progress": set(),

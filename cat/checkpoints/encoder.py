@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cat.checkpoints.store import MODEL, STATE, CheckpointError, PathLike, load_tensors, newest, read_tensors
-from cat.config import ConfigError, from_mapping
+from cat.config import from_mapping
 from cat.data.features import FeatureConfig
 from cat.model import Encoder, ModelConfig
 
@@ -32,30 +35,53 @@ def load_encoder(
 ) -> tuple[Encoder, EncoderInfo]:
     """The encoder of a run directory (newest checkpoint), a checkpoint directory or a .safetensors file, in eval mode.
 
-    ``weights``: "student" (what the released recipe fine-tunes) or "teacher" (its moving average).
+    ``weights``: "student" (what the released recipe fine-tunes) or "teacher" (its moving average). Names may have the
+    prefixes of wrappers (``module.``, ``_orig_mod.``), values another floating-point dtype, and a file may hold one
+    encoder alone, which is the student.
 
     Raises: `CheckpointError`.
     """
     if weights not in ("student", "teacher"):
         raise ValueError(f"weights is {weights!r}; expected 'student' or 'teacher'")
     file = _model_file(Path(path))
-    tensors, metadata = read_tensors(file, device)
+    try:
+        tensors, metadata = read_tensors(file, device)
+    except CheckpointError:
+        gone, file = file, _model_file(Path(path))
+        if file == gone:
+            raise
+        tensors, metadata = read_tensors(file, device)  # a run that goes on has replaced its newest checkpoint
     try:
         config = json.loads(metadata["config"])
         model = from_mapping(ModelConfig, config["model"], source=f"{file} (its configuration)")
         features = from_mapping(FeatureConfig, config["features"], source=f"{file} (its configuration)")
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} does not say how its model is built ({error}); expected a file written by cat; "
             "released checkpoints go through cat.checkpoints.released first"
         ) from None
+    encoder = Encoder(model).to(device)
+    load_tensors(encoder, _encoder_tensors(tensors, weights, encoder, file), f"{file}: {weights}")
+    step = int(metadata["step"]) if "step" in metadata else None
+    return encoder.eval(), EncoderInfo(file, weights, step, model, features, config)
+
+
+def _encoder_tensors(tensors: Mapping[str, Tensor], weights: str, encoder: Encoder, file: Path) -> Mapping[str, Tensor]:
     own = {
         name.removeprefix(f"{weights}."): tensor for name, tensor in tensors.items() if name.startswith(f"{weights}.")
     }
-    encoder = Encoder(model).to(device)
-    load_tensors(encoder, own, f"{file}: {weights}")
-    step = int(metadata["step"]) if "step" in metadata else None
-    return encoder.eval(), EncoderInfo(file, weights, step, model, features, config)
+    if own or not tensors:
+        return own
+    if tensors.keys() == encoder.state_dict().keys():
+        if weights == "student":
+            return tensors
+        raise CheckpointError(f"{file} holds one encoder, without a teacher; use weights='student'")
+    kinds = Counter(name.partition(".")[0] for name in tensors)
+    listed = ", ".join(f"{kind}.* ({count})" for kind, count in kinds.most_common(5))
+    raise CheckpointError(
+        f"{file} has no tensors {weights}.*; it holds {listed}{' and others' if len(kinds) > 5 else ''}, the first is "
+        f"{next(iter(tensors))}; expected the names of a pre-training checkpoint, or of the encoder alone"
+    )
 
 
 def _model_file(path: Path) -> Path:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from cat.checkpoints.store import CheckpointError, check_readable, read_tensors, unwrapped
 from cat.model import CAT, ModelConfig, ObjectiveConfig
 
 IMAGE = "modality_encoders.IMAGE."
@@ -97,6 +97,8 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, m
         dim = channels.pop()
     depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
     convs = [w for i in range(64) if (w := state.get(f"{IMAGE}decoder.blocks.{i}.0.weight")) is not None]
+    if (mlp := state.get("blocks.0.mlp.fc1.weight")) is None:
+        raise ValueError("no blocks.0.mlp.fc1.weight: expected a pre-training checkpoint with transformer blocks")
     decoder_dim = convs[0].shape[0] if convs else dim
     return ModelConfig(
         stem=stem,
@@ -105,7 +107,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, m
         embed_dim=dim,
         depth=depth,
         num_heads=num_heads or max(1, dim // 64),
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        mlp_ratio=mlp.shape[0] / dim,
         mel_bins=mel_bins,
         decoder_dim=decoder_dim,
         decoder_layers=len(convs),
@@ -232,24 +234,31 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     settings) are replaced by an empty one.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    check_readable(path)
     if path.suffix == ".safetensors":
-        return _split_teacher(load_file(path))
+        return _split_teacher(read_tensors(path)[0])
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is not a PyTorch zip archive (written by PyTorch 1.6 or later); it may be cut short: "
             f"{path.stat().st_size} bytes"
         )
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-        try:
+    foreign: list[str] = []
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
+    except Exception as error:  # of many kinds, when bytes are wrong
+        if foreign and isinstance(error, pickle.UnpicklingError):
             raise ValueError(
                 f"{path} cannot be read without executing code it holds; it mentions {sorted(foreign)}. If you trust "
                 "it, save its weights alone where it came from: torch.save({'model': checkpoint['model']}, ...)"
             ) from None
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is damaged or not a file of torch.save "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from error
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError(
@@ -260,8 +269,14 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 def _split_teacher(model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The teacher is a dictionary under ``_ema``, or parameters whose names start with ``_ema.``."""
-    student = {k: v for k, v in model.items() if isinstance(v, Tensor) and not k.startswith("_ema")}
-    nested = model.get("_ema")
-    flat = {k.removeprefix("_ema."): v for k, v in model.items() if k.startswith("_ema.")}
-    teacher = {k: v for k, v in nested.items() if isinstance(v, Tensor)} if isinstance(nested, Mapping) else flat
+    tensors, nested = _tensors(model), model.get("_ema")
+    student = {k: v for k, v in tensors.items() if not k.startswith("_ema")}
+    flat = {k.removeprefix("_ema."): v for k, v in tensors.items() if k.startswith("_ema.")}
+    teacher = _tensors(nested) if isinstance(nested, Mapping) else flat
     return student, teacher or None
+
+
+def _tensors(mapping: Mapping[str, Any]) -> dict[str, Tensor]:
+    return unwrapped(
+        {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}, "the checkpoint"
+    )

@@ -8,11 +8,13 @@ A checkpoint is a directory, ``checkpoints/step-00000200`` of a run::
 
 It is written under a temporary name and renamed, so a directory with the final name is complete. Each safetensors file
 also carries the step and the configuration, so that a lone ``model.safetensors`` can be loaded and files of different
-checkpoints cannot be mixed.
+checkpoints cannot be mixed. Names are read without what wrappers (DDP, torch.compile) put before and between them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -20,17 +22,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cat.files import replacing
+from cat.files import clear_leftovers, format_bytes, free_space, new_folder, replacing
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of the disk, of what the user may have of it
+# What DistributedDataParallel, torch.compile, FSDP and checkpoint_wrapper put into the names of a state dict.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 PathLike = str | os.PathLike[str]
 
 
@@ -72,20 +77,29 @@ def save(
     final = directory / step_name(step)
     if final.exists():
         return final
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".writing-{final.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_tensors(temporary / MODEL, model, step=step, config=config)
-    save_tensors(temporary / OPTIMIZER, optimizer, step=step, config=config)
-    state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "config": config}
-    (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    for name in (MODEL, OPTIMIZER, STATE):
-        _flush_to_disk(temporary / name)
-    _flush_to_disk(temporary)
-    os.rename(temporary, final)
-    _flush_to_disk(directory)
+    try:
+        with new_folder(final) as temporary:
+            save_tensors(temporary / MODEL, model, step=step, config=config)
+            save_tensors(temporary / OPTIMIZER, optimizer, step=step, config=config)
+            state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "config": config}
+            (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = free_space(directory)
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)}: this checkpoint needs {format_bytes(size_of(model) + size_of(optimizer))}"
+            + ("" if free is None else f", {format_bytes(free)} are free there")
+            + "; make room (fewer run.keep_last, run.keep_best) and go on with --resume. Earlier checkpoints are good",
+            str(final),
+        ) from error
     return final
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a state dict in a file, but for the names."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def save_tensors(
@@ -95,35 +109,62 @@ def save_tensors(
     metadata = {"format": str(FORMAT), "config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+        try:
+            save_file(plain, temporary, metadata=metadata)
+        except SafetensorError as error:  # no OSError; its text has the system's number
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise CheckpointError(f"{path} cannot be written: {error}") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def prune(directory: PathLike, *, keep_last: int, keep_best: int) -> list[Path]:
     """Delete all but the newest ``keep_last`` and the best ``keep_best`` checkpoints, those of lowest score.
 
-    Returns what was deleted. Leftovers of a save that was killed go too.
+    Returns what was deleted. For the one writer of a run: leftovers of a deletion that was killed go too.
     """
     directory = Path(directory)
     found = list_checkpoints(directory)
-    scored = [(score, path) for path in found if (score := read_state(path).get("score")) is not None]
+    scored = [(score, path) for path in found if (score := _score(path)) is not None]
     best = [path for _, path in sorted(scored, key=lambda item: (item[0], item[1].name))[:keep_best]]
     keep = {*found[len(found) - keep_last :], *best, *found[-1:]}
     removed = [path for path in found if path not in keep]
-    for path in removed:
-        # Renamed first: a directory half deleted must not pass for a checkpoint.
-        path.rename(path.with_name(f".removing-{path.name}"))
-    for leftover in [*directory.glob(".removing-*"), *directory.glob(".writing-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove(directory, removed)
     return removed
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def remove_all(directory: PathLike) -> None:
+    """Delete every checkpoint in ``directory``, and the directory if nothing else is in it. For the one writer."""
+    directory = Path(directory)
+    if directory.is_dir():
+        _remove(directory, list_checkpoints(directory))
+        clear_leftovers(directory)
+        if not directory.is_symlink():
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
+
+
+def _remove(directory: Path, paths: list[Path]) -> None:
+    _clear_removed(directory)
+    for path in paths:
+        # Renamed first: a directory half deleted must not pass for a checkpoint.
+        path.rename(path.with_name(f".removing-{path.name}"))
+    _clear_removed(directory)
+
+
+def _clear_removed(directory: Path) -> None:
+    for leftover in [*directory.glob(".removing-*"), *directory.glob(".writing-*")]:  # .writing: of earlier versions
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _score(path: Path) -> float | None:
+    """Of a checkpoint; None also of a damaged one, which must not stop the run that goes on without it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return read_state(path).get("score")
+    except CheckpointError:
+        return None
 
 
 # ---------------------------------------------------------------- finding
@@ -207,19 +248,57 @@ def read_state(path: PathLike) -> dict[str, Any]:
 
 
 def read_tensors(path: PathLike, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file."""
+    """The tensors, by their `unwrapped` names, and the metadata of a safetensors file."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; {remedy(path.parent)}")
+    check_readable(path)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with open(path, "rb") as opened, safe_open(_utf8_name(path, opened), "pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); {remedy(path.parent)}"
         ) from None
+    return unwrapped(tensors, str(path)), metadata
+
+
+def _utf8_name(path: Path, file: IO[bytes]) -> str:
+    """A name by which safetensors opens the open ``file``, also where bytes of the path are not UTF-8."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return f"/proc/self/fd/{file.fileno()}"
+
+
+def check_readable(path: PathLike) -> None:
+    """Raises `CheckpointError` that says why a file cannot be opened."""
+    path = Path(path)
+    try:
+        open(path, "rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} does not exist; {remedy(path.parent)}") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: no permission to read it; ask its owner for it (chmod a+r)") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {remedy(path.parent)}") from None
+
+
+def unwrapped(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors by the names they have in the model itself, where it was saved inside of a wrapper:
+    ``module.student.norm.weight``, ``_orig_mod.blocks.0._orig_mod.norm1.weight``.
+
+    Raises: `CheckpointError` when two names become one.
+    """
+    plain: dict[str, str] = {}
+    for name in tensors:
+        inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if inner in plain:
+            raise CheckpointError(
+                f"{source} holds both {plain[inner]} and {name}; expected one of them: delete the other"
+            )
+        plain[inner] = name
+    return {inner: tensors[name] for inner, name in plain.items()}
 
 
 def remedy(path: PathLike) -> str:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
+import torch
+
+from cat.commands._stdout import results
+from cat.progress import say
 from cat_kernels import __version__
 
 COMMANDS = {
@@ -48,29 +53,66 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's name may hold bytes that the terminal's encoding does not
-            stream.reconfigure(errors="backslashreplace")
+    """Run a command; its exit code:
+
+    ====  ============================================================================
+    0     done
+    1     failed, or could not write its results to stdout; a sentence on stderr says why
+    2     wrong usage
+    129   stopped by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM
+    141   done, but the reader of stdout had gone (``cat-audio ... | head -1``)
+    ====  ============================================================================
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with results() as stdout:
+        code = _run(argv)
+    if stdout is None or stdout.error is None or code != 0:
+        return code
+    if isinstance(stdout.error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    say(f"cat-audio: error: the results could not be written to stdout: {stdout.error.strerror}")
+    return 1
+
+
+def _run(argv: list[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
-    parser = build_parser(command)
-    args, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments of a list only in one place; `pretrain a.yaml --resume optim.lr=1e-3` has them
-    # in two.
-    if rest and not (hasattr(args, "overrides") and all(OVERRIDE.match(word) for word in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)}; see cat-audio {command} --help")
-    if rest:
-        args.overrides = [*args.overrides, *rest]
     try:
+        parser = build_parser(command)
+        args, rest = parser.parse_known_args(argv)
+        # argparse takes positional arguments of a list only in one place; `pretrain a.yaml --resume optim.lr=1e-3` has
+        # them in two.
+        if rest and not (hasattr(args, "overrides") and all(OVERRIDE.match(word) for word in rest)):
+            parser.error(f"unknown arguments: {' '.join(rest)}; see cat-audio {command} --help")
+        if rest:
+            args.overrides = [*args.overrides, *rest]
         return int(args.run(args))
     except KeyboardInterrupt:
-        print("cat-audio: interrupted", file=sys.stderr)
+        say("cat-audio: interrupted")
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if args.debug:
+    except Exception as error:
+        if "--debug" in argv:
             raise
-        print(f"cat-audio {command}: error: {error}", file=sys.stderr)
-        if not isinstance(error, ValueError | OSError | ImportError):
-            print("(cat-audio --debug ... shows where)", file=sys.stderr)
+        say("\n".join([f"cat-audio {command}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]))
         return 1
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, for people, and what to do about it."""
+    text = str(error)
+    where = "(cat-audio --debug ... shows where)"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (
+            f"out of memory{f' ({text})' if text else ''}; try smaller batches (data.batch_size, --batch-size) or "
+            f"fewer data workers\n{where}"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        named = " and ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{named}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | ImportError) and text:
+        return text
+    if isinstance(error, RuntimeError) and text:
+        return f"{text}\n{where}"
+    return (
+        f"unexpected {type(error).__name__}: {text}\nThis is a fault of cat-audio. Please report it, with what "
+        "cat-audio --debug ... prints"
+    )

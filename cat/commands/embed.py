@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from cat.data.manifest import load_manifest
+from cat.device import pick_device
 from cat.encoders import POOLINGS, build_encoder
 from cat.encoders.embed import failures_path, write_embeddings
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device, "--device")
     manifest = load_manifest(args.manifest)
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
     written, skipped = write_embeddings(

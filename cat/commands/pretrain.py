@@ -9,10 +9,12 @@ from pathlib import Path
 
 from cat.config import ConfigError
 from cat.figures import write_run_figures
+from cat.progress import say
+from cat.training.directory import sole_writer
 from cat.training.loop import RunResult
 from cat.training.pretrain import pretrain, profile
 from cat.training.profiling import STEPS
-from cat.training.recipe import PretrainConfig, load_recipe
+from cat.training.recipe import PretrainConfig, load_recipe, load_run
 
 EXAMPLES = """\
 examples:
@@ -44,23 +46,21 @@ def run(args: argparse.Namespace) -> int:
     if args.profile and args.overwrite:
         raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
     if recipe.is_dir():
-        if not (recipe / "config.yaml").is_file():
-            raise ConfigError(
-                f"{recipe} is a directory without config.yaml; expected a recipe (YAML) or a run directory with "
-                "--resume"
-            )
         if not args.resume:
-            raise ConfigError(f"{recipe} is a run directory; add --resume to go on with it, or give a recipe")
-        config, run_dir = load_recipe(recipe / "config.yaml", args.overrides), recipe
+            raise ConfigError(f"{recipe} is a directory; to go on with a run add --resume, else give a recipe (YAML)")
+        (config, note), run_dir = load_run(recipe, args.overrides), recipe
+        if note:
+            say(note)
     else:
         config = load_recipe(recipe, args.overrides)
         run_dir = config.run_dir
     if args.profile:
         print(profile(config, run_dir, resume=args.resume).table())
         return 0
-    result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
-    if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
-        write_run_figures(result.run_dir)
+    with sole_writer(run_dir):
+        result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+        if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
+            write_run_figures(result.run_dir)
     print(_summary(result, config))
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from cat.data.manifest import load_manifest
+from cat.device import pick_device
 from cat.encoders import POOLINGS, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
 from cat.evaluation.classifiers import PROBES
 from cat.evaluation.probe import SPLITS, Report, format_report, report_json, run_probe
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device, "--device")
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
     encoders: dict[str, FrozenEncoder] = {"trained": encoder}
     if args.untrained_twin or args.require_better:

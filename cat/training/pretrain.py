@@ -1,15 +1,12 @@
 """A pre-training run: pre-train a model by a recipe, or go on with a run (`cat-audio pretrain`).
 
-A run directory holds everything about a run: ``config.yaml`` (every field of the recipe), ``metrics.jsonl`` (see
-`cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``tensorboard/``, ``checkpoints/`` (see
-`cat.checkpoints.store`), ``figures/`` and, after ``--profile``, ``profile/``.
+`cat.training.directory` says what a run directory holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,12 @@ import torch
 from cat.checkpoints import store as checkpoints
 from cat.config import ConfigError
 from cat.data import load_manifest
+from cat.device import pick_device
 from cat.progress import say
+from cat.training.directory import check_disk, delete_run, files_of_earlier_run, sole_writer, total_size
 from cat.training.loop import RunResult, Trainer
 from cat.training.profiling import STEPS, StepProfile, profile_steps
-from cat.training.recipe import PretrainConfig, pick_device
+from cat.training.recipe import PretrainConfig
 
 
 def pretrain(
@@ -37,16 +36,21 @@ def pretrain(
 
     Args:
         resume: go on from the newest checkpoint, or from the start when there is none yet.
-        overwrite: delete an earlier run of that directory first.
+        overwrite: delete what an earlier run has written into that directory first.
         progress: show loss, rate and time left on stderr.
 
     Raises: `ConfigError`, `cat.checkpoints.store.CheckpointError`, `TrainingError`, `cat.data.ManifestError`,
-    `cat.data.loader.TooManyFailures`.
+    `cat.data.loader.TooManyFailures`, `cat.locks.InUseError` when another process works in `run_dir`, OSError when it
+    cannot hold a checkpoint.
     """
     run_dir = Path(run_dir or config.run_dir)
-    with _trainer(config, run_dir, resume=resume, progress=progress) as trainer:
+    with sole_writer(run_dir), _trainer(config, run_dir, resume=resume, progress=progress) as trainer:
         # Only now, when everything else has proved fit: nothing is deleted for a run that cannot start.
-        _make_room(run_dir, resume=resume, overwrite=overwrite)
+        old = [] if resume else files_of_earlier_run(run_dir, overwrite=overwrite)
+        if trainer.step < config.end:
+            check_disk(run_dir, config.run, needed=_checkpoint_size(trainer), freed=total_size(old))
+        if old:
+            delete_run(run_dir)
         return trainer.run()
 
 
@@ -59,7 +63,8 @@ def profile(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1")
-    with _trainer(config, Path(run_dir or config.run_dir), resume=resume, progress=True) as trainer:
+    run_dir = Path(run_dir or config.run_dir)
+    with sole_writer(run_dir), _trainer(config, run_dir, resume=resume, progress=True) as trainer:
         return profile_steps(trainer, steps)
 
 
@@ -84,19 +89,9 @@ def _trainer(config: PretrainConfig, run_dir: Path, *, resume: bool, progress: b
         yield trainer
 
 
-def _make_room(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume or not run_dir.exists():
-        return
-    is_run = any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
-    if is_run and not overwrite:
-        raise ConfigError(
-            f"{run_dir} already holds a run; go on with it (--resume), replace it (--overwrite) or choose another "
-            "name (run.name=OTHER)"
-        )
-    if not is_run and (not run_dir.is_dir() or any(path.name != "profile" for path in run_dir.iterdir())):
-        raise ConfigError(f"{run_dir} exists and is not a run directory; choose another name (run.name=OTHER)")
-    if is_run:
-        shutil.rmtree(run_dir)
+def _checkpoint_size(trainer: Trainer) -> int:
+    """Bytes: the model, and two moments of what is trained."""
+    return checkpoints.size_of(trainer.model.state_dict()) + 2 * checkpoints.size_of(trainer.update.parameters)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from cat.config import ConfigError, differences, from_mapping, load, to_mapping
+from cat.checkpoints import store as checkpoints
+from cat.config import ConfigError, differences, from_mapping, load, read_yaml, to_mapping
 from cat.data.dataset import DataConfig
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.masks import MaskConfig
+from cat.device import pick_device as pick_device  # for those who look for it here
 from cat.model import PRESETS, ModelConfig, ObjectiveConfig
 from cat.training.optim import EmaConfig, OptimConfig
 
@@ -94,7 +96,13 @@ class PretrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        return self.run.dir / self.run.name
+        name = self.run.name
+        if "\0" in name or ".." in Path(name).parts or Path(name).is_absolute() or not Path(name).name:
+            raise ConfigError(
+                f"run.name is {name!r}; expected the name of a folder in run.dir ({self.run.dir}); for a run elsewhere "
+                "set run.dir"
+            )
+        return self.run.dir / name
 
     @property
     def end(self) -> int:
@@ -118,21 +126,32 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return config
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of ``run.device``."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"run.device is {name!r}; expected auto, cpu, cuda or cuda:<index>")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[PretrainConfig, str | None]:
+    """The configuration of a run, from its config.yaml; where a crash or a copy has damaged that, from its newest
+    checkpoint, with a note that says so.
+
+    Raises: `ConfigError`.
+    """
+    path = run_dir / "config.yaml"
+    newest = checkpoints.newest(run_dir)
+    if newest is None and not path.exists():
         raise ConfigError(
-            f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; use run.device=auto or cpu"
+            f"{run_dir} is a directory without config.yaml; expected a recipe (YAML) or a run directory with --resume"
         )
-    return device
+    try:
+        damage = "" if read_yaml(path) else f"{path} is empty"
+    except ConfigError as error:
+        damage = str(error)
+    if not damage:
+        return load_recipe(path, overrides), None
+    if newest is None:
+        raise ConfigError(
+            f"{damage}, and {run_dir} has no checkpoint to take the configuration from; expected every field of the "
+            "recipe: give the recipe and --resume, or start another run"
+        )
+    saved = checkpoints.read_state(newest)["config"]
+    config = from_mapping(PretrainConfig, saved, source=f"{newest / checkpoints.STATE}", overrides=overrides)
+    return config, f"note: {damage}; the configuration is that of {newest}"
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:

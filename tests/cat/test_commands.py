@@ -1,17 +1,129 @@
-"""What all commands have in common."""
+"""The command: every error a sentence, results on stdout or an exit code that says they are not there."""
 
-import io
+from __future__ import annotations
+
+import os
+import subprocess
 import sys
+from pathlib import Path
 
-from cat import commands
-from cat.commands import doctor
+import pytest
+import torch
+
+from cat.commands import main
+
+REPOSITORY = Path(__file__).parents[2]
 
 
-def test_a_file_name_of_any_bytes_can_be_printed(monkeypatch):
-    """A strict stdout raised UnicodeEncodeError after the work was done."""
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setattr(doctor, "run", lambda args: print("caf\udce9.wav") or 0)
-    assert commands.main(["doctor"]) == 0
-    stdout.seek(0)
-    assert stdout.buffer.getvalue() == b"caf\\udce9.wav\n"
+def fails_with(monkeypatch, capsys, error: BaseException, *options: str) -> str:
+    def failing() -> str:
+        raise error
+
+    monkeypatch.setattr("cat.commands.doctor.report", failing)
+    assert main([*options, "doctor"]) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("x is 3; expected 4"), "cat-audio doctor: error: x is 3; expected 4\n"),
+        (ValueError(), "unexpected ValueError: "),
+        (FileNotFoundError(2, "No such file or directory", "a.npy"), "error: a.npy: No such file or directory\n"),
+        (OSError(18, "Invalid cross-device link", "a", None, "b"), "error: a and b: Invalid cross-device link\n"),
+        (OSError("without a number"), "error: without a number\n"),
+        (RuntimeError("broken"), "error: broken\n(cat-audio --debug ... shows where)"),
+        (MemoryError(), "error: out of memory; try smaller batches (data.batch_size, --batch-size)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "error: out of memory (DefaultCPUAllocator"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "error: out of memory (CUDA out of memory.); try smaller"),
+        (KeyError("clap"), "error: unexpected KeyError: 'clap'\nThis is a fault of cat-audio. Please report it"),
+        (AssertionError(), "unexpected AssertionError"),
+        (EOFError(), "unexpected EOFError"),
+        (KeyboardInterrupt(), "cat-audio: interrupted"),
+    ],
+)
+def test_every_error_is_a_sentence(monkeypatch, capsys, error, sentence):
+    told = fails_with(monkeypatch, capsys, error)
+    assert sentence in told
+    assert "Traceback" not in told
+
+
+def test_notes_of_an_error_are_told(monkeypatch, capsys):
+    error = ValueError("x is 3")
+    error.add_note("step 7 is saved")
+    assert fails_with(monkeypatch, capsys, error).endswith("error: x is 3\nstep 7 is saved\n")
+
+
+def test_debug_shows_where(monkeypatch, capsys):
+    with pytest.raises(KeyError):
+        fails_with(monkeypatch, capsys, KeyError("clap"), "--debug")
+
+
+@pytest.mark.parametrize("command", ["embed", "probe"])
+def test_a_device_that_is_not_here(command, capsys):
+    arguments = {
+        "embed": ["embed", "nowhere", "--encoder", "logmel", "-o", "x.npy"],
+        "probe": ["probe", "random", "--train", "a", "--valid", "a", "--test", "a"],
+    }[command]
+    for device, message in (("cuda:99", "torch sees"), ("tpu", "expected auto, cpu, cuda or cuda:<index>")):
+        assert main([*arguments, "--device", device]) == 1
+        assert f"--device is '{device}'" in (told := capsys.readouterr().err)
+        assert message in told
+
+
+def written_to(monkeypatch, stream, text: str = "word\n") -> int:
+    monkeypatch.setattr("cat.commands.doctor.report", lambda: text)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return main(["doctor"])
+
+
+def test_the_reader_of_stdout_has_gone(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        assert written_to(monkeypatch, stream) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_stdout_is_full(monkeypatch, capsys):
+    with open("/dev/full", "w") as stream:
+        assert written_to(monkeypatch, stream) == 1
+    assert capsys.readouterr().err == (
+        "cat-audio: error: the results could not be written to stdout: No space left on device\n"
+    )
+
+
+def test_work_goes_on_when_stdout_has_failed(monkeypatch):
+    done = []
+
+    def report() -> str:
+        print("x" * 100_000)  # more than a buffer
+        done.append(True)
+        return ""
+
+    monkeypatch.setattr("cat.commands.doctor.report", report)
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["doctor"]) == 1
+    assert done == [True]
+
+
+def test_no_stdout_at_all(monkeypatch):
+    assert written_to(monkeypatch, None) == 0
+
+
+def test_names_that_are_no_text(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w", encoding="ascii") as stream:
+        assert written_to(monkeypatch, stream, "caf\udce9 ä") == 0
+    assert (tmp_path / "out").read_text() == "caf\\udce9 \\xe4\n"
+
+
+def test_in_a_process_with_closed_descriptors(tmp_path):
+    """A file that is opened later must not get the number of stdout or stderr, which C libraries print to."""
+    code = (
+        "import os; os.closerange(0, 3)\n"
+        "from cat.commands._stdout import results\n"
+        "with results():\n"
+        f"    os._exit(os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode > 2

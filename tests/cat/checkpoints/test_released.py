@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cat.checkpoints import CheckpointError
 from cat.checkpoints.released import from_released, infer_config, read_released, to_released
 from cat.model import CAT, ModelConfig, ObjectiveConfig
 
@@ -118,6 +119,22 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"evil.pt cannot be read without executing code.*posix.system"):
         read_released("evil.pt")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path):
+    fairseq_file(tmp_path / "good.pt", small_model())
+    content = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "bad.pt").write_bytes(content[:100] + bytes(900) + content[1000:])  # the end of a zip file is its list
+    with pytest.raises(CheckpointError, match=r"bad\.pt \(\d+ bytes\) is damaged or not a file of torch\.save \("):
+        read_released(tmp_path / "bad.pt")
+
+
+def test_names_with_the_prefixes_of_wrappers(tmp_path):
+    student, teacher = to_released(small_model())
+    both = {f"module.{k}": v for k, v in student.items()} | {f"module._ema.{k}": v for k, v in teacher.items()}
+    torch.save({"model": both}, tmp_path / "wrapped.pt")
+    found = read_released(tmp_path / "wrapped.pt")
+    assert (found[0].keys(), found[1].keys()) == (student.keys(), teacher.keys())
 
 
 def test_errors_name_what_is_wrong(tmp_path):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cat.checkpoints import CheckpointError, load_encoder
+from cat.checkpoints import encoder as encoder_module
 from cat.checkpoints import store as checkpoints
+from cat.checkpoints.released import read_released
 from cat.config import to_mapping
 from cat.data.features import FeatureConfig
 from cat.model import CAT, ModelConfig
@@ -123,6 +129,20 @@ def test_encoder_loads_from_run_checkpoint_or_file(tmp_path, model, what):
     assert not torch.equal(load_encoder(given, "student")[0](spec), load_encoder(given, "teacher")[0](spec))
 
 
+def test_a_run_that_goes_on_may_replace_its_checkpoint_meanwhile(tmp_path, model, monkeypatch):
+    save(tmp_path / "checkpoints", 1, model)
+    read = encoder_module.read_tensors
+
+    def late(file, device):
+        monkeypatch.undo()
+        save(tmp_path / "checkpoints", 2, model)
+        checkpoints.prune(tmp_path / "checkpoints", keep_last=1, keep_best=0)
+        return read(file, device)
+
+    monkeypatch.setattr(encoder_module, "read_tensors", late)
+    assert load_encoder(tmp_path)[1].step == 2
+
+
 def test_encoder_errors(tmp_path, model):
     with pytest.raises(CheckpointError, match="does not exist; expected a run directory"):
         load_encoder(tmp_path / "nothing")
@@ -148,3 +168,122 @@ def test_tensors_that_do_not_fit_are_counted_and_named(tmp_path, model):
         checkpoints.load_tensors(model.student, tensors, "here")
     for part in ("1 missing (first: cls)", "1 unknown (first: other)", "norm.weight is (3,), expected (16,)"):
         assert part in str(error.value)
+
+
+# ---------------------------------------------------------------- a disk that is full, a file that may not be read
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, model, monkeypatch):
+    save(tmp_path, 1, model)
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(
+        OSError, match=r"this checkpoint needs .* kB, .* are free there; make room .*step-00000002"
+    ) as e:
+        save(tmp_path, 2, model)
+    assert e.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_the_system_refuses_is_an_oserror(tmp_path, model):
+    """A real refusal: files of at most 4 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*step-00000001"):
+            save(tmp_path, 1, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deletion_that_was_killed_is_ended(tmp_path, model):
+    for step in (1, 2, 3):
+        save(tmp_path, step, model)
+    (tmp_path / ".removing-step-00000001" / "left").mkdir(parents=True)
+    (tmp_path / "step-00000002" / "state.json").write_text("")  # damaged; must not stop the run that prunes
+    checkpoints.prune(tmp_path, keep_last=1, keep_best=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_file_without_permission_is_said_to_be_one(tmp_path, model, monkeypatch):
+    path = save(tmp_path, 1, model)
+
+    def refused(file, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no permission to read it"):
+        load_encoder(path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no permission to read it"):
+        read_released(path / "model.safetensors")
+
+
+# ---------------------------------------------------------------- weights that went through other hands
+
+
+def renamed(path, model, rename, dtype=None):
+    tensors = {rename(name): t.to(dtype) if dtype else t for name, t in model.state_dict().items()}
+    checkpoints.save_tensors(path, tensors, config=CONFIG)
+    return path
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("student.", "student._orig_mod.").replace("teacher.", "teacher.module."),
+        lambda name: name.replace(".blocks.0.", ".blocks.0._orig_mod."),
+    ],
+)
+def test_names_with_the_prefixes_of_wrappers(tmp_path, model, rename):
+    path = renamed(tmp_path / "a.safetensors", model, rename)
+    for weights in ("student", "teacher"):
+        encoder, _ = load_encoder(path, weights)
+        for name, tensor in getattr(model, weights).state_dict().items():
+            assert torch.equal(tensor, encoder.state_dict()[name])
+
+
+def test_a_whole_checkpoint_with_prefixes_is_read(tmp_path, model):
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    moments = {"exp_avg.module.cls": torch.ones(3)}
+    path = checkpoints.save(tmp_path, step=1, model=state, optimizer=moments, config=CONFIG)
+    found = checkpoints.load(path)
+    assert found.model.keys() == model.state_dict().keys()
+    assert list(found.optimizer) == ["exp_avg.cls"]
+
+
+def test_an_encoder_alone_is_the_student(tmp_path, model):
+    path = renamed(tmp_path / "a.safetensors", model.teacher, lambda name: f"_orig_mod.{name}")
+    assert torch.equal(load_encoder(path)[0].cls, model.teacher.cls)
+    with pytest.raises(CheckpointError, match="one encoder, without a teacher; use weights='student'"):
+        load_encoder(path, "teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_load_as_values(tmp_path, model, dtype):
+    encoder, _ = load_encoder(renamed(tmp_path / "a.safetensors", model, str, dtype))
+    assert encoder.cls.dtype == torch.float32
+    assert torch.equal(encoder.norm.weight, model.student.norm.weight.to(dtype).float())
+
+
+def test_names_that_are_there_are_told(tmp_path, model):
+    path = renamed(tmp_path / "a.safetensors", model.student, lambda name: f"backbone.{name}")
+    with pytest.raises(
+        CheckpointError, match=r"no tensors student\.\*; it holds backbone\.\* \(\d+\), the first is back"
+    ):
+        load_encoder(path)
+
+
+def test_two_names_for_one_tensor(tmp_path, model):
+    tensors = model.state_dict()
+    tensors["module.student.cls"] = tensors["student.cls"] + 1
+    checkpoints.save_tensors(tmp_path / "a.safetensors", tensors, config=CONFIG)
+    with pytest.raises(CheckpointError, match=r"holds both (module\.)?student\.cls and (module\.)?student\.cls"):
+        load_encoder(tmp_path / "a.safetensors")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cat.checkpoints import load_encoder
 from cat.checkpoints import store as checkpoints
@@ -22,7 +23,7 @@ from cat.commands import main
 from cat.config import ConfigError, from_mapping
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
-from cat.training import loop
+from cat.training import directory, loop
 from cat.training.loop import TrainingError
 from cat.training.pretrain import pretrain, profile
 from cat.training.recipe import PretrainConfig, RunConfig, load_recipe
@@ -431,7 +432,7 @@ def test_an_existing_run_is_not_trodden_on(short):
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
     (run_dir / "mine.txt").write_text("x")
     assert pretrain(config, run_dir, overwrite=True, progress=False).step == 2
-    assert not (run_dir / "mine.txt").exists()
+    assert (run_dir / "mine.txt").read_text() == "x"
 
 
 def test_a_directory_that_is_no_run_is_never_deleted(tmp_path, recipe):
@@ -441,6 +442,92 @@ def test_a_directory_that_is_no_run_is_never_deleted(tmp_path, recipe):
         with pytest.raises(ConfigError, match="is not a run directory"):
             pretrain(load_recipe(recipe), tmp_path / "thesis", overwrite=overwrite, progress=False)
     assert (tmp_path / "thesis" / "chapter1.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_second_process_does_not_touch_a_run(tmp_path, recipe, capsys):
+    run_dir = tmp_path / "run"
+    # As many steps as are done before the others have been refused.
+    process = start(recipe, run_dir, "data.valid=null", "optim.steps=100000", "run.log_every=1", "--quiet")
+    try:
+        wait_for_step(process, run_dir, 1)
+        run = ["pretrain", str(recipe), f"run.dir={tmp_path}", "run.name=run"]
+        for changes in (["--overwrite"], [], ["--resume"], ["--profile"]):
+            assert main([*run, *changes]) == 1
+            assert f"{run_dir} is in use by process {process.pid} on " in capsys.readouterr().err
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    rows = read_rows(run_dir / "metrics.jsonl", "train")
+    assert [row["step"] for row in rows] == list(range(1, checkpoints.load(checkpoints.newest(run_dir)).step + 1))
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, recipe, monkeypatch, capsys):
+    save_file, calls = checkpoints.save_file, []
+
+    def filling(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 4:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, metadata)
+
+    run = ["pretrain", str(recipe), "data.valid=null", f"run.dir={tmp_path}", "run.name=run", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", filling)
+        assert main(run) == 1
+    told = capsys.readouterr().err
+    assert "step-00000010: No space left on device: this checkpoint needs" in told
+    assert "go on with --resume" in told
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+    assert main([*run, "--resume", "run.stop_at=10"]) == 0
+
+
+def test_what_is_known_at_the_start_is_said_at_the_start(tmp_path, recipe, monkeypatch, capsys):
+    monkeypatch.setattr(loop.Trainer, "run", lambda self: pytest.fail("it has started"))
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    for changes, message in (
+        ([f"run.dir={tmp_path / 'file'}"], "file: is not a folder"),
+        ([f"run.dir={tmp_path}", "run.name=file"], "file: is not a folder"),
+        ([f"run.dir={tmp_path}", f"run.name={'x' * 300}"], "File name too long"),
+        ([f"run.dir={tmp_path}", "run.name=../x"], "expected the name of a folder in run.dir"),
+        ([f"run.dir={tmp_path}", "run.name=run"], "checkpoints: is not a folder"),
+    ):
+        assert main(["pretrain", str(recipe), *changes]) == 1
+        told = capsys.readouterr().err
+        assert message in told
+        assert "unexpected" not in told
+    monkeypatch.setattr(directory, "free_space", lambda path: 1000)
+    assert main(["pretrain", str(recipe), f"run.dir={tmp_path}", "run.name=new"]) == 1
+    assert "a checkpoint of this model needs" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_resuming_with_an_empty_config(short, capsys):
+    config, run_dir = short
+    (run_dir / "config.yaml").write_bytes(b"")
+    assert main(["pretrain", "--resume", str(run_dir), "run.stop_at=3"]) == 0
+    note = f"note: {run_dir}/config.yaml is empty; the configuration is that of {run_dir}/checkpoints/step-00000002"
+    assert note in capsys.readouterr().err
+    assert load_recipe(run_dir / "config.yaml").data == config.data
+
+
+def test_a_run_is_replaced_behind_a_link(short, tmp_path):
+    config, run_dir = short
+    (tmp_path / "link").symlink_to("run")
+    assert pretrain(config, tmp_path / "link", overwrite=True, progress=False).step == 2
+    assert ((tmp_path / "link").is_symlink(), len(numbers(run_dir))) == (True, 2)
+
+
+def test_a_name_that_is_no_text(tmp_path, recipe):
+    config = load_recipe(recipe, ["run.stop_at=1", "data.valid=null", f"run.dir={tmp_path}", "run.name=caf\udce9"])
+    run_dir = pretrain(config, progress=False).run_dir
+    assert load_recipe(run_dir / "config.yaml") == config
+    assert load_encoder(run_dir)[1].step == 1
 
 
 # ---------------------------------------------------------------- what goes wrong
