@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
+from cat.progress import say
+from cat.signals import Stopped, ending_on_signals
 from cat_kernels import __version__
 
 COMMANDS = {
@@ -47,7 +50,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    """Run a command; its exit code: 0 done, 1 failed, 2 wrong usage, 128 + N stopped by signal N (130 is Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(command)
@@ -59,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:
-        return int(args.run(args))
+        with ending_on_signals():
+            return int(args.run(args))
+    except Stopped as stopped:
+        say(f"cat-audio: stopped by {signal.Signals(stopped.number).name}")
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("cat-audio: interrupted", file=sys.stderr)
         return 130
