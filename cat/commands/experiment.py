@@ -93,7 +93,7 @@ def _claim(name: str, out: Path, *, overwrite: bool) -> None:
     claim([result, *pictures], overwrite=overwrite)
 
 
-def _made_data(folder: Path, progress: bool) -> Path:
+def _made_data(folder: Path, *, progress: bool = False) -> Path:
     config = SynthConfig(clips_per_class=20, eval_clips_per_class=10)
     try:
         synthesise(config, folder, progress=progress)
