@@ -64,7 +64,6 @@ def ending_on_signals() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         restore()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in StopSignals: data workers die as well
         raise Stopped(number)
 
     def restore() -> None:

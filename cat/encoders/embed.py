@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cat.data.audio import AudioError, read_audio
 from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
+from cat.data.workers import prefetched
 from cat.encoders.frozen import FrozenEncoder, heard_samples
 from cat.encoders.outputs import claim_outputs, record_failures, sign
 from cat.progress import track
@@ -60,9 +60,9 @@ def embed_manifest(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    clips = track(
-        _clips(manifest, encoder, num_workers), len(manifest), label=encoder.name, unit="clips", enabled=progress
-    )
+    # Clip by clip, so that a worker holds one at a time and only a few are on their way.
+    clips = prefetched(_Waveforms(manifest, encoder), range(len(manifest)), num_workers=num_workers)
+    clips = track(clips, len(manifest), label=encoder.name, unit="clips", enabled=progress)
     for indices, waves, skipped in _batches(clips, batch_size, BATCH_SECONDS * encoder.sample_rate):
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
@@ -90,7 +90,7 @@ def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: ob
     )
 
 
-class _Waveforms(Dataset[tuple[int, Tensor | Skipped]]):
+class _Waveforms:
     def __init__(self, manifest: Manifest, encoder: FrozenEncoder) -> None:
         self.manifest, self.sample_rate = manifest, encoder.sample_rate
         self.min_samples: int = getattr(encoder, "min_samples", 1)
@@ -153,15 +153,6 @@ def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], wave
             f"{encoder.name} failed on a batch of {len(waves)} clips of up to {seconds:.1f} s: {error} "
             f"(--batch-size 1 tells which one; fewer also need less memory.) The clips: {names}"
         ) from error
-
-
-def _clips(manifest: Manifest, encoder: FrozenEncoder, num_workers: int) -> Iterable[tuple[int, Tensor | Skipped]]:
-    # Clip by clip, so that a worker never holds more than one, and no more than a few are on their way.
-    return DataLoader(_Waveforms(manifest, encoder), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
-
-
-def _as_it_is(item: tuple[int, Tensor | Skipped]) -> tuple[int, Tensor | Skipped]:
-    return item
 
 
 class EncoderError(RuntimeError):
