@@ -6,7 +6,6 @@ computed for, and both are checked when the file is opened. The released layout,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 
 from cat.data.audio import AudioError
 from cat.data.manifest import Clip, Manifest
-from cat.files import replacing, write_json
+from cat.files import write_json
 
 _NPY_HEADER = 128  # bytes; enough for any number of rows, so that the header can be written last
 
@@ -150,7 +149,7 @@ class EmbeddingWriter:
         self._clips: list[Clip] = []
         self._seen: set[int] = set()
         self._linked: Manifest | None = None
-        self._stack = contextlib.ExitStack()  # of the temporary file
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     @property
     def manifest(self) -> Manifest:
@@ -174,20 +173,19 @@ class EmbeddingWriter:
         self._file.write(rows.tobytes())
 
     def __enter__(self) -> EmbeddingWriter:
-        with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open(stack.enter_context(replacing(self.path)), "wb"))
-            self._file.write(b" " * _NPY_HEADER)
-            self._stack = stack.pop_all()
+        self._file = open(self._temporary, "wb")  # closed in __exit__
+        self._file.write(b" " * _NPY_HEADER)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._stack.__exit__(kind, value, trace)
-            return
-        with self._stack:
-            self._commit()
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
     def _commit(self) -> None:
         if not self._clips:
@@ -214,7 +212,7 @@ class EmbeddingWriter:
         # Without its sidecar the array does not open, so a crash between the two renames cannot mix two runs.
         sidecar = sidecar_path(self.path)
         sidecar.unlink(missing_ok=True)
-        self._stack.close()  # the file is closed and gets its name
+        os.replace(self._temporary, self.path)
         write_json(sidecar, info)
         self._linked = linked
 
