@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -42,40 +40,3 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-
-
-class Stopped(SystemExit):
-    """SIGTERM or SIGHUP, ``number``, came. ``exit_code`` is what a shell gives a command that one of them ended."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.exit_code = number, 128 + number
-        super().__init__(self.exit_code)
-
-
-@contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """While entered, SIGTERM and SIGHUP end the work as Ctrl-C does: by an exception, so that what is half written is
-    cleaned up on the way out. A second one acts as usual. One that is ignored (``nohup``) stays ignored.
-
-    Outside the main thread, where Python has no signal handlers, nothing changes.
-    """
-    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before: dict[int, Any] = {}
-
-    def end(number: int, frame: FrameType | None) -> None:
-        restore()
-        raise Stopped(number)
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in numbers:
-            if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        restore()

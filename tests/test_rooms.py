@@ -10,7 +10,7 @@ import pytest
 CAT = Path(__file__).parents[1] / "cat"
 
 # From the top. A room may use those below it that are named, and itself.
-BASE = {"config", "files", "outputs", "parts", "progress", "signals"}  # no arrow to the rest
+BASE = {"config", "ending", "files", "outputs", "parts", "progress", "signals"}  # no arrow to the rest
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "sounds": set(),
     "config": {"files"},
     "doctor": set(),
+    "ending": set(),
     "files": set(),
     "outputs": set(),
     "parts": set(),

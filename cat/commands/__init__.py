@@ -13,8 +13,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from cat.ending import Ended, ending_on_signals
 from cat.progress import say
-from cat.signals import Stopped, ending_on_signals
 from cat_kernels import __version__
 
 COMMANDS = {
@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_on_signals():
             return int(args.run(args))
-    except Stopped as stopped:
-        say(f"cat-audio: stopped by {signal.Signals(stopped.number).name}")
-        return stopped.exit_code
+    except Ended as ended:
+        say(f"cat-audio: stopped by {signal.Signals(ended.number).name}")
+        return ended.exit_code
     except KeyboardInterrupt:
         print("cat-audio: interrupted", file=sys.stderr)
         return 130
