@@ -11,6 +11,7 @@ from cat.data.manifest import load_manifest
 from cat.encoders import POOLINGS, build_encoder
 from cat.encoders.embed import write_embeddings
 from cat.encoders.outputs import claim_outputs
+from cat.progress import say
 
 EPILOG = """\
 OUT.npy holds a row a clip, OUT.npy.json says whose they are, OUT.jsonl is the manifest whose clips name their rows
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     manifest = load_manifest(args.manifest)
+    for note in getattr(manifest, "notes", ()):
+        say(note)
     outputs = claim_outputs(manifest, args.out, args.manifest_out, overwrite=args.overwrite)
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
     written, skipped = write_embeddings(

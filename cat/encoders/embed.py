@@ -184,6 +184,7 @@ def write_embeddings(
     if not 0 <= max_failed_share <= 1:
         raise ValueError(f"max_failed_share is {max_failed_share}; expected a share from 0 to 1")
     outputs = claim_outputs(manifest, out, manifest_out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
     skipped: list[Skipped] = []
     with EmbeddingWriter(out, manifest, dim=encoder.dim, encoder=encoder.name) as writer:
         for indices, rows, failed in embed_manifest(manifest, encoder, **options):  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -265,3 +267,26 @@ def test_stopped_by_a_signal_it_leaves_nothing(folder, monkeypatch, capsys, numb
     assert f"cat-audio: {words}\n" in capsys.readouterr().err
     assert contents(folder) == before
     assert signal.getsignal(number) == handler
+
+
+def test_what_a_killed_one_left_goes_with_the_next(folder):
+    code = (
+        "import os, sys, cat.encoders.embed as embed\n"
+        "from cat.data import load_manifest\n"
+        "from cat.encoders import LogMelStatistics\n"
+        "embed._encode = lambda *_: os._exit(9)\n"
+        "embed.write_embeddings(load_manifest(sys.argv[1]), LogMelStatistics(), embed.Path(sys.argv[2]))\n"
+    )
+    words = [sys.executable, "-c", code, str(folder / "clips.jsonl"), str(folder / "out" / "x.npy")]
+    assert subprocess.run(words, check=False).returncode == 9
+    assert len(list((folder / "out").iterdir())) == 1
+    assert embed_logmel(folder / "clips.jsonl", "-o", folder / "out" / "x.npy") == 0
+    assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_notes_of_the_manifest_are_told(folder, monkeypatch, capsys):
+    manifest = load_manifest(folder / "clips.jsonl")
+    object.__setattr__(manifest, "notes", ("secret: no permission to look into it",))
+    monkeypatch.setattr(command, "load_manifest", lambda path: manifest)
+    assert embed_logmel("anything", "-o", folder / "x.npy") == 0
+    assert capsys.readouterr().err == "secret: no permission to look into it\n"
