@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     manifest = load_manifest(args.manifest)
-    for note in getattr(manifest, "notes", ()):
+    for note in manifest.notes:
         say(note)
     outputs = claim_outputs(manifest, args.out, args.manifest_out, overwrite=args.overwrite)
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def claim_outputs(
             Output(linked, lambda path: _is_linked(path, out), "another -o or --manifest-out"),
             Output(failures, _is_record, "another -o"),
         ],
-        inputs=[manifest.source, manifest.embeddings],
+        inputs=[manifest.source, manifest.embeddings, *(_named_alike(manifest, out) if out.exists() else ())],
         overwrite=overwrite,
     )
     return EmbeddingOutputs(out, linked, failures)
@@ -73,6 +73,12 @@ def record_failures(path: Path, failures: Sequence[tuple[str, str]]) -> None:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     elif is_own(path, _is_record):
         path.unlink()
+
+
+def _named_alike(manifest: Manifest, out: Path) -> Iterator[Path]:
+    """The manifest's one .npy a clip, as far as ``out`` may be one of them."""
+    name = out.name.casefold()
+    return (file for file in manifest.embedding_files or () if file.name.casefold() == name)
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:

@@ -130,7 +130,10 @@ def test_the_natural_name_beside_the_manifest(folder, capsys):
         assert set(after) - set(before) == {
             "train.npy", "train.npy.json", "train.embedded.jsonl", "train.failures.jsonl"
         }  # fmt: skip
-        assert [c.path for c in load_manifest(folder / "train.embedded.jsonl").clips] == ["0.wav", "1.wav"]
+        written = load_manifest(folder / "train.embedded.jsonl")
+        assert [(clip.path, clip.extra) for clip in written.clips] == [
+            (f"{i}.wav", {"speaker": f"s{i}"}) for i in (0, 1)
+        ]
     assert open_embeddings(load_manifest(folder / "train.embedded.jsonl")) is not None
     # The new manifest may be embedded in turn, but not over the embeddings that it names.
     assert embed_logmel(folder / "train.embedded.jsonl", "-o", folder / "train.npy") == 1
@@ -171,6 +174,15 @@ def test_manifest_out_is_never_the_input(folder, capsys, name):
     words = ("-o", folder / "x.npy", "--manifest-out", folder / name, "--overwrite")
     assert embed_logmel(folder / "clips.jsonl", *words) == 1
     assert "which this command reads; that is never done" in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_a_released_list_of_one_embedding_a_clip(folder, capsys):
+    np.save(folder / "0.npy", np.zeros(4, dtype=np.float32))
+    (folder / "list.json").write_text('[{"wav_path": "0.wav", "num_frame": 1, "clap_path": "0.npy"}]')
+    before = contents(folder)
+    assert embed_logmel(folder / "list.json", "-o", folder / "0.npy", "--overwrite") == 1
+    assert "0.npy, which this command reads; that is never done" in capsys.readouterr().err
     assert contents(folder) == before
 
 
