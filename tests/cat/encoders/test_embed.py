@@ -131,7 +131,8 @@ def test_the_natural_name_beside_the_manifest(folder, capsys):
             "train.npy", "train.npy.json", "train.embedded.jsonl", "train.failures.jsonl"
         }  # fmt: skip
         written = load_manifest(folder / "train.embedded.jsonl")
-        assert [(clip.path, clip.extra) for clip in written.clips] == [
+        assert [clip.path for clip in written.clips] == ["0.wav", "1.wav"]
+        assert [clip.extra for clip in written.clips] == [{"speaker": "s0"}, {"speaker": "s1"}]
             (f"{i}.wav", {"speaker": f"s{i}"}) for i in (0, 1)
         ]
     assert open_embeddings(load_manifest(folder / "train.embedded.jsonl")) is not None
