@@ -2,7 +2,7 @@
 
     OUT/{train,valid,test}.jsonl        manifests with path, samples, sample rate and label
     OUT/{train,valid,test}/CLASS/*      WAV, FLAC and OGG, 8 to 48 kHz, mono and stereo, of several sample formats
-    OUT/synth.json                      the settings that it was made with, and the sizes of all files
+    OUT/synth.json                      the settings that it was made with, and what it made
 
 Each clip is a function of (seed, split, class, number) and the settings alone: a larger data set of the same seed holds
 the smaller one, and the samples are the same on every run. (WAV and FLAC files are then the same to the last bit; an

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_force_replaces_its_own_files_alone(mixed: tuple[Path, dict[str, bytes]]
     assert not synthesise(OTHER, out)
 
 
-def test_a_data_set_of_before_sizes_were_recorded(mixed: tuple[Path, dict[str, bytes]]) -> None:
+def test_a_data_set_of_before_files_were_listed(mixed: tuple[Path, dict[str, bytes]]) -> None:
     out, mine = mixed
     settings = json.loads((out / "synth.json").read_text())
     del settings["files"]
@@ -200,7 +201,7 @@ def test_a_data_set_of_before_sizes_were_recorded(mixed: tuple[Path, dict[str, b
 def test_force_stops_before_what_was_changed(
     mixed: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A file of the old data set that has another size now, and one of somebody else's where a new one would be."""
+    """A file of the old data set that has been edited, and one of somebody else's where a new one would be."""
     out, _ = mixed
     if name.endswith(".new"):
         synthesise(OTHER, tmp_path / "fresh")
@@ -208,7 +209,8 @@ def test_force_stops_before_what_was_changed(
         changed.parent.mkdir()
     else:
         changed = next(out.glob(name))
-    changed.write_bytes(b"edited")
+    content = changed.read_bytes() if changed.exists() else b"a recording"
+    changed.write_bytes(content.replace(b"rain-00000", b"rain-00001") if changed.suffix == ".jsonl" else content + b".")
     before = contents(out)
     monkeypatch.setattr("cat.data.synth.make_clip", None)  # before any work
     with pytest.raises(FileExistsError, match=rf"{changed.name} is not, or no longer, what cat-audio synth wrote"):
@@ -220,7 +222,7 @@ def test_force_deletes_nothing_that_no_data_set_has(mixed: tuple[Path, dict[str,
     out, mine = mixed
     (out.parent / "precious").write_bytes(b"123")
     settings = json.loads((out / "synth.json").read_text())
-    settings["files"] |= {"../precious": 3, "notes.txt": len(mine["notes.txt"])}
+    settings["files"] |= {"../precious": zlib.crc32(b"123"), "notes.txt": zlib.crc32(mine["notes.txt"])}
     (out / "synth.json").write_text(json.dumps(settings))
     synthesise(OTHER, out, force=True)
     assert (out.parent / "precious").exists()
