@@ -50,9 +50,10 @@ def arguments(*words: object) -> argparse.Namespace:
 def test_rows_belong_to_their_clips_and_failures_are_recorded(folder, capsys):
     out = folder / "out" / "random.npy"
     assert command.run(arguments(folder / "clips.jsonl", "--encoder", "random:5", "-o", out, "--batch-size", 3)) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
     assert "4 embeddings of width 512" in said
     assert "3 of 7 clips left out" in said
+    assert "random:5: 7/7 clips" in progress  # without a terminal, too
 
     written = load_manifest(out.with_suffix(".jsonl"))
     assert [clip.labels for clip in written.clips] == [("label0",), ("label1",), ("label3",), ("label4",)]
