@@ -55,15 +55,18 @@ def embed_manifest(
     """Embeds the clips in their order. Yields (indices (k,) int64, embeddings (k, dim) float32 on the CPU, skipped) a
     batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite.
 
-    Memory does not grow with the length of the clips: of each no more than `heard_samples` is read, and a batch that
-    would come to more than `BATCH_SECONDS` of audio is made smaller. Raises EncoderError, with the clips' names.
+    Memory does not grow with the length of the clips: of each no more than `heard_samples` is read, and for an encoder
+    that has no limit of its own a batch of more than `BATCH_SECONDS` of audio is made smaller. Raises EncoderError,
+    with the clips' names.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     # Clip by clip, so that a worker holds one at a time and only a few are on their way.
     clips = prefetched(_Waveforms(manifest, encoder), range(len(manifest)), num_workers=num_workers)
     clips = track(clips, len(manifest), label=encoder.name, unit="clips", enabled=progress)
-    for indices, waves, skipped in _batches(clips, batch_size, BATCH_SECONDS * encoder.sample_rate):
+    limit = getattr(encoder, "max_samples", None)
+    most_samples = batch_size * limit if limit else BATCH_SECONDS * encoder.sample_rate
+    for indices, waves, skipped in _batches(clips, batch_size, most_samples):
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
             continue

@@ -248,6 +248,15 @@ def test_batches_are_made_smaller_by_what_they_hold():
     assert [len(skipped) for _, _, skipped in batches] == [0, 0, 1, 0]
 
 
+def test_a_batch_is_as_large_as_asked_for_where_the_encoder_has_a_limit(folder, monkeypatch):
+    monkeypatch.setattr(embed, "BATCH_SECONDS", 1)
+    batches = {
+        limit: [len(rows) for _, rows, _ in embed.embed_manifest(load_manifest(folder / "clips.jsonl"), encoder)]
+        for limit, encoder in ((None, LogMelStatistics()), (16000, LogMelStatistics(max_samples=16000)))
+    }
+    assert batches == {None: [1, 1, 1, 1], 16000: [4]}
+
+
 def test_an_encoder_that_fails_names_its_clips(folder):
     class Broken(LogMelStatistics):
         def __call__(self, waveform, lengths=None):
