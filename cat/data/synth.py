@@ -11,6 +11,7 @@ OGG file has a random serial number in it that libsndfile gives no say over.)
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -126,13 +127,15 @@ def _write_clip(config: SynthConfig, folder: Path, split: str, label: str, numbe
     suffix, subtype = _draw_format(rng)
     samples, rate = make_clip(rng, label, config.seconds, config.snr_db)
     path = _name(split, label, number, suffix)
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
     data = samples.T.astype(np.float32)
-    with _soundfile().SoundFile(folder / path, "w", rate, data.shape[1], subtype) as file:
+    content = io.BytesIO()  # not the file itself: libsndfile has no words for a full disk
+    with _soundfile().SoundFile(content, "w", rate, data.shape[1], subtype, format=suffix[1:].upper()) as file:
         for block in np.array_split(
             data, len(data) // 65536 + 1
         ):  # libsndfile's Vorbis encoder overflows on long blocks
             file.write(block)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content.getbuffer())
     return Clip(path, len(data), rate, (label,))
 
 

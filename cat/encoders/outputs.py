@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -62,7 +63,9 @@ def sign(outputs: EmbeddingOutputs) -> None:
     """Notes in the sidecar what was written as the manifest, so that one that is changed by hand is known as such."""
     sidecar = sidecar_path(outputs.rows)
     info = json.loads(sidecar.read_text(encoding="utf-8"))
-    write_json(sidecar, {**info, "linked": {"name": outputs.manifest.name, "sha256": _digest(outputs.manifest)}})
+    linked = {"name": outputs.manifest.name, "sha256": _digest(outputs.manifest)}
+    with contextlib.suppress(OSError):  # no room for it is no reason to fail: everything else is written
+        write_json(sidecar, {**info, "linked": linked})
 
 
 def record_failures(path: Path, failures: Sequence[tuple[str, str]]) -> None:

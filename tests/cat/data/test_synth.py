@@ -1,5 +1,6 @@
 """`cat-audio synth`: valid, varied, reproducible, and safe to run again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -292,6 +293,18 @@ def test_what_a_killed_one_left_goes_with_the_next(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     synthesise(MINUTE, out)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["synth", str(tmp_path / "set"), "--quiet"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
