@@ -48,7 +48,7 @@ def claim_outputs(
     sidecar, failures = sidecar_path(out), out.with_suffix(".failures.jsonl")
     claim(
         [
-            Output(out, lambda path: _fits(np.load(path, mmap_mode="r", allow_pickle=False), sidecar), "another -o"),
+            Output(out, lambda path: _are_rows(path, sidecar), "another -o"),
             Output(sidecar, lambda path: bool(_read_sidecar(path)), "another -o"),
             Output(linked, lambda path: _is_linked(path, out), "another -o or --manifest-out"),
             Output(failures, _is_record, "another -o"),
@@ -88,9 +88,15 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     return json_of(path, encoder=str, count=int, dim=int, manifest=str, fingerprint=str)
 
 
-def _fits(rows: np.ndarray, sidecar: Path) -> bool:
-    info = _read_sidecar(sidecar)
-    return rows.shape == (info["count"], info["dim"])
+def _are_rows(path: Path, sidecar: Path) -> bool:
+    """The array that the sidecar was written for, to the last bit where that says so."""
+    rows, info = np.load(path, mmap_mode="r", allow_pickle=False), _read_sidecar(sidecar)
+    if rows.shape != (info["count"], info["dim"]):
+        return False
+    digest = hashlib.sha256()
+    for at in range(0, len(rows), 4096):
+        digest.update(rows[at : at + 4096].tobytes())
+    return info.get("sha256") in (None, digest.hexdigest())
 
 
 def _is_linked(path: Path, out: Path) -> bool:

@@ -157,13 +157,19 @@ def test_a_file_that_embed_did_not_write_is_left_alone(folder, capsys, name, con
     assert embed_logmel(*command) == 0  # all of it is now its own
 
 
-def test_a_written_manifest_that_was_changed_by_hand_is_the_users(folder, capsys):
+@pytest.mark.parametrize("name", ["x.jsonl", "x.npy"])
+def test_what_was_changed_by_hand_is_the_users(folder, capsys, name):
     command = (folder / "clips.jsonl", "-o", folder / "x.npy")
     assert embed_logmel(*command) == 0
-    with open(folder / "x.jsonl", "a") as file:
-        file.write("\n")
+    if name == "x.npy":
+        np.save(folder / name, np.load(folder / name) / 2)
+    else:
+        with open(folder / name, "a") as file:
+            file.write("\n")
+    before = contents(folder)
     assert embed_logmel(*command) == 1
-    assert "x.jsonl exists, and is not, or no longer," in capsys.readouterr().err
+    assert f"{name} exists, and is not, or no longer," in capsys.readouterr().err
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", ["clips.jsonl", "link.jsonl", "sub/../clips.jsonl"])
