@@ -17,6 +17,7 @@ from cat.files import replacing
 from cat.training.recipe import load_recipe
 from cat.training.records import read_rows
 
+SOFTWARE = "cat-audio (matplotlib)"  # in every picture, to know it by
 EXTRA = "figures need matplotlib and scikit-learn: pip install 'cat-kernels[train]'"
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, and four more for larger label sets.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#444444", "#9467BD", "#7FBC41")
@@ -326,8 +327,14 @@ def figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **op
 
 def save(drawing: Any, path: Path) -> Path:
     with replacing(path) as temporary:
-        drawing.savefig(temporary, dpi=150)
+        drawing.savefig(temporary, dpi=150, metadata={"Software": SOFTWARE})
     return path
+
+
+def is_figure(path: Path) -> bool:
+    """Whether a PNG file was drawn here."""
+    with open(path, "rb") as file:
+        return SOFTWARE.encode() in file.read(1024)
 
 
 def _legend_below(drawing: Any, axis: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 CAT = Path(__file__).parents[1] / "cat"
 
-# From the top. A room may use those below it that are named, and itself.
-BASE = {"config", "device", "files", "locks", "parts", "progress"}  # no arrow to the rest
+# From the top. A room may use those below it that are named, and itself; BASE has no arrow to the rest.
+BASE = {"config", "device", "ending", "files", "locks", "outputs", "parts", "progress", "signals"}
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
@@ -26,9 +26,12 @@ ROOMS: dict[str, set[str]] = {
     "config": {"files"},
     "doctor": set(),
     "locks": {"files", "progress"},
+    "ending": set(),
     "files": set(),
+    "outputs": set(),
     "parts": set(),
     "progress": set(),
+    "signals": set(),
 }
 DOORS = {"__init__", "__main__"}  # the package's own names, and the command
 

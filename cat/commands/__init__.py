@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cat.commands._stdout import results
+from cat.ending import Ended, ending_on_signals
 from cat.progress import say
 from cat_kernels import __version__
 
@@ -85,7 +86,11 @@ def _run(argv: list[str]) -> int:
             parser.error(f"unknown arguments: {' '.join(rest)}; see cat-audio {command} --help")
         if rest:
             args.overrides = [*args.overrides, *rest]
-        return int(args.run(args))
+        with ending_on_signals():
+            return int(args.run(args))
+    except Ended as ended:
+        say(f"cat-audio: stopped by {signal.Signals(ended.number).name}")
+        return ended.exit_code
     except KeyboardInterrupt:
         say("cat-audio: interrupted")
         return 130

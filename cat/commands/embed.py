@@ -8,10 +8,24 @@ from pathlib import Path
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, build_encoder
-from cat.encoders.embed import failures_path, write_embeddings
+from cat.encoders.embed import write_embeddings
+from cat.encoders.outputs import claim_outputs
+from cat.progress import say
+
+EPILOG = """\
+OUT.npy holds a row a clip, OUT.npy.json says whose they are, OUT.jsonl is the manifest whose clips name their rows
+(OUT.embedded.jsonl where OUT.jsonl is MANIFEST itself), and OUT.failures.jsonl names the clips that got none, if any.
+MANIFEST is never replaced, other files only when an earlier embed wrote them; --overwrite replaces these as well.
+
+Of a long clip an encoder hears the middle: a checkpoint as much as it was trained on, the others five minutes.
+
+Exit code 0 when embeddings were written, also when clips were left out; 1 when nothing was written, as when more than
+--max-failed-share of the clips got no embedding.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.description = "Embeddings of a manifest's clips: one .npy, and a manifest whose clips name their rows."
     parser.add_argument("manifest", metavar="MANIFEST", help="folder of audio, .jsonl, .tsv or .json")
     parser.add_argument(
@@ -20,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clap, clap:PATH_OR_HUB_NAME, random, random:SEED, logmel, or a CAT run, checkpoint or .safetensors",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy")
-    parser.add_argument("--manifest-out", type=Path, default=None, help="default: OUT.jsonl")
+    parser.add_argument("--manifest-out", type=Path, default=None, metavar="FILE", help="default: OUT.jsonl")
     parser.add_argument(
         "--pooling", choices=POOLINGS, default="mean", help="of a CAT checkpoint's tokens (default mean)"
     )
@@ -34,11 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="write nothing and fail when more of the clips get no embedding (default 0.5)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that embed did not write, or no longer")
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device, "--device")
     manifest = load_manifest(args.manifest)
+    for note in manifest.notes:
+        say(note)
+    outputs = claim_outputs(manifest, args.out, args.manifest_out, overwrite=args.overwrite)
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
     written, skipped = write_embeddings(
         manifest,
@@ -48,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         max_failed_share=args.max_failed_share,
-        progress=True,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
     )
-    print(f"{len(written)} embeddings of width {encoder.dim} by {encoder.name}: {args.out}")
-    print(f"manifest with their rows: {args.manifest_out or args.out.with_suffix('.jsonl')}")
+    print(f"{len(written)} embeddings of width {encoder.dim} by {encoder.name}: {outputs.rows}")
+    print(f"manifest with their rows: {outputs.manifest}")
     if skipped:
-        print(f"{len(skipped)} of {len(manifest)} clips left out, reasons in {failures_path(args.out)}. The first:")
+        print(f"{len(skipped)} of {len(manifest)} clips left out, reasons in {outputs.failures}. The first:")
         print(f"  {skipped[0].path}: {skipped[0].reason}")
     return 0

@@ -17,8 +17,9 @@ from cat.experiments.overfit import overfit
 from cat.experiments.recipes import experiment_config
 from cat.experiments.regularisation import regularisation
 from cat.experiments.resolutions import resolutions
-from cat.figures import write_loss_curves
+from cat.figures import is_figure, write_loss_curves
 from cat.files import write_json
+from cat.outputs import Output, claim, json_of
 from cat.progress import say
 from cat.training.recipe import pick_device
 
@@ -42,12 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="default: %(default)s")
     parser.add_argument("--encoder", default="random", help="of regularisation: random, clap[:PATH] or a checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files in OUT/NAME that experiment did not write"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
 def run(args: argparse.Namespace) -> int:
     out = args.out / args.name
-    data = args.data or _made_data(args.out / "data")
+    _claim(args.name, out, overwrite=args.overwrite)
+    data = args.data or _made_data(args.out / "data", progress=not args.quiet)
     config = experiment_config(args.name, data, args.overrides)
     started = time.perf_counter()
     if args.name == "overfit":
@@ -77,10 +82,21 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verdict.passed else 1
 
 
-def _made_data(folder: Path) -> Path:
-    config, show = SynthConfig(clips_per_class=20, eval_clips_per_class=10), True
+def _claim(name: str, out: Path, *, overwrite: bool) -> None:
+    figures = {"overfit": ("loss",), "kernels": ("loss", "agreement")}.get(name, ("loss", "embeddings"))
+    result = Output(
+        out / "result.json",
+        lambda path: json_of(path, experiment=str, verdict=str)["experiment"] == name,
+        "another --out",
+    )
+    pictures = [Output(out / "figures" / f"{figure}.png", is_figure, "another --out") for figure in figures]
+    claim([result, *pictures], overwrite=overwrite)
+
+
+def _made_data(folder: Path, *, progress: bool = False) -> Path:
+    config = SynthConfig(clips_per_class=20, eval_clips_per_class=10)
     try:
-        synthesise(config, folder, progress=show)
+        synthesise(config, folder, progress=progress)
     except FileExistsError:  # made by another version of synth; what synth did not make is left alone, and raises again
-        synthesise(config, folder, force=True, progress=show)
+        synthesise(config, folder, force=True, progress=progress)
     return folder

@@ -9,9 +9,12 @@ from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
 from cat.evaluation.classifiers import PROBES
-from cat.evaluation.probe import SPLITS, Report, format_report, report_json, run_probe
-from cat.figures import write_projection
+from cat.evaluation.probe import SPLITS, Report, format_report, is_report, report_json, run_probe
+from cat.figures import is_figure, write_projection
 from cat.files import write_json
+from cat.outputs import Output, claim
+
+CONTROL = "log-mel mean + std"  # the row without any learning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: probe.json in the run directory")
     parser.add_argument("--figures", action="store_true", help="draw the test embeddings beside the JSON, in figures/")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that probe did not write")
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
     parser.add_argument(
         "--require-better",
         action="store_true",
@@ -41,13 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device, "--device")
+    manifests = {split: load_manifest(getattr(args, split)) for split in SPLITS}
+    out = args.out or _default_out(args.encoder)
+    picture = out.parent / "figures" / "embeddings.png"
+    claim(
+        [
+            Output(out, is_report, "another --out"),
+            *([Output(picture, is_figure, "an --out in another folder")] if args.figures else []),
+        ],
+        inputs=[Path(args.encoder), *(manifest.source for manifest in manifests.values())],
+        overwrite=args.overwrite,
+    )
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
     encoders: dict[str, FrozenEncoder] = {"trained": encoder}
     if args.untrained_twin or args.require_better:
         if not isinstance(encoder, CatEncoder):
             raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
         encoders["untrained twin"] = encoder.untrained_twin(args.seed)
-    encoders["log-mel mean + std"] = (
+    encoders[CONTROL] = (
         LogMelStatistics(
             encoder.features, max_samples=encoder.max_samples, device=device
         )  # hears what the encoder does
@@ -56,17 +72,15 @@ def run(args: argparse.Namespace) -> int:
     )
 
     probes = [p for p in PROBES if getattr(args, p)] or list(PROBES)
-    manifests = {split: load_manifest(getattr(args, split)) for split in SPLITS}
     report = run_probe(
         encoders,
         manifests,
         probes=probes,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        progress=True,
+        progress=not args.quiet,
     )
     print(format_report(report))
-    out = args.out or _default_out(args.encoder)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
     write_json(out, {"arguments": settings, **report_json(report)})
     print(f"written: {out}")
@@ -74,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
         drawn = {
             row.name: (row.test.rows, row.test_labels)
             for row in report.rows
-            if row.test is not None and not isinstance(encoders[row.name], LogMelStatistics)
+            if row.test is not None and row.name != CONTROL
         }
-        print(f"written: {write_projection(out.parent / 'figures' / 'embeddings.png', drawn)}")
+        print(f"written: {write_projection(picture, drawn)}")
     return _verdict(report) if args.require_better else 0
 
 

@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help=f"some of: {', '.join(CLASSES)} (default: all)",
     )
-    parser.add_argument("--force", action="store_true", help="replace a data set of other settings in OUT")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a data set of other settings in OUT; files of your own there stay"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         snr_db=tuple(args.snr_db),
         classes=tuple(args.classes),
     )
-    made = synthesise(config, args.out, force=args.force, progress=True)
+    made = synthesise(config, args.out, force=args.force, progress=not args.quiet)
     counts = ", ".join(f"{config.clips_of(split) * len(config.classes)} {split}" for split in SPLITS)
     state = "made" if made else "already there"
     print(f"{args.out}: {len(config.classes)} classes, clips: {counts} ({state})")

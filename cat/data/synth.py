@@ -2,7 +2,7 @@
 
     OUT/{train,valid,test}.jsonl        manifests with path, samples, sample rate and label
     OUT/{train,valid,test}/CLASS/*      WAV, FLAC and OGG, 8 to 48 kHz, mono and stereo, of several sample formats
-    OUT/synth.json                      the settings that it was made with
+    OUT/synth.json                      the settings that it was made with, and what it made
 
 Each clip is a function of (seed, split, class, number) and the settings alone: a larger data set of the same seed holds
 the smaller one, and the samples are the same on every run. (WAV and FLAC files are then the same to the last bit; an
@@ -11,10 +11,10 @@ OGG file has a random serial number in it that libsndfile gives no say over.)
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import shutil
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,13 +23,11 @@ from typing import Any
 import numpy as np
 
 from cat.data.manifest import Clip, Manifest, write_manifest
-from cat.files import write_json
+from cat.data.synth_folder import SPLITS, check_same, fill, read_folder
 from cat.progress import track
 from cat.sounds import CLASSES, make_clip
 
 VERSION = 1  # raise it when the same settings no longer give the same sounds
-SPLITS = ("train", "valid", "test")
-SETTINGS_FILE = "synth.json"
 
 # (suffix, libsndfile subtype, share of the clips). Not FLOAT: libsndfile writes the time of day into such a WAV.
 FORMATS = (
@@ -88,39 +86,18 @@ def synthesise(
     """Make the data set in the folder `out`, which appears whole or not at all.
 
     Returns False, and does nothing, when `out` already holds a data set of the same settings. Anything else in `out`
-    raises FileExistsError, unless `force` allows an older data set of this command to be replaced.
+    raises FileExistsError, unless `force` allows an older data set of this command to be replaced: its own files are,
+    and nothing else in `out` is touched (`cat.data.synth_folder`).
     """
     _soundfile()
     out = Path(out)
-    if _made_before(config, out, force):
+    made = read_folder(out)
+    if made is not None and not force:
+        check_same(out, made, _settings(config))
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write(config, partial, progress)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
-
-
-def _made_before(config: SynthConfig, out: Path, force: bool) -> bool:
-    """Whether `out` is up to date; raises when it holds something that must not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise FileExistsError(f"{out} exists and was not made by cat-audio synth; name another folder") from None
-    if force:
-        return False
-    if found != _settings(config):
-        raise FileExistsError(
-            f"{out} holds a data set of other settings; name another folder, or replace it with --force"
-        )
+    names = [_name(*clip, _draw_format(clip_rng(config.seed, *clip))[0]) for clip in _plan(config)]
+    names += [f"{split}.jsonl" for split in SPLITS]
+    fill(out, made, _settings(config), names, lambda folder: _write(config, folder, progress))
     return True
 
 
@@ -128,8 +105,13 @@ def _settings(config: SynthConfig) -> dict[str, Any]:
     return {"version": VERSION, **json.loads(json.dumps(asdict(config)))}
 
 
+def _plan(config: SynthConfig) -> list[tuple[str, str, int]]:
+    """(split, class, number) of every clip."""
+    return [(s, label, k) for s in SPLITS for k in range(config.clips_of(s)) for label in config.classes]
+
+
 def _write(config: SynthConfig, folder: Path, progress: bool) -> None:
-    plan = [(s, label, k) for s in SPLITS for k in range(config.clips_of(s)) for label in config.classes]
+    plan = _plan(config)
     clips: dict[str, list[Clip]] = {split: [] for split in SPLITS}
     for split, label, number in track(plan, len(plan), label="synth", unit="clips", enabled=progress):
         clips[split].append(_write_clip(config, folder, split, label, number))
@@ -138,22 +120,33 @@ def _write(config: SynthConfig, folder: Path, progress: bool) -> None:
             tuple(clips[split]), folder, label_names={label: label.replace("_", " ") for label in config.classes}
         )
         write_manifest(manifest, folder / f"{split}.jsonl")
-    write_json(folder / SETTINGS_FILE, _settings(config))
 
 
 def _write_clip(config: SynthConfig, folder: Path, split: str, label: str, number: int) -> Clip:
     rng = clip_rng(config.seed, split, label, number)
-    suffix, subtype, _ = FORMATS[rng.choice(len(FORMATS), p=[share for *_, share in FORMATS])]
+    suffix, subtype = _draw_format(rng)
     samples, rate = make_clip(rng, label, config.seconds, config.snr_db)
-    path = f"{split}/{label}/{label}-{number:05d}{suffix}"
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    path = _name(split, label, number, suffix)
     data = samples.T.astype(np.float32)
-    with _soundfile().SoundFile(folder / path, "w", rate, data.shape[1], subtype) as file:
+    content = io.BytesIO()  # not the file itself: libsndfile has no words for a full disk
+    with _soundfile().SoundFile(content, "w", rate, data.shape[1], subtype, format=suffix[1:].upper()) as file:
         for block in np.array_split(
             data, len(data) // 65536 + 1
         ):  # libsndfile's Vorbis encoder overflows on long blocks
             file.write(block)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content.getbuffer())
     return Clip(path, len(data), rate, (label,))
+
+
+def _draw_format(rng: np.random.Generator) -> tuple[str, str]:
+    """Suffix and subtype, the first thing that is drawn for a clip."""
+    suffix, subtype, _ = FORMATS[rng.choice(len(FORMATS), p=[share for *_, share in FORMATS])]
+    return suffix, subtype
+
+
+def _name(split: str, label: str, number: int, suffix: str) -> str:
+    return f"{split}/{label}/{label}-{number:05d}{suffix}"
 
 
 def _soundfile() -> Any:

@@ -7,7 +7,6 @@ manifest, so that clip and embedding never part.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cat.data.audio import AudioError, read_audio
 from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
-from cat.encoders.frozen import FrozenEncoder
-from cat.files import replacing
+from cat.data.workers import prefetched
+from cat.encoders.frozen import FrozenEncoder, heard_samples
+from cat.encoders.outputs import claim_outputs, record_failures, sign
 from cat.progress import track
+
+BATCH_SECONDS = 600  # of audio that go through an encoder at once, padding counted
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,24 @@ def embed_manifest(
     progress: bool = False,
 ) -> Iterator[tuple[np.ndarray, Tensor, list[Skipped]]]:
     """Embeds the clips in their order. Yields (indices (k,) int64, embeddings (k, dim) float32 on the CPU, skipped) a
-    batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite."""
-    batches = _waveforms(manifest, encoder, batch_size, num_workers)
-    total = -(-len(manifest) // batch_size)
-    batches = track(batches, total, label=encoder.name, unit="batches", enabled=progress)
-    for indices, waveform_Bn, lengths_B, skipped in batches:
+    batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite.
+
+    Memory does not grow with the length of the clips: of each no more than `heard_samples` is read, and for an encoder
+    that has no limit of its own a batch of more than `BATCH_SECONDS` of audio is made smaller. Raises EncoderError,
+    with the clips' names.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    # Clip by clip, so that a worker holds one at a time and only a few are on their way.
+    clips = prefetched(_Waveforms(manifest, encoder), range(len(manifest)), num_workers=num_workers)
+    clips = track(clips, len(manifest), label=encoder.name, unit="clips", enabled=progress)
+    limit = getattr(encoder, "max_samples", None)
+    most_samples = batch_size * limit if limit else BATCH_SECONDS * encoder.sample_rate
+    for indices, waves, skipped in _batches(clips, batch_size, most_samples):
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
             continue
-        rows_BE = encoder(waveform_Bn, lengths_B).to("cpu", torch.float32)
+        rows_BE = _encode(encoder, manifest, indices, waves)
         finite_B = rows_BE.isfinite().all(dim=1)
         skipped = skipped + [
             Skipped(index, str(manifest.path(index)), f"{encoder.name} gave an embedding that is not finite")
@@ -83,16 +93,16 @@ def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: ob
     )
 
 
-class _Waveforms(Dataset[tuple[int, np.ndarray | Skipped]]):
+class _Waveforms:
     def __init__(self, manifest: Manifest, encoder: FrozenEncoder) -> None:
         self.manifest, self.sample_rate = manifest, encoder.sample_rate
         self.min_samples: int = getattr(encoder, "min_samples", 1)
-        self.max_samples: int | None = getattr(encoder, "max_samples", None)
+        self.max_samples = heard_samples(encoder)
 
     def __len__(self) -> int:
-        return len(self.manifest.clips)
+        return len(self.manifest)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | Skipped]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | Skipped]:
         try:
             samples = read_audio(
                 self.manifest.path(index),
@@ -101,29 +111,55 @@ class _Waveforms(Dataset[tuple[int, np.ndarray | Skipped]]):
                 start=0.5,
                 min_samples=self.min_samples,
             )
-            return index, samples
+            return index, torch.from_numpy(samples)
         except AudioError as error:
             return index, Skipped(index, error.path, error.reason)
 
 
-def _collate(
-    items: list[tuple[int, np.ndarray | Skipped]],
-) -> tuple[list[int], Tensor, Tensor, list[Skipped]]:
-    read = [(index, samples) for index, samples in items if not isinstance(samples, Skipped)]
-    skipped = [samples for _, samples in items if isinstance(samples, Skipped)]
-    lengths = [len(samples) for _, samples in read]
-    waveform_Bn = torch.zeros(len(read), max(lengths, default=0))
-    for row, (_, samples) in zip(waveform_Bn, read, strict=True):
-        row[: len(samples)] = torch.from_numpy(samples)
-    return [index for index, _ in read], waveform_Bn, torch.tensor(lengths, dtype=torch.int64), skipped
+def _batches(
+    clips: Iterable[tuple[int, Tensor | Skipped]], batch_size: int, most_samples: int
+) -> Iterator[tuple[list[int], list[Tensor], list[Skipped]]]:
+    """`batch_size` places of the manifest at a time, or fewer, so that padded to the longest of them they have no more
+    than `most_samples`: beside a long clip short ones would take as much memory as it does."""
+    indices: list[int] = []
+    waves: list[Tensor] = []
+    skipped: list[Skipped] = []
+    for place, (index, wave) in enumerate(clips, start=1):
+        if isinstance(wave, Skipped):
+            skipped.append(wave)
+        else:
+            longest = max(len(wave), *(len(other) for other in waves), 0)
+            if waves and (len(waves) + 1) * longest > most_samples:
+                yield indices, waves, skipped
+                indices, waves, skipped = [], [], []
+            indices.append(index)
+            waves.append(wave)
+        if place % batch_size == 0:
+            yield indices, waves, skipped
+            indices, waves, skipped = [], [], []
+    if indices or skipped:
+        yield indices, waves, skipped
 
 
-def _waveforms(
-    manifest: Manifest, encoder: FrozenEncoder, batch_size: int, num_workers: int
-) -> Iterable[tuple[list[int], Tensor, Tensor, list[Skipped]]]:
-    return DataLoader(
-        _Waveforms(manifest, encoder), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
-    )
+def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], waves: list[Tensor]) -> Tensor:
+    """(B, dim) float32 on the CPU."""
+    waveform_Bn = torch.zeros(len(waves), max(map(len, waves)))
+    for row, wave in zip(waveform_Bn, waves, strict=True):
+        row[: len(wave)] = wave
+    lengths_B = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+    try:
+        return encoder(waveform_Bn, lengths_B).to("cpu", torch.float32)
+    except Exception as error:
+        names = ", ".join(str(manifest.path(index)) for index in indices)
+        seconds = waveform_Bn.shape[1] / encoder.sample_rate
+        raise EncoderError(
+            f"{encoder.name} failed on a batch of {len(waves)} clips of up to {seconds:.1f} s: {error} "
+            f"(--batch-size 1 tells which one; fewer also need less memory.) The clips: {names}"
+        ) from error
+
+
+class EncoderError(RuntimeError):
+    """The encoder failed on a batch of clips."""
 
 
 class TooManySkipped(RuntimeError):
@@ -137,15 +173,20 @@ def write_embeddings(
     *,
     manifest_out: Path | None = None,
     max_failed_share: float = 1.0,
+    overwrite: bool = False,
     **options: object,
 ) -> tuple[Manifest, list[Skipped]]:
     """Embeds `manifest` into `out` (.npy) and writes the manifest of the embedded clips beside it (OUT.jsonl).
 
     Clips without an embedding go, with their reason, to OUT.failures.jsonl (removed when there are none). `options` are
-    those of `embed_manifest`. Returns the written manifest and what was left out.
+    those of `embed_manifest`. Returns the written manifest and what was left out. Which files are written, and which
+    are never replaced, or with `overwrite` only: `cat.encoders.outputs.claim_outputs`.
 
     Raises TooManySkipped, having written nothing but the failures, when more than `max_failed_share` of the clips fail.
     """
+    if not 0 <= max_failed_share <= 1:
+        raise ValueError(f"max_failed_share is {max_failed_share}; expected a share from 0 to 1")
+    outputs = claim_outputs(manifest, out, manifest_out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     skipped: list[Skipped] = []
     with EmbeddingWriter(out, manifest, dim=encoder.dim, encoder=encoder.name) as writer:
@@ -153,25 +194,13 @@ def write_embeddings(
             skipped += failed
             if len(indices):
                 writer.append(indices, rows.numpy())
-        _record(failures_path(out), skipped)
+        record_failures(outputs.failures, [(clip.path, clip.reason) for clip in skipped])
         if len(skipped) > max_failed_share * len(manifest):
             raise TooManySkipped(
                 f"{len(skipped)} of {len(manifest)} clips got no embedding, more than the allowed share of "
-                f"{max_failed_share:g}; nothing was written. Reasons: {failures_path(out)}. The first: "
+                f"{max_failed_share:g}; nothing was written. Reasons: {outputs.failures}. The first: "
                 f"{skipped[0].path}: {skipped[0].reason}"
             )
-    write_manifest(writer.manifest, manifest_out or out.with_suffix(".jsonl"))
+    write_manifest(writer.manifest, outputs.manifest)
+    sign(outputs)
     return writer.manifest, skipped
-
-
-def failures_path(out: Path) -> Path:
-    return out.with_suffix(".failures.jsonl")
-
-
-def _record(path: Path, skipped: list[Skipped]) -> None:
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return
-    with replacing(path) as temporary:
-        lines = [json.dumps({"path": s.path, "reason": s.reason}) for s in skipped]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ from cat.encoders.frozen import checked_lengths
 class LogMelStatistics:
     """Mean and standard deviation over time of every log-mel bin: (B, 2 F). No learning at all: the honest floor.
 
-    Runs over the whole clip, or the middle `max_samples` of it, real frames only. `features`: AudioSet's by default.
+    Over the whole waveform that it is given, real frames only. Of a file it is given the middle `max_samples`, by
+    default as much as any encoder (`cat.encoders.frozen.MAX_SECONDS`). `features`: AudioSet's by default.
     """
 
     def __init__(

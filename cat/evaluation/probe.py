@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cat.data.manifest import Manifest
 from cat.encoders.embed import Embeddings, collect_embeddings
 from cat.encoders.frozen import FrozenEncoder
 from cat.evaluation.classifiers import PROBES, Result, Split, chance, classes_without_positives
+from cat.outputs import json_of
 
 SPLITS = ("train", "valid", "test")
 
@@ -204,3 +206,8 @@ def report_json(report: Report) -> dict[str, Any]:
             for row in report.rows
         ],
     }
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is what `cat-audio probe` writes: its arguments and `report_json`."""
+    return bool(json_of(path, arguments=dict, metric=str, classes=list, clips=dict, notes=list, rows=list))

@@ -30,7 +30,9 @@ def regularisation(
     mean embedding) would get: then the CLS token tells about its own clip what the external encoder knows. Which
     run probes better is reported, not required.
     """
-    linked, skipped = write_embeddings(load_manifest(data / "train.jsonl"), encoder, out / "embeddings.npy")
+    linked, skipped = write_embeddings(
+        load_manifest(data / "train.jsonl"), encoder, out / "embeddings.npy", progress=progress
+    )
     constant = _constant_loss(out / "embeddings.npy")
     summed = config.objective.global_loss_reduction == "sum"
     weight = config.objective.regularisation_weight or (1.0 if summed else REGULARISATION_WEIGHT)

@@ -77,6 +77,8 @@ def _trainer(config: PretrainConfig, run_dir: Path, *, resume: bool, progress: b
         )
     manifest = load_manifest(config.data.train)
     valid = load_manifest(config.data.valid) if config.data.valid else None
+    for note in (*manifest.notes, *(valid.notes if valid else ())):
+        say(note)
     newest = checkpoints.newest(run_dir) if resume else None
     with _threads(config.run.threads), _deterministic(pick_device(config.run.device)):
         trainer = Trainer(config, run_dir, manifest, valid, progress=progress)

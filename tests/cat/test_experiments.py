@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cat.commands import experiment
+from cat.commands import experiment, main
 from cat.config import ConfigError
 from cat.data import Clip, Manifest, synth, write_manifest
 from cat.experiments import kernels
@@ -180,3 +180,14 @@ def test_kernels_that_train_otherwise_fail(data, tmp_path, monkeypatch):
 def test_kernels_refuses_to_compare_the_formula_with_itself(data, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.kernels='dense' is what this experiment compares with; expected"):
         command("kernels", data, tmp_path, "model.kernels=dense")
+
+
+def test_foreign_files_in_its_folder_are_left_alone(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cat.commands.experiment.overfit", None)  # before any work
+    for name in ("result.json", "figures/loss.png"):
+        path = tmp_path / name / "overfit" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("years of work")
+        assert main(["experiment", "overfit", "--data", str(data), "--out", str(tmp_path / name)]) == 1
+        assert f"{path} exists" in capsys.readouterr().err
+        assert path.read_text() == "years of work"

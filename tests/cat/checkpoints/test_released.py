@@ -96,6 +96,26 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
         assert torch.equal(loaded.cls, encoder.cls)
 
 
+def test_the_command_replaces_its_own_file_alone(tmp_path, capsys):
+    from cat.checkpoints.store import save_tensors
+    from cat.commands import main
+
+    fairseq_file(tmp_path / "released.pt", small_model())
+    convert = ["convert", str(tmp_path / "released.pt"), "--num-heads", "2"]
+    save_tensors(tmp_path / "model.safetensors", {"x": torch.zeros(1)}, config={}, step=7)  # of a checkpoint
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "in.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("model.safetensors", "other.safetensors"):
+        assert main([*convert, str(tmp_path / name)]) == 1
+        assert f"{tmp_path / name} exists" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "in.safetensors"), "--overwrite"]) == 1
+    assert "which this command reads; that is never done" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for overwrite in (["--overwrite"], []):
+        assert main([*convert, str(tmp_path / "other.safetensors"), *overwrite]) == 0
+
+
 def test_safetensors_file(tmp_path):
     model = small_model()
     student, teacher = to_released(model)

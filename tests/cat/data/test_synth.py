@@ -1,7 +1,14 @@
 """`cat-audio synth`: valid, varied, reproducible, and safe to run again."""
 
+import errno
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -140,14 +147,192 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise KeyboardInterrupt
+MINUTE = SynthConfig(2, 1, seconds=(0.1, 0.1), classes=("rain", "wind"))
+OTHER = SynthConfig(1, 1, seed=1, seconds=(0.1, 0.1), classes=("rain", "bell"))
 
-    monkeypatch.setattr("cat.data.synth.write_json", fail)
-    with pytest.raises(KeyboardInterrupt):
-        synthesise(SynthConfig(1, 1, seconds=(0.2, 0.2), classes=("rain", "wind")), tmp_path / "set")
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> set[str]:
+    """OGG files have random bytes in them."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
+    """A data set in a folder that somebody has put own files into."""
+    out = tmp_path / "set"
+    synthesise(MINUTE, out)
+    mine = {
+        "notes.txt": b"years of work",
+        "clap/e.npy": b"embeddings",
+        "train/wind/mine.wav": b"a recording",
+        "train/rain/rain-00009.wav": b"another one",
+    }
+    for name, content in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    return out, mine
+
+
+def test_force_replaces_its_own_files_alone(mixed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    out, mine = mixed
+    synthesise(OTHER, out, force=True)
+    synthesise(OTHER, tmp_path / "fresh")
+    assert {name: content for name, content in contents(out).items() if name in mine} == mine
+    assert names(out) - names(tmp_path / "fresh") == {*mine, "clap", "train/wind"}
+    assert names(tmp_path / "fresh") <= names(out)
+    assert not synthesise(OTHER, out)
+
+
+def test_a_data_set_of_before_files_were_listed(mixed: tuple[Path, dict[str, bytes]]) -> None:
+    out, mine = mixed
+    settings = json.loads((out / "synth.json").read_text())
+    del settings["files"]
+    (out / "synth.json").write_text(json.dumps(settings))
+    assert not synthesise(MINUTE, out)
+    synthesise(OTHER, out, force=True)
+    assert {name: content for name, content in contents(out).items() if name in mine} == mine
+    assert not list(out.rglob("wind-*"))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train/rain/rain-00000*", "train/bell/bell-00000.new"])
+def test_force_stops_before_what_was_changed(
+    mixed: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A file of the old data set that has been edited, and one of somebody else's where a new one would be."""
+    out, _ = mixed
+    if name.endswith(".new"):
+        synthesise(OTHER, tmp_path / "fresh")
+        changed = out / next((tmp_path / "fresh").glob("train/bell/*")).relative_to(tmp_path / "fresh")
+        changed.parent.mkdir()
+    else:
+        changed = next(out.glob(name))
+    content = changed.read_bytes() if changed.exists() else b"a recording"
+    changed.write_bytes(content.replace(b"rain-00000", b"rain-00001") if changed.suffix == ".jsonl" else content + b".")
+    before = contents(out)
+    monkeypatch.setattr("cat.data.synth.make_clip", None)  # before any work
+    with pytest.raises(FileExistsError, match=rf"{changed.name} is not, or no longer, what cat-audio synth wrote"):
+        synthesise(OTHER, out, force=True)
+    assert contents(out) == before
+
+
+def test_force_deletes_nothing_that_no_data_set_has(mixed: tuple[Path, dict[str, bytes]]) -> None:
+    out, mine = mixed
+    (out.parent / "precious").write_bytes(b"123")
+    settings = json.loads((out / "synth.json").read_text())
+    settings["files"] |= {"../precious": zlib.crc32(b"123"), "notes.txt": zlib.crc32(mine["notes.txt"])}
+    (out / "synth.json").write_text(json.dumps(settings))
+    synthesise(OTHER, out, force=True)
+    assert (out.parent / "precious").exists()
+    assert (out / "notes.txt").read_bytes() == mine["notes.txt"]
+
+
+def test_killed_while_replacing_it_can_be_done_again(
+    mixed: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, mine = mixed
+    real, calls = os.replace, []
+
+    def fail_at_the_second(source: Path, target: Path) -> None:
+        calls.extend([target] if "/train/" in str(target) else [])
+        if len(calls) == 2:
+            raise OSError("no more")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail_at_the_second)
+        with pytest.raises(OSError, match="no more"):
+            synthesise(OTHER, out, force=True)
+    with pytest.raises(FileExistsError, match="was interrupted; finish it with --force"):
+        synthesise(OTHER, out)
+    synthesise(OTHER, out, force=True)
+    synthesise(OTHER, tmp_path / "fresh")
+    assert names(out) - names(tmp_path / "fresh") == {*mine, "clap", "train/wind"}
+    assert not synthesise(OTHER, out)
+
+
+def test_a_data_set_with_a_hole(tmp_path: Path) -> None:
+    synthesise(MINUTE, tmp_path / "set")
+    next((tmp_path / "set").glob("valid/wind/*")).unlink()
+    with pytest.raises(FileExistsError, match=r"not complete, valid/wind/wind-00000.* is missing; .* --force"):
+        synthesise(MINUTE, tmp_path / "set")
+    assert synthesise(MINUTE, tmp_path / "set", force=True)
+    assert not synthesise(MINUTE, tmp_path / "set")
+
+
+@pytest.mark.parametrize("exists", ["no", "empty", "a data set"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=lambda v: str(v)
+)
+def test_stopped_by_a_signal_it_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: str, number: int, code: int
+) -> None:
+    out = tmp_path / "set"
+    if exists == "a data set":
+        synthesise(MINUTE, out)
+    elif exists == "empty":
+        out.mkdir()
+    before, there = contents(tmp_path), names(tmp_path)
+    monkeypatch.setattr("cat.data.synth.make_clip", lambda *_: os.kill(os.getpid(), number) or time.sleep(60))
+    assert main(["synth", str(out), "--force", "--quiet"]) == code
+    assert contents(tmp_path) == before
+    assert names(tmp_path) == there
+
+
+def test_what_a_killed_one_left_goes_with_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    code = (
+        "import os, sys, cat.data.synth as synth\n"
+        "synth.make_clip = lambda *_: os._exit(9)\n"
+        "synth.synthesise(synth.SynthConfig(), sys.argv[1])"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    synthesise(MINUTE, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["synth", str(tmp_path / "set"), "--quiet"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "set").symlink_to("real")
+    assert synthesise(MINUTE, tmp_path / "set")
+    assert synthesise(OTHER, tmp_path / "set", force=True)
+    assert (tmp_path / "set").is_symlink()
+    assert len(load_manifest(tmp_path / "real" / "train.jsonl")) == 2
+
+
+def test_quiet_and_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "--clips-per-class",
+        "1",
+        "--eval-clips-per-class",
+        "1",
+        "--seconds",
+        "0.1",
+        "0.1",
+        "--classes",
+        "rain",
+        "wind",
+    ]
+    assert main(["synth", str(tmp_path / "a"), *small]) == 0
+    assert "synth: 6/6 clips" in capsys.readouterr().err
+    assert main(["synth", str(tmp_path / "b"), *small, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from cat.encoders import (
     RandomProjection,
     build_encoder,
 )
+from cat.encoders.frozen import heard_samples
 from cat.model import Encoder, ModelConfig
 
 TINY = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_dim=16, decoder_layers=1)
@@ -97,6 +98,12 @@ def test_mean_pooling_leaves_out_padding():
     torch.testing.assert_close(encoder(waveform)[0], tokens[:2].mean(dim=(0, 1)))
     both = tiny_encoder("both")(waveform)[0]
     torch.testing.assert_close(both[16:], tokens[:2].mean(dim=(0, 1)))
+
+
+def test_every_encoder_hears_a_limited_part_of_a_clip():
+    assert heard_samples(tiny_encoder()) == FEATURES.samples
+    assert heard_samples(LogMelStatistics(max_samples=5000)) == 5000
+    assert heard_samples(LogMelStatistics()) == heard_samples(RandomProjection()) == 300 * 16000
 
 
 def test_untrained_twin_is_another_but_reproducible_encoder():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cat.commands import main
 from cat.commands import probe as command
 from cat.data import Clip, FeatureConfig, Manifest, write_manifest
 from cat.encoders import CatEncoder, LogMelStatistics
@@ -212,3 +213,32 @@ def test_require_better_fails_for_an_encoder_that_learned_nothing(data, tmp_path
     assert "FAIL: the trained encoder does not beat its untrained twin (linear:" in capsys.readouterr().out
     with pytest.raises(ValueError, match="need a CAT checkpoint"):
         command.run(arguments(data, "random", "--require-better"))
+
+
+def probe_logmel(root: Path, *words: object) -> int:
+    splits = [word for split in probe.SPLITS for word in (f"--{split}", str(root / f"{split}.jsonl"))]
+    return main(["probe", "logmel", "--knn", "--quiet", *splits, *map(str, words)])
+
+
+def test_what_is_replaced(data, tmp_path, capsys):
+    """Its own JSON and picture of an earlier time, nobody else's, and never a manifest."""
+    (tmp_path / "figures").mkdir()
+    mine = tmp_path / "thesis.json", tmp_path / "figures" / "embeddings.png"
+    for path in mine:
+        path.write_text('{"rows": []}')
+    assert probe_logmel(data, "--out", mine[0]) == 1
+    assert f"{mine[0]} exists" in capsys.readouterr().err
+    assert probe_logmel(data, "--out", tmp_path / "new.json", "--figures") == 1
+    assert f"{mine[1]} exists" in (said := capsys.readouterr().err)
+    assert "an --out in another folder, or --overwrite" in said
+    assert not (tmp_path / "new.json").exists()
+    assert all(path.read_text() == '{"rows": []}' for path in mine)
+
+    before = (data / "valid.jsonl").read_bytes()
+    assert probe_logmel(data, "--out", data / "valid.jsonl", "--overwrite") == 1
+    assert "which this command reads; that is never done" in capsys.readouterr().err
+    assert (data / "valid.jsonl").read_bytes() == before
+
+    assert probe_logmel(data, "--out", tmp_path / "new.json", "--figures", "--overwrite") == 0
+    assert probe_logmel(data, "--out", tmp_path / "new.json", "--figures") == 0  # now it is its own
+    assert capsys.readouterr().err == ""
