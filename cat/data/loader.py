@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
-
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from cat.data.dataset import Batch, DataConfig, EvalDataset, Failure, PretrainDataset
 from cat.data.features import FeatureConfig
 from cat.data.manifest import Manifest, load_manifest
+from cat.data.workers import prefetched
+from cat.progress import say
 
 if TYPE_CHECKING:
     from cat.data.masks import MaskConfig
@@ -32,6 +31,7 @@ def pretrain_batches(
     num_steps: int,
     manifest: Manifest | None = None,
     waveforms: bool = False,
+    warn: Callable[[str], None] = say,
 ) -> Iterator[Batch]:
     """Batches of the steps ``start_step`` .. ``start_step + num_steps - 1``: the same ones in whatever run, process or
     number of workers they are asked for.
@@ -41,6 +41,7 @@ def pretrain_batches(
 
     With ``waveforms`` (what `DataConfig.features` comes to is the caller's to say) the batches hold waveforms, all of
     ``features.samples`` samples, in place of spectrograms; `Batch.with_features` makes these on whatever device.
+    ``warn`` is told when workers cannot do as they should (see `cat.data.workers.prefetched`).
     """
     dataset = PretrainDataset(
         load_manifest(data.train) if manifest is None else manifest,
@@ -51,7 +52,8 @@ def pretrain_batches(
         seed=seed,
         waveforms=waveforms,
     )
-    return iter(_loader(dataset, range(start_step, start_step + num_steps), data.num_workers, data.prefetch))
+    steps = range(start_step, start_step + num_steps)
+    return prefetched(dataset, steps, num_workers=data.num_workers, prefetch=data.prefetch, warn=warn)
 
 
 def eval_batches(
@@ -61,16 +63,18 @@ def eval_batches(
     num_workers: int = 0,
     *,
     waveforms: bool = False,
+    warn: Callable[[str], None] = say,
 ) -> Iterator[Batch]:
     """All clips once, in order, cropped at the centre or padded; the last batch may be smaller.
 
     A clip that cannot be read is left out and named in ``Batch.failures`` (``Batch.clips`` says which ones are there);
-    no batch is empty. RuntimeError if not one clip can be read. ``waveforms`` as in `pretrain_batches`.
+    no batch is empty. RuntimeError if not one clip can be read. ``waveforms`` and ``warn`` as in
+    `pretrain_batches`.
     """
     dataset = EvalDataset(manifest, features, batch_size, waveforms=waveforms)
     ready: Batch | None = None
     failures: list[Failure] = []
-    for batch in _loader(dataset, range(len(dataset)), num_workers, prefetch=2):
+    for batch in prefetched(dataset, range(len(dataset)), num_workers=num_workers, warn=warn):
         failures += batch.failures
         if len(batch.clips) == 0:
             continue
@@ -83,19 +87,3 @@ def eval_batches(
             f"{failures[0].path}: {failures[0].reason}"
         )
     yield dataclasses.replace(ready, failures=ready.failures + failures)
-
-
-def _loader(dataset: Dataset[Batch], steps: range, num_workers: int, prefetch: int) -> DataLoader[Batch]:
-    return DataLoader(
-        dataset,
-        batch_size=None,  # an item is a whole batch
-        sampler=steps,
-        num_workers=num_workers,
-        prefetch_factor=prefetch if num_workers else None,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # items, not lists of items
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
