@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"cat-audio {command}: error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(note, file=sys.stderr)
         if not isinstance(error, ValueError | OSError | ImportError):
             print("(cat-audio --debug ... shows where)", file=sys.stderr)
         return 1

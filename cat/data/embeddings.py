@@ -7,9 +7,11 @@ computed for, and both are checked when the file is opened. The released layout,
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,6 +64,14 @@ class EmbeddingStore:
         """(len(indices), dim) float32, a copy."""
         return np.asarray(self._rows[np.asarray(indices, dtype=np.int64)], dtype=np.float32)
 
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """Equal for equal rows of the same encoder, JSON-able; a run compares it before it goes on."""
+        digest = hashlib.sha256()
+        for at in range(0, len(self), 4096):
+            digest.update(np.ascontiguousarray(self._rows[at : at + 4096], dtype="<f4").tobytes())
+        return {"encoder": self.encoder, "count": len(self), "dim": self.dim, "sha256": digest.hexdigest()}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}  # a memory map would be pickled by its content
 
@@ -90,6 +100,12 @@ class EmbeddingFiles:
                 raise AudioError(self.files[index], f"an embedding of width {values.size}, the others have {self.dim}")
             row[:] = values
         return rows
+
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """As `EmbeddingStore.identity`, by the names of the files."""
+        digest = hashlib.sha256("\n".join(map(str, self.files)).encode("utf-8", "surrogateescape"))
+        return {"encoder": self.encoder, "count": len(self), "dim": self.dim, "sha256": digest.hexdigest()}
 
     def _first_readable(self) -> Path:
         for file in self.files[:100]:

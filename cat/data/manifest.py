@@ -80,6 +80,16 @@ class Manifest:
             digest.update(Path(clip.path).as_posix().encode() + b"\n")
         return digest.hexdigest()
 
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """What makes a run on these clips the same run: JSON-able, and equal for the same clips in the same order with
+        the same embedding rows. The rows' content is `EmbeddingStore.identity`."""
+        identity: dict[str, str | int] = {"clips": len(self), "fingerprint": self.fingerprint}
+        if self.embeddings is not None or self.embedding_files is not None:
+            rows = ",".join(str(clip.embedding) for clip in self.clips)
+            identity["embedding_rows"] = hashlib.sha256(rows.encode()).hexdigest()
+        return identity
+
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Read a folder of audio, a ``.tsv``, ``.json`` or ``.jsonl`` manifest.

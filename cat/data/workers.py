@@ -16,6 +16,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
@@ -151,6 +152,7 @@ class _Workers(Generic[T]):
         if dead is None:
             return
         self._terminate()  # the memory that they hold may be wanted now
+        time.sleep(0.2)  # a signal to the whole group reaches this process too, and then tells more
         raise WorkerDied(_obituary(dead)) from None
 
     def _terminate(self) -> None:
