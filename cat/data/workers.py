@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -119,41 +119,48 @@ class _Workers(Generic[T]):
     """The processes of one DataLoader, and what they send."""
 
     def __init__(self, dataset: _Packing[T], keys: Sequence[int], num_workers: int, prefetch: int) -> None:
-        self._count = len(keys)
+        self._count, self._waiting = len(keys), False
         others = multiprocessing.active_children()
-        # torch answers a worker's death by raising wherever the main process is, in the middle of an optimiser's step
-        # too. It is soon enough to hear of it when the worker's item is waited for.
-        main = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGCHLD) if main else None
         self._items: Iterator[_Packed[T]] | None = None
-        try:
-            self._items = iter(_loader(dataset, keys, num_workers, prefetch))
-        finally:
-            if handler is not None:
-                signal.signal(signal.SIGCHLD, handler)
-            self._processes = [child for child in multiprocessing.active_children() if child not in others]
-            if self._items is None:  # only some could be started
-                self._terminate()
+        with _child_signal(None):
+            try:
+                self._items = iter(_loader(dataset, keys, num_workers, prefetch))
+            finally:
+                self._processes = [child for child in multiprocessing.active_children() if child not in others]
+                if self._items is None:  # only some could be started
+                    self._terminate()
 
     def __iter__(self) -> Iterator[_Packed[T]]:
         for _ in range(self._count):
-            if self._items is None:
-                return
             try:
-                packed = next(self._items)
+                packed = self._next()
             except Exception:
                 self.check()
                 raise
             yield packed
 
+    def _next(self) -> _Packed[T]:
+        """The next item. A death ends the waiting: its message may have come in part, and the rest never comes."""
+        assert self._items is not None
+        with _child_signal(self._on_child):
+            try:
+                self._waiting = True
+                self.check()
+                return next(self._items)
+            finally:
+                self._waiting = False
+
+    def _on_child(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting and any(process.exitcode for process in self._processes):
+            self._waiting = False
+            raise ChildProcessError
+
     def check(self) -> None:
         """Raises: `WorkerDied` if one did."""
         dead = next((process for process in self._processes if process.exitcode), None)
-        if dead is None:
-            return
-        self._terminate()  # the memory that they hold may be wanted now
-        time.sleep(0.2)  # a signal to the whole group reaches this process too, and then tells more
-        raise WorkerDied(_obituary(dead)) from None
+        if dead is not None:
+            time.sleep(0.2)  # a signal to the whole group reaches this process too, and then tells more
+            raise WorkerDied(_obituary(dead)) from None
 
     def _terminate(self) -> None:
         for process in self._processes:
@@ -165,7 +172,33 @@ class _Workers(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and kind is not GeneratorExit:
+            # torch would wait some seconds for every worker that is at work, and for ever for its thread that pins,
+            # should that wait for the rest of a dead worker's message. Something is to be saved before it is too late.
+            self._terminate()
+            _abandoned.append(self._items)
         self._items = None  # torch ends the processes with it
+
+
+_abandoned: list[Any] = []
+
+
+@contextlib.contextmanager
+def _child_signal(handler: Callable[[int, FrameType | None], None] | None) -> Iterator[None]:
+    """The handler of SIGCHLD (None: the one that is set) for this block, and afterwards the one of before.
+
+    torch sets one for good, which answers a worker's death by raising wherever the main process is, in the middle of an
+    optimiser's step too.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        signal.signal(signal.SIGCHLD, before if handler is None else handler)
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _obituary(process: BaseProcess) -> str:
@@ -221,10 +254,23 @@ class _Packing(Generic[T]):
         item = self._dataset[key]
         if self._trouble is None:
             try:
+                _need_descriptors()
                 return _Packed(bytes(ForkingPickler.dumps(item)), None)
             except Exception as error:  # the item is there, and goes another way, as will all later ones
                 self._trouble = _text(error)
         return _Packed(_plain(item), self._trouble)
+
+
+def _need_descriptors(count: int = 32) -> None:
+    """OSError when fewer are left: two a tensor, and one for the thread that hands them over, which else would never
+    answer."""
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 class _PlainPickler(pickle.Pickler):
