@@ -27,12 +27,12 @@ from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
 from cat.progress import Progress, say
+from cat.signals import StopSignals
 from cat.training.failures import FailureLog
 from cat.training.identity import check_same_data, data_identity
 from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
 from cat.training.recipe import PretrainConfig, check_same_run, pick_device, pick_features, pick_precision
 from cat.training.records import CollapseCheck, Metrics, read_rows
-from cat.training.signals import StopSignals
 from cat.training.step import PretrainStep
 
 LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")  # in the order of PretrainOutput

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from cat.training import signals
-from cat.training.signals import StopSignals
+from cat import signals
+from cat.signals import StopSignals
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
