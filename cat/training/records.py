@@ -119,20 +119,20 @@ class Metrics:
 
     def sync(self) -> None:
         self._file.sync()
-        self._on_board(lambda board: board.flush())
+        self._on_board("flush")
 
     def close(self) -> None:
         self._file.close()
-        self._on_board(lambda board: board.close())
+        self._on_board("close")
 
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
-            self._on_board(lambda board, key=key, value=value: board.add_scalar(f"{group}/{key}", value, step))
+            self._on_board("add_scalar", f"{group}/{key}", value, step)
 
-    def _on_board(self, act: Callable[[Any], None]) -> None:
+    def _on_board(self, method: str, *arguments: Any) -> None:
         if self._board is not None:
             try:
-                act(self._board)
+                getattr(self._board, method)(*arguments)
             except Exception as error:  # of its writing thread, a while ago
                 self._board = None
                 self._warn(f"TensorBoard's files cannot be written ({error}): the run goes on without them")
