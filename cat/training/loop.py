@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,10 @@ from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_ba
 from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
-from cat.progress import Progress
+from cat.progress import Progress, say
 from cat.signals import StopSignals
 from cat.training.failures import FailureLog
+from cat.training.identity import check_same_data, data_identity
 from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
 from cat.training.recipe import PretrainConfig, check_same_run, pick_device, pick_features, pick_precision
 from cat.training.records import CollapseCheck, Metrics, read_rows
@@ -72,7 +73,9 @@ class Trainer:
         self.device = pick_device(config.run.device)
         self.precision = pick_precision(config.run.precision, self.device)
         self.features = pick_features(config.data.features, self.device)
-        self.step = 0
+        self._embeddings = open_embeddings(manifest) if config.objective.regularisation_weight else None
+        self._data = data_identity(manifest, valid, self._embeddings)
+        self.step = self._begun_at = 0
         self.checkpoint: Path | None = None
         if config.run.cuda_graph and self.device.type != "cuda":
             raise ConfigError(
@@ -93,9 +96,11 @@ class Trainer:
         self._since_checkpoint: list[float] = []
         self._validated: tuple[int, float] | None = None  # step and loss of the latest evaluation
         self._progress = progress
+        self._stop = StopSignals()
+        self._saving = False  # True after an error of saving itself
 
     def _build_model(self) -> CAT:
-        store = open_embeddings(self.manifest) if self.config.objective.regularisation_weight else None
+        store = self._embeddings
         with torch.random.fork_rng(devices=[]):
             run = self.config.run
             torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
@@ -117,12 +122,7 @@ class Trainer:
                 f"this device is {self.precision}: its numbers would change. "
                 f"Resume with run.precision={made['precision']}"
             )
-        if saved.state.get("data") != self._data_identity():
-            raise ConfigError(
-                f"{self.config.data.train} lists other clips ({len(self.manifest)}) than when {self.run_dir} was "
-                f"started ({saved.state.get('data', {}).get('clips')}); give the same data, or start another run "
-                "with run.name=OTHER"
-            )
+        self._data, notes = check_same_data(saved.state.get("data") or {}, self._data, self.config, self.run_dir)
         checkpoints.load_tensors(self.model, saved.model, str(saved.path))
         try:
             if saved.step:
@@ -132,7 +132,7 @@ class Trainer:
                 f"{saved.path / checkpoints.OPTIMIZER}: {error}; {checkpoints.remedy(saved.path)}"
             ) from None
         self.step, self.checkpoint = saved.step, saved.path
-        return [
+        return notes + [
             f"{key} was {made[key]} and is now {value}: losses will agree up to rounding, not bit for bit"
             for key, value in now.items()
             if key in made and made[key] != value
@@ -151,33 +151,66 @@ class Trainer:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
 
-    def _data_identity(self) -> dict[str, Any]:
-        return {"clips": len(self.manifest), "fingerprint": self.manifest.fingerprint}
-
     # ------------------------------------------------------------ the loop
 
     def run(self) -> RunResult:
-        """Train from `step` to the end of the schedule or ``run.stop_at``, or until SIGINT or SIGTERM."""
-        run, end = self.config.run, self.config.end
-        with contextlib.ExitStack() as records, StopSignals() as stop:
-            self._open_records(records, end)
-            self.model.train()
-            self._restart_clock()
-            batches = self._batches(end)
-            while self.step < end and not stop.received:
-                batch = _next(batches, stop)
-                if batch is None:
-                    break
-                self.failures.add(batch.failures, self.step + 1)
-                self._update(batch)
-                if self.step % run.log_every == 0:
-                    self._flush()
-                if self.valid is not None and run.eval_every and self.step % run.eval_every == 0:
-                    self._evaluate(self.valid)
-                if self.step % run.checkpoint_every == 0:
-                    self._save()
-            self._save(hurried=stop.received is not None)
-        return self._result(stop.received)
+        """Train from `step` to the end of the schedule or ``run.stop_at``, or until SIGINT, SIGTERM or SIGHUP. SIGUSR1
+        asks for a checkpoint.
+
+        An error does not cost the updates since the last checkpoint, unless it made them bad: they are saved first.
+        """
+        with contextlib.ExitStack() as records, self._stop:
+            self._open_records(records)
+            self._begun_at = self.step
+            try:
+                self._train()
+            except Exception as error:
+                self._rescue(error)
+                raise
+        return self._result(self._stop.received)
+
+    def _train(self) -> None:
+        run, end, stop = self.config.run, self.config.end, self._stop
+        if self.valid is not None and self._validation_due() and self.metrics.last_validation < self.step:
+            self._evaluate(self.valid)  # which a signal or an error kept the run from
+        self.model.train()
+        self._restart_clock()
+        batches = self._batches(end, self.progress.say)
+        while self.step < end and not stop.received:
+            batch = stop.wait(lambda: next(batches))
+            if batch is None:
+                break
+            self.failures.add(batch.failures, self.step + 1)
+            self._update(batch)
+            if self.step % run.log_every == 0:
+                self._flush()
+            if self.valid is not None and run.eval_every and self.step % run.eval_every == 0:
+                self._evaluate(self.valid)
+            asked = stop.save_asked() and self.step < end
+            if asked or self.step % run.checkpoint_every == 0:
+                self._save(hurried=self.step % run.checkpoint_every != 0)
+                if asked:
+                    self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
+        self._save()
+
+    def _validation_due(self) -> bool:
+        """Whether a run that is not disturbed evaluates at this step."""
+        every = (self.config.run.eval_every, self.config.run.checkpoint_every)
+        return self.step == self.config.end or any(n and self.step and self.step % n == 0 for n in every)
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
+        if self.step == self._begun_at or isinstance(error, TrainingError) or self._saving:
+            return
+        try:
+            if not self.update.whole:
+                raise TrainingError("the error came in the middle of an update")
+            self._save(hurried=True)
+        except Exception as second:
+            last = self.checkpoint or "none"
+            error.add_note(f"step {self.step} could not be saved ({second}); the last checkpoint: {last}")
+        else:
+            error.add_note(f"step {self.step} is saved; go on with: cat-audio pretrain --resume {self.run_dir}")
 
     def unrecorded(self, count: int) -> Iterator[int]:
         """For profiling: ``count`` updates from where the run stands, one a turn, that leave no records. Yields their
@@ -192,11 +225,13 @@ class Trainer:
             self._rows.clear()
             yield len(batch.clips)
 
-    def _open_records(self, records: contextlib.ExitStack, end: int) -> None:
+    def _open_records(self, records: contextlib.ExitStack) -> None:
         run, data = self.config.run, self.config.data
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(self.config, self.run_dir / "config.yaml")
-        self.metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard)
+        self.progress = Progress(self.config.end, self.step, label=self.run_dir.name, enabled=self._progress)
+        records.callback(self.progress.close)
+        self.metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard, warn=self.progress.say)
         records.callback(self.metrics.close)
         self.failures = FailureLog(
             self.run_dir / "failures.jsonl",
@@ -209,15 +244,13 @@ class Trainer:
         self.collapse = CollapseCheck(
             pred_std=run.collapse_pred_std, target_std=run.collapse_target_std, steps=run.collapse_steps
         )
-        self.progress = Progress(end, self.step, label=self.run_dir.name, enabled=self._progress)
-        records.callback(self.progress.close)
         size = sum(parameter.numel() for parameter in self.update.parameters.values()) / 1e6
         self.progress.say(
             f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.manifest)} clips, {self.device} in "
             f"{self.precision}"
         )
 
-    def _batches(self, end: int) -> Iterator[Batch]:
+    def _batches(self, end: int, warn: Callable[[str], None] = say) -> Iterator[Batch]:
         config = self.config
         return pretrain_batches(
             config.data,
@@ -229,6 +262,7 @@ class Trainer:
             num_steps=end - self.step,
             manifest=self.manifest,
             waveforms=self.features == "gpu",
+            warn=warn,
         )
 
     def _update(self, batch: Batch) -> None:
@@ -262,9 +296,9 @@ class Trainer:
             {"step": first + i, **dict(zip((*LOSSES, "grad_norm"), line, strict=True)), **row}
             for i, (line, row) in enumerate(zip(values, self._rows, strict=True))
         ]
-        self._rows = []
         seconds = time.perf_counter() - self._clock
         self.metrics.train(rows, clips_per_s=self._clips / seconds, seconds=seconds)
+        self._rows = []  # not before they are written: no checkpoint without the rows of its updates
         self._check_finite(rows)
         losses = [row["loss"] for row in rows]
         self._since_checkpoint += losses
@@ -292,14 +326,22 @@ class Trainer:
         return f"{kept}. Start another run (run.name=OTHER) with a lower optim.lr or a longer optim.warmup_steps{fp32}"
 
     @torch.no_grad()
-    def _evaluate(self, valid: Manifest) -> float:
-        """The validation loss: centre crops, with masks and noise that are the same every time."""
+    def _evaluate(self, valid: Manifest) -> float | None:
+        """The validation loss: centre crops, with masks and noise that are the same every time. None when a signal ends
+        it; the run that goes on makes up for it."""
         self._flush()
         config, clips = self.config, 0
         total = torch.zeros(len(LOSSES), device=self.device)
         self.model.eval()
-        data, waveforms = config.data, self.features == "gpu"
-        for batch in eval_batches(valid, config.features, data.batch_size, data.num_workers, waveforms=waveforms):
+        batches = eval_batches(
+            valid,
+            config.features,
+            config.data.batch_size,
+            config.data.num_workers,
+            waveforms=self.features == "gpu",
+            warn=self.progress.say,
+        )
+        while (batch := self._stop.wait(lambda: next(batches, None))) is not None:
             self.failures.add(batch.failures, self.step, split="valid")
             visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
             batch = dataclasses.replace(batch, visible=visible)
@@ -307,6 +349,8 @@ class Trainer:
             total += torch.stack([value.float() for value in output]) * len(batch.clips)
             clips += len(batch.clips)
         self.model.train()
+        if self._stop.received:
+            return None
         means = dict(zip(LOSSES, (total / clips).tolist(), strict=True))
         self.metrics.valid({"step": self.step, **means})
         self.progress.say(f"step {self.step}: validation loss {means['loss']:.4f}")
@@ -320,8 +364,10 @@ class Trainer:
             return
         self._flush()
         self._check_parameters()
+        hurried = hurried or self._stop.received is not None
         score = None if hurried else self._score()
         self.metrics.sync()
+        self._saving = True
         self.checkpoint = checkpoints.save(
             self.run_dir / "checkpoints",
             step=self.step,
@@ -329,19 +375,23 @@ class Trainer:
             optimizer=optimizer_tensors(self.update.optimizer, self.update.parameters),
             config=to_mapping(self.config),
             score=score,
-            extra={"made_with": self._made_with(), "data": self._data_identity()},
+            extra={"made_with": self._made_with(), "data": self._data},
         )
+        self._saving = False
         checkpoints.prune(
             self.run_dir / "checkpoints", keep_last=self.config.run.keep_last, keep_best=self.config.run.keep_best
         )
-        self._since_checkpoint = []
+        if not hurried:
+            self._since_checkpoint = []
         self._restart_clock()
 
     def _score(self) -> float | None:
-        """Validation loss at this step, or the mean training loss since the last checkpoint."""
-        if self.valid is None:
+        """Validation loss at this step, or the mean training loss since the last checkpoint: of one kind in a run."""
+        if self._data["valid"] is None:
             losses = self._since_checkpoint
             return sum(losses) / len(losses) if losses else None
+        if self.valid is None:
+            return None
         if self._validated is not None and self._validated[0] == self.step:
             return self._validated[1]
         return self._evaluate(self.valid)
@@ -359,14 +409,3 @@ class Trainer:
             self.failures.count,
             stopped_by,
         )
-
-
-def _next(batches: Iterator[Batch], stop: StopSignals) -> Batch | None:
-    """The next batch, or None when a signal came while waiting for it (which may have killed the data workers)."""
-    try:
-        batch = next(batches)
-    except RuntimeError:
-        if stop.received:
-            return None
-        raise
-    return None if stop.received else batch

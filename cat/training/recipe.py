@@ -171,7 +171,7 @@ def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
 # ---------------------------------------------------------------- resuming
 
 # Keys that leave a run's numbers alone (or change them by rounding only). data.train and data.valid may move, but the
-# clips must be the same: their fingerprints are compared. run.precision is compared as resolved.
+# clips must be the same: `cat.training.identity` compares them. run.precision is compared as resolved.
 _FREE = {
     "data.train",
     "data.valid",

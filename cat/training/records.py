@@ -17,11 +17,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cat.files import replacing
+from cat.progress import say
 
 
 def read_rows(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
@@ -56,14 +57,20 @@ def truncate_rows(path: str | os.PathLike[str], step: int) -> list[dict[str, Any
 
 
 class JsonLines:
-    """An append-only file of JSON objects, flushed at every write."""
+    """An append-only file of JSON objects. A write is there as soon as it returns, or, on a full disk, not at all."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
-        self._file.flush()
+        left = memoryview("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode())
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(size)
+            raise
 
     def sync(self) -> None:
         """Put on disk what was written; a checkpoint must not be newer than the rows before it."""
@@ -78,42 +85,57 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard of one run directory."""
+    """metrics.jsonl and TensorBoard of one run directory.
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, start_step: int = 0, tensorboard: bool = True) -> None:
-        run_dir = Path(run_dir)
-        truncate_rows(run_dir / "metrics.jsonl", start_step)
+    TensorBoard is for looking on: when its files cannot be written, ``warn`` is told and the run goes on without.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        warn: Callable[[str], None] = say,
+    ) -> None:
+        run_dir, self._warn = Path(run_dir), warn
+        rows = truncate_rows(run_dir / "metrics.jsonl", start_step)
+        self.last_validation = max((row["step"] for row in rows if row["kind"] == "valid"), default=0)
         self._file = JsonLines(run_dir / "metrics.jsonl")
         self._board = _board(run_dir / "tensorboard", start_step) if tensorboard else None
 
     def train(self, rows: list[dict[str, Any]], *, clips_per_s: float, seconds: float) -> None:
         """Every update's row to the file; their means, once, to TensorBoard."""
         step = rows[-1]["step"]
-        self._file.write([{"kind": "train", **row} for row in rows])
-        self._file.write(
-            [{"kind": "speed", "step": step, "clips_per_s": round(clips_per_s, 3), "seconds": round(seconds, 3)}]
-        )
+        speed = {"kind": "speed", "step": step, "clips_per_s": round(clips_per_s, 3), "seconds": round(seconds, 3)}
+        self._file.write([*({"kind": "train", **row} for row in rows), speed])
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "step"}
         self._scalars("train", {**means, "clips_per_s": clips_per_s}, step)
 
     def valid(self, row: dict[str, Any]) -> None:
         self._file.write([{"kind": "valid", **row}])
+        self.last_validation = row["step"]
         self._scalars("valid", {key: value for key, value in row.items() if key != "step"}, row["step"])
 
     def sync(self) -> None:
         self._file.sync()
-        if self._board is not None:
-            self._board.flush()
+        self._on_board("flush")
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._on_board("close")
 
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        for key, value in values.items():
+            self._on_board("add_scalar", f"{group}/{key}", value, step)
+
+    def _on_board(self, method: str, *arguments: Any) -> None:
         if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(f"{group}/{key}", value, step)
+            try:
+                getattr(self._board, method)(*arguments)
+            except Exception as error:  # of its writing thread, a while ago
+                self._board = None
+                self._warn(f"TensorBoard's files cannot be written ({error}): the run goes on without them")
 
 
 def _board(path: Path, start_step: int) -> Any:

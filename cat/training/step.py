@@ -52,6 +52,7 @@ class PretrainStep:
         self._forward = torch.compile(model, backend=COMPILER) if compile == "step" else model
         self._decay: float | Tensor = 1.0
         self._replay: Replay | None = None
+        self.whole = True  # False after an error between two parts of an update: the weights fit no step
         if cuda_graph:
             self._decay = torch.ones((), dtype=torch.float64, device=self.device)
             self._replay = Replay(self._update, self.device)
@@ -79,10 +80,12 @@ class PretrainStep:
             output.loss.backward()
         with part("optimiser"):
             grad_norm = clip_gradients(self.parameters.values(), self.clip_norm)
+            self.whole = False
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         with part("EMA"):
             self.model.update_teacher(self._decay)
+        self.whole = True
         return torch.stack([*(value.detach().float() for value in output), grad_norm.float()])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import pytest
 
@@ -51,6 +52,40 @@ def test_metrics_go_to_file_and_tensorboard(tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(4, 1.5)]  # step 3's event is purged
     assert {"train/clips_per_s", "valid/loss"} <= set(events.Tags()["scalars"])
+
+
+def test_a_write_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "m.jsonl"
+    file = JsonLines(path)
+    file.write([{"step": 1}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.write([{"step": step} for step in range(2, 9)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_rows(path) == [{"step": 1}]
+    file.write([{"step": 2}])
+    file.close()
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_run_goes_on_without_tensorboard_when_its_files_cannot_be_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    said = []
+    metrics = Metrics(tmp_path, warn=said.append)
+    metrics._board.add_scalar = metrics._board.close = broken
+    for step in (1, 2):
+        metrics.train([{"step": step, "loss": 1.0}], clips_per_s=10.0, seconds=1.0)
+    metrics.sync()
+    metrics.close()
+    assert said == ["TensorBoard's files cannot be written (No space left on device): the run goes on without them"]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl", "train")] == [1, 2]
+
+
+def broken(*args):
+    raise OSError("No space left on device")
 
 
 def rows(values, key="pred_std"):

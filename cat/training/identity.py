@@ -1,0 +1,73 @@
+"""Which data a run was trained on, as its checkpoints say it, and whether it goes on with the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cat.config import ConfigError
+from cat.data import Manifest
+from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
+from cat.training.recipe import PretrainConfig
+
+
+def data_identity(
+    manifest: Manifest, valid: Manifest | None, embeddings: EmbeddingStore | EmbeddingFiles | None
+) -> dict[str, Any]:
+    """JSON-able: the clips of training and validation, and the external embeddings if the run learns from them."""
+    identity: dict[str, Any] = dict(manifest.identity)
+    rows = identity.pop("embedding_rows", None)
+    return {
+        **identity,
+        "valid": None if valid is None else {"clips": len(valid), "fingerprint": valid.fingerprint},
+        "embeddings": None if embeddings is None else {**embeddings.identity, "rows": rows},
+    }
+
+
+def check_same_data(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config: PretrainConfig, run_dir: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Whether a run may go on with this data. Returns the identity that it keeps, and notes for the user.
+
+    Scores of checkpoints must stay comparable: a run that began without validation data is scored by the training loss
+    to its end, and one that goes on without has no more scores. Checkpoints of earlier versions do not say everything;
+    what they leave out is taken to be the same.
+
+    Raises: `ConfigError` naming what differs.
+    """
+    if any(saved.get(key) != now[key] for key in ("clips", "fingerprint")):
+        raise ConfigError(
+            f"{config.data.train} lists other clips ({now['clips']}) than when {run_dir} was started "
+            f"({saved.get('clips')}); give the same data, or start another run with run.name=OTHER"
+        )
+    kept = dict(now)
+    old, new = saved.get("embeddings", now["embeddings"]), now["embeddings"]
+    if old != new:
+        raise ConfigError(
+            f"{config.data.train} has other external embeddings ({_embeddings(new)}) than when {run_dir} was started "
+            f"({_embeddings(old)}): its numbers would change. Give those of then, or start another run with "
+            "run.name=OTHER"
+        )
+    old, new = saved.get("valid", now["valid"]), now["valid"]
+    if old is not None and new is not None and old != new:
+        raise ConfigError(
+            f"data.valid={config.data.valid} lists other clips ({new['clips']}) than when {run_dir} was started "
+            f"({old['clips']}): the scores of its checkpoints could not be compared. Give the same clips, leave them "
+            "out (data.valid=null), or start another run with run.name=OTHER"
+        )
+    kept["valid"] = old
+    notes = [
+        f"the checkpoint, of an earlier version, does not say which {what} the run began with: taken to be the same"
+        for key, what in (("embeddings", "external embeddings"), ("valid", "validation data"))
+        if key not in saved and now[key] is not None
+    ]
+    if old is not None and new is None:
+        notes.append("data.valid is left out: checkpoints have no score from here on, and the best stays the best")
+    if old is None and new is not None:
+        notes.append("data.valid is new to this run: checkpoints are scored by the training loss, as before")
+    return kept, notes
+
+
+def _embeddings(identity: Mapping[str, Any]) -> str:
+    return f"encoder {identity.get('encoder')}, {identity.get('count')} x {identity.get('dim')}"
