@@ -228,7 +228,8 @@ class _Packed(Generic[T]):
 
     def open(self) -> None:
         if self._item is None:
-            self._item = pickle.loads(self._content)
+            # From a process of this one's own, as all that comes through a queue of multiprocessing.
+            self._item = ForkingPickler.loads(self._content)
 
     def take(self) -> T:
         item, self._item = self._item, None
