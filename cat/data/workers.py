@@ -40,6 +40,10 @@ _NEEDS = (
 _COPIED = f"batches are copied, which is slower; {_NEEDS}"
 
 
+# Of what a process of this one's own has sent, and of nothing else: as in every queue of multiprocessing.
+_loads = ForkingPickler.loads
+
+
 class WorkerDied(RuntimeError):
     """A data worker ended before its work did."""
 
@@ -228,8 +232,7 @@ class _Packed(Generic[T]):
 
     def open(self) -> None:
         if self._item is None:
-            # From a process of this one's own, as all that comes through a queue of multiprocessing.
-            self._item = ForkingPickler.loads(self._content)
+            self._item = _loads(self._content)
 
     def take(self) -> T:
         item, self._item = self._item, None

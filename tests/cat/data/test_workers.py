@@ -140,7 +140,7 @@ def test_memory_that_cannot_be_shared(monkeypatch):
 
 
 def test_what_is_shared_cannot_be_opened(monkeypatch):
-    monkeypatch.setattr(workers.pickle, "loads", loads := Once(workers.pickle.loads))
+    monkeypatch.setattr(workers, "_loads", loads := Once(workers._loads))
     (said,) = made()
     assert loads.failed
     assert "cannot be opened (EOFError)" in said
