@@ -194,7 +194,7 @@ def _child_signal(handler: Callable[[int, FrameType | None], None] | None) -> It
     torch sets one for good, which answers a worker's death by raising wherever the main process is, in the middle of an
     optimiser's step too.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
