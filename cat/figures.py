@@ -65,7 +65,7 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
         shown = [_values(rows, part) for rows in runs.values()]
         for colour, (name, rows), values in zip(COLOURS, runs.items(), shown, strict=False):
             if values.any():  # a run without this part has zeros
-                _curve(axis, rows, part, colour, label=name, raw=len(runs) == 1)
+                _curve(axis, rows, part, colour, label=_shown(name), raw=len(runs) == 1)
         positive = np.concatenate([values[values > 0] for values in shown])
         if len(positive) and positive.max() > 30 * positive.min():
             axis.set_yscale("log")
@@ -73,7 +73,7 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
         axis.set_ylabel("loss")
     for line, (name, rows) in zip(COLOURS, runs.items(), strict=False):
         colours = (COLOURS[0], COLOURS[1]) if len(runs) == 1 else (line, line)
-        prefix = "" if len(runs) == 1 else f"{name}: "
+        prefix = "" if len(runs) == 1 else f"{_shown(name)}: "
         _curve(axes[-1], rows, "pred_std", colours[0], label=f"{prefix}predictions", raw=False)
         _curve(axes[-1], rows, "target_std", colours[1], label=f"{prefix}targets", raw=False, style="--")
     axes[-1].set_title("deviation over tokens (0: collapse)", fontsize=10)
@@ -102,15 +102,15 @@ def write_agreement(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
     steps, widths = _values(base, "step"), {first: 3.2, tested: 1.4}
     for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
         style = "--" if name == tested else "-"
-        left.plot(steps, smoothed(values, window), style, color=colour, linewidth=widths.get(name, 1.0), label=name)
+        left.plot(steps, smoothed(values, window), style, color=colour, linewidth=widths.get(name, 1.0), label=_shown(name))
     for colour, (name, _) in zip(COLOURS[1:], others, strict=False):
         gap = losses[name] - losses[first]
         right.plot(steps, np.abs(gap), color=colour, alpha=0.25, linewidth=0.7)
-        right.plot(steps, np.abs(smoothed(gap, window)), color=colour, linewidth=1.5, label=name)
+        right.plot(steps, np.abs(smoothed(gap, window)), color=colour, linewidth=1.5, label=_shown(name))
     right.axhline(limit, color=COLOURS[7], linewidth=1.0, linestyle=":", label="limit of the root mean square")
     right.set_yscale("log")
     left.set_title(f"loss, running mean (window: {window})", fontsize=10)
-    right.set_title(f"distance from {first}", fontsize=10)
+    right.set_title(f"distance from {_shown(first)}", fontsize=10)
     left.set_ylabel("loss")
     right.set_ylabel("absolute difference of the loss")
     for axis in (left, right):
@@ -210,7 +210,7 @@ def write_patches(
         axis.set_ylabel("mel bin")
         axis.spines[["top", "right"]].set_visible(False)
     patches = (frames // patch_size) * (bins // patch_size)
-    axes[0, 0].set_title(title, fontsize=10, loc="left")
+    axes[0, 0].set_title(_shown(title), fontsize=10, loc="left")
     padding = trailing_padding(spec_TF)
     if padding:
         middle = (frames - padding / 2) * frame_shift_ms / 1000
@@ -261,12 +261,12 @@ def write_projection(
                 s=30,
                 color=COLOURS[c % len(COLOURS)],
                 marker=MARKERS[(c + c // len(COLOURS)) % len(MARKERS)],  # twenty classes and more stay apart
-                label=label.replace("_", " "),
+                label=_shown(label.replace("_", " ")),
                 linewidths=0.4,
                 edgecolors="white",
             )
         agreement = nearest_neighbour_agreement(whitened(rows), labels)
-        axis.set_title(f"{name}\n{100 * agreement:.0f} % of nearest neighbours share the label", fontsize=10)
+        axis.set_title(f"{_shown(name)}\n{100 * agreement:.0f} % of nearest neighbours share the label", fontsize=10)
         axis.set_xlabel(f"{method} 1 (no unit)")
         axis.set_ylabel(f"{method} 2 (no unit)")
         axis.set_xticks([])
@@ -335,6 +335,13 @@ def is_figure(path: Path) -> bool:
     """Whether a PNG file was drawn here."""
     with open(path, "rb") as file:
         return SOFTWARE.encode() in file.read(1024)
+
+
+def _shown(name: str) -> str:
+    """A name of the user's as matplotlib can show it: without bytes that are no text, without mathematics between
+    dollar signs, and in the legend too if it begins with an underscore."""
+    text = name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _legend_below(drawing: Any, axis: Any) -> None:

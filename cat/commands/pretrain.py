@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with sole_writer(run_dir):
         result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+        print(_summary(result, config), flush=True)
         if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
             write_run_figures(result.run_dir)
-    print(_summary(result, config))
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
