@@ -102,7 +102,9 @@ def write_agreement(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
     steps, widths = _values(base, "step"), {first: 3.2, tested: 1.4}
     for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
         style = "--" if name == tested else "-"
-        left.plot(steps, smoothed(values, window), style, color=colour, linewidth=widths.get(name, 1.0), label=_shown(name))
+        left.plot(
+            steps, smoothed(values, window), style, color=colour, linewidth=widths.get(name, 1.0), label=_shown(name)
+        )
     for colour, (name, _) in zip(COLOURS[1:], others, strict=False):
         gap = losses[name] - losses[first]
         right.plot(steps, np.abs(gap), color=colour, alpha=0.25, linewidth=0.7)
