@@ -19,6 +19,7 @@ from cat_kernels.stem.layout import block_order, halo_rows
 if not torch.cuda.is_available() and not conv.triton.knobs.runtime.interpret:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+pytestmark = pytest.mark.either
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -17,6 +17,7 @@ from cat_kernels.stem.kernels import pixels as kernel
 from cat_kernels.stem.layout import patchify
 from cat_kernels.stem.spec import draw_visible
 
+pytestmark = pytest.mark.either
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Resolutions, width and channels, patch grid, visible patches: the first embedding of every stem, narrower.

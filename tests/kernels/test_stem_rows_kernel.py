@@ -11,6 +11,7 @@ from cat_kernels.stem.kernels.linear import norm_linear
 from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.either
 SHAPES = [(50, 48, 48), (1, 16, 32), (130, 80, 144), (0, 32, 32)]
 EPS = 1e-5
 
