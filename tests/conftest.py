@@ -1,13 +1,14 @@
 """Shared by all tests: one thread, and which tests run where.
 
 `gpu`: needs a CUDA device, skipped without one. `either`: runs on whatever is there; where that is a CUDA device the
-test is marked `gpu` as well, so that `pytest -m gpu` runs it. A module marked `either` takes its tensors to `DEVICE`, or
-to a fixture `device`: "cuda" where there is one, else the CPU, where Triton's kernels run in its interpreter.
+test is marked `gpu` as well, so that `pytest -m gpu` runs it. A module marked `either` takes its tensors to `DEVICE`,
+or to a fixture `device`: "cuda" where there is one, else the CPU, where Triton's kernels run in its interpreter.
 """
 
+import gc
 import importlib.metadata
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Tests are small: a second thread gains nothing and, where the cores are busy, waits at every operation (measured on
 # two shared cores: parity of the stem 7 s with one thread, 99 s with two). Subprocesses inherit it.
@@ -54,3 +55,18 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         elif not here and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def gpu_memory() -> Callable[[float], None]:
+    """`gpu_memory(count)` skips a test where that many bytes are not free. What PyTorch's allocator holds for tensors
+    that are gone, those of the tests before, is given back first."""
+
+    def wanted(count: float) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        if free < count:
+            pytest.skip(f"needs {count / 2**30:.0f} GiB of GPU memory; free are {free / 2**30:.0f}")
+
+    return wanted

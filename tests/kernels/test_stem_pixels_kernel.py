@@ -229,10 +229,10 @@ def test_table_of_inference_mode_serves_training(device):
 
 
 @pytest.mark.gpu
-def test_offsets_past_2_31():
+@pytest.mark.alone
+def test_offsets_past_2_31(gpu_memory):
     """More than 2^31 elements in the result: its last rows are those of a small call."""
-    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
-        pytest.skip("needs 24 GB")
+    gpu_memory(24 << 30)
     device, c = torch.device("cuda"), 256
     spec, _, weights, _ = problem(device, torch.bfloat16, (4, 8, 16), c, 1, (64, 8), 1, B=2, M=1)
     clips = 2**31 // (512 * 16 * c) + 2

@@ -90,8 +90,10 @@ def test_offsets_do_not_cost_digits():
 
 
 @pytest.mark.gpu
-def test_offsets_past_two_to_the_31():
+@pytest.mark.alone
+def test_offsets_past_two_to_the_31(gpu_memory):
     """The last rows of a tensor of more than 2^31 elements, forward and backward."""
+    gpu_memory(24 << 30)
     c, n, tail = 256, 16, 200
     R = 2**31 // c + tail
     x = torch.zeros(R, c, device=DEVICE, dtype=torch.bfloat16)
