@@ -189,7 +189,7 @@ def _fake_cuda(architecture: int) -> None:
     torch.Tensor.pin_memory = lambda self, *args: self
     torch.Tensor.record_stream = lambda self, *args: None
     FakeTensor.data_ptr = _address
-    FakeTensor.tolist = lambda self: [1] * self.numel() if self.ndim else 1
+    FakeTensor.tolist = lambda self: torch.ones(self.shape, dtype=self.dtype).tolist()
 
 
 class _Driver:
