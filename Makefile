@@ -7,8 +7,17 @@ PIP_ARGS ?=
 # More for pytest, e.g. PYTEST_ARGS="tests/kernels -x".
 PYTEST_ARGS ?=
 OUT ?= gpu-suite
+# Of fuzz.
 MINUTES ?= 60
 SEED ?=
+# Of the GPU suite: PIECES="stem step" (default: all), TESTS=on, off or only, LIMIT in seconds.
+PIECES ?=
+TESTS ?= on
+LIMIT ?= 570
+# Of its compiled kernels: the file, the GPU's compute capability, how many are compiled at once.
+CACHE ?= gpu-cache.tar.xz
+ARCH ?= 90
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -22,7 +31,7 @@ RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench gpu-suite docs clean
+.PHONY: help quickstart test fuzz lint format bench gpu-suite gpu-cache docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +63,12 @@ bench: $(INSTALLED_BENCH) $(BUILT) ## benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
 # Installs nothing: for a bare machine with a GPU, run by the Python it is given.
-gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR
-	$(PYTHON) -m benchmarks.suite --out $(OUT)
+gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR; also PIECES="..." TESTS=on|off|only LIMIT=SECONDS
+	$(PYTHON) -m benchmarks.suite --out $(OUT) --pieces "$(PIECES)" --tests $(TESTS) --limit $(LIMIT) \
+	    $(if $(wildcard $(CACHE)),--cache $(CACHE))
+
+gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for ARCH=90; needs no GPU
+	$(BIN)/python -m benchmarks.cache make $(CACHE) --arch $(ARCH) --processes $(JOBS)
 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build

@@ -2,6 +2,7 @@
 
     python -m benchmarks.report            # benchmarks/README.md and docs/*.md
     python -m benchmarks.report --check    # exit code 1 where a table is out of date, nothing written
+    python -m benchmarks.report --plots results.json    # instead: draw the plots of one result file beside it
 
 A document asks for a table with a pair of markers, what stands between them is replaced:
 
@@ -77,7 +78,14 @@ def documents() -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is out of date")
+    parser.add_argument("--plots", type=Path, metavar="FILE", help="instead: the plots of a result file, beside it")
     options = parser.parse_args()
+    if options.plots:
+        from benchmarks.plots import plot
+
+        for path in plot(load(options.plots), options.plots.parent):
+            print(path)
+        return 0
     results, stale = newest(), []
     for path in documents():
         text = path.read_text()

@@ -140,8 +140,13 @@ class Results:
         return None
 
     def merge(self, other: dict[str, Any]) -> None:
-        """Take in the rows of a part's file."""
-        for name in ("rows", "rejected", "comparisons", "notes", "pieces"):
+        """Take in the rows of a part's file, in place of earlier ones of the same candidate and shape."""
+        for name in ("rows", "comparisons"):
+            new = other.get(name, [])
+            again = [_identity(row) for row in new]
+            kept = [row for row in getattr(self, name) if _identity(row) not in again]
+            setattr(self, name, kept + new)
+        for name in ("rejected", "notes", "pieces"):
             getattr(self, name).extend(other.get(name, []))
         for name in ("multiply_adds", "ceilings", "tests"):
             getattr(self, name).update(other.get(name, {}))
@@ -160,6 +165,11 @@ class Results:
     def write(self, path: Path, device: torch.device) -> None:
         """As JSON, all or nothing."""
         write_atomic(path, json.dumps(_finite(self.as_dict(device)), indent=1, allow_nan=False) + "\n")
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows, or two comparisons, one measurement made twice."""
+    return tuple(row.get(name) for name in (*Key.__dataclass_fields__, "provider", "baseline"))
 
 
 def write_atomic(path: Path, text: str) -> None:

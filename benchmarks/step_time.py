@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,33 +223,47 @@ def fits(shape: dict[str, Any], dtype: str, device: torch.device) -> bool:
     return True
 
 
-def run(s: Settings) -> Results:
+CASES = ("eager", "graph", "compiled")
+
+
+def run(s: Settings, cases: Sequence[str] = CASES) -> Results:
+    """eager: the batch asked for, and with "compiled" also the compiled candidates on it; graph: a small batch, eager
+    and as a CUDA graph. What is compiled needs ``s.compiled``, graphs a GPU."""
     results = Results()
     skipped_dtypes(s, results)
     plain, cuda = eager(s.device), s.device.type == "cuda"
     compiled = COMPILED + (COMPILED_FUSED if cuda else ())
-    names, stages = (plain + compiled, [plain, compiled]) if s.compiled else (plain, None)
+    with_compiled = s.compiled and "compiled" in cases
+    names, stages = (plain + compiled, [plain, compiled]) if with_compiled else (plain, None)
     shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
     counts = {name: count(shape, name) for name in (*names, *(GRAPHS if cuda else ()))}
     results.multiply_adds[f"{s.preset}, one clip of {s.frames} frames, {s.masks} masks"] = counts
     for dtype in s.dtypes:
-        clips = largest_batch(shape, lambda sh, dtype=dtype: fits(sh, dtype, s.device), s.device)
-        run_case(case({**shape, "clips": clips}, dtype, names, s, counts), results, s, stages=stages)
-        if clips != s.clips:
-            results.notes.append(f"step {dtype}: the dense step has no memory for {s.clips} clips; compared at {clips}")
-            run_case(case(shape, dtype, plain[1:], s, counts), results, s)
-        if cuda and dtype != "fp16":
-            few = plain + (GRAPHS if s.compiled else GRAPHS[:1])
+        if "eager" in cases or with_compiled:
+            clips = largest_batch(shape, lambda sh, dtype=dtype: fits(sh, dtype, s.device), s.device)
+            run_case(case({**shape, "clips": clips}, dtype, names, s, counts), results, s, stages=stages)
+            if clips != s.clips:
+                results.notes.append(
+                    f"step {dtype}: the dense step has no memory for {s.clips} clips; compared at {clips}"
+                )
+                run_case(case(shape, dtype, plain[1:], s, counts), results, s)
+        if cuda and dtype != "fp16" and "graph" in cases:
+            few = plain + (GRAPHS if with_compiled else GRAPHS[:1])
             run_case(case({**shape, "clips": min(GRAPH_CLIPS, s.clips)}, dtype, few, s, counts), results, s)
     return results
 
 
 def main() -> int:
     parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--cases", default=",".join(CASES), help=f"some of {','.join(CASES)} (default: all)")
     parser.add_argument("--plot", type=Path, help="directory for step.png")
     options = parser.parse_args()
     s = Settings.of(options, clips_cpu=2, clips_cuda=96)
-    results = run(s)
+    cases = options.cases.split(",")
+    unknown = [name for name in cases if name not in CASES]
+    if unknown:
+        raise SystemExit(f"--cases {options.cases}: unknown {unknown[0]!r}; expected some of {','.join(CASES)}")
+    results = run(s, cases)
     if options.plot:
         plot(results.as_dict(s.device), options.plot)
     for counts in results.multiply_adds.values():

@@ -1,39 +1,51 @@
 """Build, GPU tests and every benchmark in one command: ``make gpu-suite OUT=DIR``.
 
     python3 -m benchmarks.suite --out DIR
+    python3 -m benchmarks.suite --out DIR --pieces "stem step" --tests off --limit 300
+    python3 -m benchmarks.suite --list
 
 Runs on a bare machine: the Python it is given, the repository's root as working directory, nothing installed; the
-extension is built in place. Leaves results.json, log.txt and plots in DIR and prints a short table last. Exit code: 0
-when everything ran and every test and parity check passed, 1 when something failed or ran out of time, 2 without a GPU.
-A piece that lacks its tool is skipped, which is no failure.
+extension is built in place. Leaves results.json, written anew after every piece, and log.txt in DIR, and prints a short
+table last. Failures are printed as they happen. Exit code: 0 when everything ran and every test and parity check
+passed, 1 when something failed or ran out of time, 2 for a request that cannot be met. A piece that lacks its tool is
+skipped, which is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from benchmarks import tables
+from benchmarks import stem, tables
 from benchmarks.pieces import Piece, run_limited, run_pieces, tell
-from benchmarks.plots import plot
 from benchmarks.results import Results, load
 from benchmarks.runner import say
 
-BUILD = ("setup.py", "build_ext", "--inplace")
-LIMIT_S = 460.0  # of the whole suite, so that it ends inside eight minutes
-TESTS_S = 200.0  # of these, the tests: every Triton kernel is compiled in three precisions
+BUILD = Piece("build", "", ("setup.py", "build_ext", "--inplace"), 120)
+CACHE = Path("gpu-cache.tar.xz")
+LIMIT_S = 570.0  # of the whole suite, so that it ends inside ten minutes
+WORKERS = "8"  # processes of pytest, which share the GPU
+
+# In two parts: what shares the GPU, and what needs it alone.
+TESTS = {
+    "tests": Piece("tests", "", ("gpu and not alone",), 240),
+    "tests-alone": Piece("tests-alone", "", ("gpu and alone",), 90),
+}
 
 
 def pieces(device: str, *, quick: bool) -> list[Piece]:
-    """All of a run but the tests, the most wanted first: time that runs out is taken from the last."""
+    """All of a run, the most wanted first: time that runs out is taken from the last. What has never run on a GPU and
+    ends soonest comes first; compilers, which take longer than all else, come last."""
     on = ("--device", device)
     if quick:
         on += ("--clips", "1", "--dtypes", "fp32", "--budget", "0.1", "--min-rounds", "1", "--no-memory")
@@ -41,90 +53,185 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         few = ("--only", "gather_tokens,masked_regression_loss")
         other = ("--sweep", "1", "2", "--resolutions", "4,16")
         return [
+            BUILD,
             Piece("ceilings", "ceilings", ("--device", device, "--quick")),
+            Piece("launch", "launch", ("--device", device)),
+            *TESTS.values(),
             Piece("fbank", "fbank", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
             Piece("memcheck", "sanitize", ("--tool", "memcheck")),
-            Piece("stem fp32", "stem", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
-            Piece("step fp32", "step_time", (*on, *tiny)),
+            Piece("stem", "stem", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
+            Piece("step", "step_time", (*on, *tiny, "--cases", "eager")),
             Piece("kernels", "kernels", (*on, *tiny, "--only", "norm_linear")),
-            Piece("stem sweep", "stem", (*on, *tiny, *other)),
+            Piece("sweep", "stem", (*on, *tiny, *other)),
             Piece("operators", "operators", (*on, *few)),
         ]
     bf16 = ("--dtypes", "bf16")
-    others = ("--dtypes", "fp16,fp32", "--no-compiled")  # compilers get one precision: they take longer than all else
+    eager = (*on, "--no-compiled")
     return [
-        Piece("ceilings", "ceilings", on, 60),
-        Piece("stem bf16", "stem", (*on, *bf16, "--budget", "2"), 90),
-        Piece("step bf16", "step_time", (*on, *bf16, "--budget", "3"), 110),
+        BUILD,
+        Piece("ceilings", "ceilings", on, 40),
+        Piece("launch", "launch", on, 60),
+        *TESTS.values(),
+        Piece("stem", "stem", (*eager, *bf16, "--budget", "2"), 60),
+        Piece("step", "step_time", (*eager, *bf16, "--budget", "3", "--cases", "eager"), 80),
+        Piece("graph", "step_time", (*eager, *bf16, "--budget", "2", "--cases", "graph"), 60),
         Piece("kernels", "kernels", (*on, *bf16), 60),
-        Piece("stem sweep", "stem", (*on, *bf16, "--budget", "0.3", "--sweep"), 45),
-        Piece("operators", "operators", (*on, "--dtypes", "bf16,fp32"), 90),
-        Piece("fbank", "fbank", (*on, "--dtypes", "fp32,bf16", "--budget", "2"), 100),
+        Piece("operators", "operators", (*eager, "--dtypes", "bf16,fp32"), 60),
+        Piece("fbank", "fbank", (*eager, "--dtypes", "fp32,bf16", "--budget", "2"), 60),
         Piece("memcheck", "sanitize", ("--tool", "memcheck"), 90),
-        Piece("racecheck", "sanitize", ("--tool", "racecheck"), 90),
-        Piece("stem fp16, fp32", "stem", (*on, *others, "--budget", "1"), 80),
-        Piece("step fp16, fp32", "step_time", (*on, *others, "--budget", "2"), 120),
-        Piece("stem resolutions", "stem", (*on, *bf16, "--budget", "0.2", "--resolutions"), 60),
+        Piece("initcheck", "sanitize", ("--tool", "initcheck"), 90),
+        Piece("racecheck", "sanitize", ("--tool", "racecheck"), 60),
+        Piece("synccheck", "sanitize", ("--tool", "synccheck"), 60),
+        Piece("sweep", "stem", (*eager, *bf16, "--budget", "0.3", "--sweep"), 45),
+        Piece("stem-others", "stem", (*eager, "--dtypes", "fp16,fp32", "--budget", "1"), 80),
+        Piece("step-others", "step_time", (*eager, "--dtypes", "fp16,fp32", "--budget", "2", "--cases", "eager"), 100),
+        Piece("resolutions", "stem", (*eager, *bf16, "--budget", "0.2", "--resolutions"), 60),
+        Piece("stem-compiled", "stem", (*on, *bf16, "--budget", "2", "--modes", "forward+backward"), 120),
+        Piece("operators-compiled", "operators", (*on, *bf16, "--budget", "0.3"), 120),
+        Piece("step-compiled", "step_time", (*on, *bf16, "--budget", "3", "--cases", "graph,compiled"), 240),
     ]
 
 
-def run_build(results: Results, log: TextIO, limit_s: float) -> None:
-    """The extension, for the GPU that is here only: all that a release holds take minutes."""
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    if major:
+def chosen(found: Sequence[Piece], names: Sequence[str], tests: str, *, build: bool) -> list[Piece]:
+    """The pieces that were asked for, in the suite's order.
+
+    names: empty for all. What the others need (build, ceilings) is run as well, unless ``build`` is False.
+    tests: "on" as any piece, "off" without them, "only" without all else.
+    """
+    known = [piece.name for piece in found]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"PIECES names {unknown[0]!r}; expected some of: {' '.join(known)}")
+    wanted = set(names or known) | {"build", "ceilings"}
+    if tests == "only":
+        wanted = {"build", *TESTS}
+    elif tests == "off":
+        wanted -= set(TESTS)
+    if not build:
+        wanted.discard("build")
+    return [piece for piece in found if piece.name in wanted]
+
+
+def build_environment() -> None:
+    """The extension is built for the GPU that is here only: all that a release holds take minutes."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
         os.environ.setdefault("CMAKE_CUDA_ARCHITECTURES", f"{major}{minor}")
-    record = run_limited("build", [sys.executable, *BUILD], limit_s, log)
-    results.pieces.append(record)
-    tell(record)
 
 
-def run_tests(results: Results, scratch: Path, log: TextIO, limit_s: float, *, quick: bool) -> None:
-    """``pytest -m gpu``; the counts go into the results, what it prints into the log."""
-    junit = scratch / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", "--durations=10"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={junit}", *(["tests/test_benchmarks.py"] if quick else [])]
-    record = run_limited("tests", command, limit_s, log)
+def test_command(marks: str, junit: Path, *, quick: bool) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "--continue-on-collection-errors", "--durations=10"]
+    command += ["-p", "no:cacheprovider", "-p", "benchmarks.failures", f"--junitxml={junit}"]
+    if "not alone" in marks and importlib.util.find_spec("xdist"):
+        command += ["-n", WORKERS, "--dist", "worksteal"]
+    return command + (["tests/test_benchmarks.py"] if quick else [])
+
+
+NO_TESTS = 5  # pytest's exit code where it chose none
+
+
+def run_tests(piece: Piece, results: Results, scratch: Path, log: TextIO, limit_s: float, *, quick: bool) -> None:
+    """``pytest -m``; the counts go into the results, what it prints into the log."""
+    junit = scratch / f"{piece.name}.xml"
+    record = run_limited(piece.name, test_command(piece.arguments[0], junit, quick=quick), limit_s, log)
+    if str(record["reason"]).startswith(f"exit code {NO_TESTS}:"):
+        record |= {"status": "ok", "reason": None}
     results.pieces.append(record)
     if junit.exists():
         suite = next(ElementTree.parse(junit).getroot().iter("testsuite"))
         counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-        passed = counts.pop("tests") - sum(counts.values())
-        results.tests |= {"passed": passed, **counts}
+        counts["passed"] = 2 * counts["tests"] - sum(counts.values())
+        del counts["tests"]
+        results.tests = {name: results.tests.get(name, 0) + count for name, count in counts.items()}
     tell(record)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory for results.json, log.txt and the plots")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--quick", action="store_true", help="the same path, tiny shapes: for tests")
-    parser.add_argument(
-        "--build", action=argparse.BooleanOptionalAction, default=True, help="build the extension first"
-    )
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help=f"seconds in all (default {LIMIT_S:.0f})")
-    options = parser.parse_args()
+def run(wanted: Sequence[Piece], options: argparse.Namespace, results: Results, scratch: Path, log: TextIO) -> None:
     deadline = time.monotonic() + options.limit
+    device = torch.device(options.device)
+
+    def save() -> None:
+        results.write(options.out / "results.json", device)
+
+    for piece in wanted:
+        limit_s = min(piece.limit_s, deadline - time.monotonic())
+        if piece.name == "build":
+            build_environment()
+            record = run_limited(piece.name, [sys.executable, *piece.arguments], limit_s, log)
+            results.pieces.append(record)
+            tell(record)
+        elif piece.name in TESTS:
+            run_tests(piece, results, scratch, log, limit_s, quick=options.quick)
+        else:
+            run_pieces([piece], results, scratch, log, deadline=deadline)
+        save()
+    note_goals(results, device)
+    save()
+
+
+def note_goals(results: Results, device: torch.device) -> None:
+    """The stem's goals, which are an H200's, once all that they compare has been measured."""
+    done = {record["name"] for record in results.pieces if record["status"] == "ok"}
+    if {"stem", "stem-compiled"} <= done and "H200" in torch.cuda.get_device_name(device):
+        results.notes += [f"goal missed: {goal}" for goal in stem.missed_on_h200(results)]
+
+
+def prepare_cache(path: Path | None) -> None:
+    """Unpack the compiled kernels that were brought along, where no folder of Triton's own was named."""
+    path = path or (CACHE if CACHE.exists() else None)
+    if path is None:
+        say(f"no {CACHE}: Triton compiles every kernel here (make gpu-cache makes it where there is no GPU)")
+        return
+    from benchmarks import cache
+
+    folder = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(cache.FOLDER)))
+    say(cache.unpack(path, folder))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="directory for results.json and log.txt")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--pieces", default="", help="names of pieces, with spaces between (default: all; --list tells them)")
+    add("--tests", default="on", choices=("on", "off", "only"), help="with the rest (default), without them, alone")
+    add("--limit", type=float, default=LIMIT_S, help=f"seconds in all (default {LIMIT_S:.0f})")
+    add("--cache", type=Path, help=f"compiled kernels, of make gpu-cache (default: {CACHE} where there is one)")
+    add("--quick", action="store_true", help="the same path, tiny shapes: for tests")
+    add("--build", action=argparse.BooleanOptionalAction, default=True, help="build the extension first")
+    add("--list", action="store_true", help="print the pieces in their order, and end")
+    return parser
+
+
+def main() -> int:
+    parser = arguments()
+    options = parser.parse_args()
+    found = pieces(options.device, quick=options.quick)
+    if options.list:
+        for piece in found:
+            say(f"{piece.name:<20} at most {piece.limit_s:.0f} s")
+        return 0
+    if options.out is None:
+        parser.error("--out DIR is missing")
+    try:
+        wanted = chosen(found, options.pieces.split(), options.tests, build=options.build)
+    except ValueError as error:
+        parser.error(str(error))
     if options.device == "cuda" and not torch.cuda.is_available():
         say("No CUDA device is visible to PyTorch here: the GPU suite measures nothing without one "
             "(--device cpu --quick tries the same path on the CPU).")  # fmt: skip
         return 2
+    if options.device == "cuda":
+        try:
+            prepare_cache(options.cache)
+        except (OSError, ValueError) as error:
+            say(str(error))
+            return 2
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results()
     with tempfile.TemporaryDirectory() as temporary, open(options.out / "log.txt", "w") as log:
-        scratch = Path(temporary)
-        if options.build:
-            run_build(results, log, min(180.0, options.limit))
-        first, *rest = pieces(options.device, quick=options.quick)
-        run_pieces([first], results, scratch, log, deadline=deadline)  # ceilings: nothing is warm or fragmented yet
-        run_tests(results, scratch, log, min(TESTS_S, deadline - time.monotonic()), quick=options.quick)
-        run_pieces(rest, results, scratch, log, deadline=deadline)
-    path = options.out / "results.json"
-    results.write(path, torch.device(options.device))
-    data = load(path)
-    try:
-        plot(data, options.out)
-    except Exception as error:  # numbers without pictures are still numbers
-        say(f"no plots: {error}")
+        run(wanted, options, results, Path(temporary), log)
+    data = load(options.out / "results.json")
     say("\n" + tables.summary(data))
     complete = all(piece["status"] in ("ok", "skipped") for piece in data["pieces"])
     return 0 if complete and not data["rejected"] else 1

@@ -49,7 +49,7 @@ def philox_words(
     counters = (c0, c1, c2, c3)
     device = next((c.device for c in counters if isinstance(c, Tensor)), None)
     tensors = [_as_word(c, device) for c in counters]
-    key = torch.as_tensor(seed if isinstance(seed, Tensor) else _wrap(seed), dtype=torch.int64, device=device)
+    key = seed.to(device, torch.int64) if isinstance(seed, Tensor) else _number(_wrap(seed), device)
     c0_, c1_, c2_, c3_ = torch.broadcast_tensors(*tensors)
     return _rounds(c0_, c1_, c2_, c3_, key & WORD, (key >> 32) & WORD)
 
@@ -84,8 +84,8 @@ def normal(rng: Tensor, count: int) -> Tensor:
 
 
 def rng(seed: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """int64 (2,) = (seed, offset) for `normal`, copied to the device."""
-    return torch.tensor([_wrap(seed), _wrap(offset)], device=device)
+    """int64 (2,) = (seed, offset) for `normal`, written on the device."""
+    return torch.stack([_number(_wrap(seed), device), _number(_wrap(offset), device)])
 
 
 def fill_normal_(out: Tensor, rng: Tensor, std: float = 1.0) -> Tensor:
@@ -129,7 +129,12 @@ def _as_word(value: int | Tensor, device: torch.device | None) -> Tensor:
         if value.dtype != torch.int64:
             raise TypeError(f"a Philox counter must be an int64 tensor, got {value.dtype}; convert it with .long()")
         return value & WORD
-    return torch.tensor(value & WORD, dtype=torch.int64, device=device)
+    return _number(value & WORD, device)
+
+
+def _number(value: int, device: torch.device | str | None) -> Tensor:
+    """0-dim, written on the device: `torch.tensor` would copy it there, and wait."""
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def _wrap(seed: int) -> int:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import importlib
-import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -22,18 +22,15 @@ from benchmarks import (
     memory,
     operators,
     others,
-    pieces,
     plots,
     predict,
     report,
     sanitize,
     stem,
-    suite,
     tables,
     usual,
 )
 from benchmarks.flops import multiply_adds
-from benchmarks.pieces import run_limited
 from benchmarks.results import Key, Parity, Results, load
 from benchmarks.runner import DTYPES, FLOOR, Case, Settings, distance, run_case
 from benchmarks.step_time import count
@@ -84,6 +81,7 @@ def test_interleaved_measures_time():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_events_measure_the_device_not_the_host():
     device = torch.device("cuda")
     a = torch.randn(8192, 8192, device=device)
@@ -108,6 +106,7 @@ def test_peak_resident_memory_counts_what_is_freed_again():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_peak_cuda_memory_counts_what_is_freed_again():
     assert memory.peak_cuda(lambda: torch.ones(64 << 18, device="cuda"), torch.device("cuda")) == pytest.approx(64)
 
@@ -299,6 +298,7 @@ def test_parity_of_features():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_features_on_a_gpu():
     device = torch.device("cuda")
     results = fbank.run(settings(device=device, dtypes=["fp32", "bf16"], compiled=True, compiler="aot_eager"))
@@ -393,6 +393,7 @@ def test_kernels_on_a_cpu_are_pytorchs_operations():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_kernels_on_a_gpu():
     results = kernels.run(settings(device=torch.device("cuda"), dtypes=["bf16", "fp32"], min_rounds=1))
     assert not results.rejected
@@ -521,16 +522,48 @@ def test_sanitized_calls_are_calls_that_work():
 @pytest.mark.parametrize(
     ("code", "printed", "clean"),
     [
-        (0, "14 calls\n========= ERROR SUMMARY: 0 errors\n", True),
         (0, "14 calls\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True),
         (0, "14 calls\n========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n", False),
-        (9, "14 calls\n========= ERROR SUMMARY: 3 errors\n", False),
-        (0, "========= ERROR SUMMARY: 0 errors\n", False),  # not one call was made
+        (9, "14 calls\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n", False),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", False),  # no call was made
         (0, "14 calls\n", False),
     ],
 )
-def test_verdict_of_the_sanitizer(code, printed, clean):
-    assert sanitize.verdict("memcheck", code, printed)[0] is clean
+def test_verdict_on_hazards(code, printed, clean):
+    assert sanitize.verdict("racecheck", code, printed, {"fbank"})[0] is clean
+
+
+def report_of(kernel):
+    return (
+        "========= Uninitialized __global__ memory read of size 4 bytes\n"
+        f"=========     at {kernel}+0x1f0\n=========     by thread (0,0,0) in block (0,0,0)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "told"),
+    [
+        (0, "14 calls\n========= ERROR SUMMARY: 0 errors\n", "0 errors of our kernels, 0 of others, in 14 calls"),
+        (
+            0,
+            report_of("void cublas_split") + "3 calls\n========= ERROR SUMMARY: 1 error\n",
+            "0 errors.*1 of others, in 3 calls",
+        ),
+        (0, report_of("_embed") + "3 calls\n========= ERROR SUMMARY: 1 error\n", "1 errors.*first: Uninit.*at _embed"),
+        (1, "========= ERROR SUMMARY: 0 errors\n", "exit code 1, 0 errors"),  # a wrong result, or a crash
+        (0, "========= ERROR SUMMARY: 0 errors\n", "exit code 0, 0 errors"),  # not one call was made
+        (0, "14 calls\n", "without a summary"),
+    ],
+)
+def test_verdict_on_memory_is_about_our_kernels(code, printed, told):
+    clean, found = sanitize.verdict("initcheck", code, printed, {"_embed", "fbank"})
+    assert re.search(told, found)
+    assert clean is told.endswith(" calls")
+
+
+def test_the_sanitizer_knows_our_kernels():
+    pytest.importorskip("triton")
+    assert {"fbank", "_embed", "_average", "_restore"} <= sanitize.our_names()
 
 
 def test_sanitizer_of_the_toolkit_is_found(tmp_path, monkeypatch):
@@ -579,104 +612,3 @@ def test_documented_tables_are_those_of_the_result_files():
     results = report.newest()
     stale = [path for path in report.documents() if report.filled(path.read_text(), results) != path.read_text()]
     assert not stale, "run python -m benchmarks.report"
-
-
-# ---------------------------------------------------------------- pieces and the suite
-
-
-def test_a_piece_that_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "LEAST_S", 1.0)
-    code = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    with open(tmp_path / "log.txt", "w") as log:
-        record = run_limited("hangs", [sys.executable, "-c", code], 3.0, log)
-    assert record["status"] == "timed out"
-    child = int((tmp_path / "log.txt").read_text().split()[-1])
-    for _ in itertools.repeat(None, 50):
-        if not alive(child):
-            break
-        time.sleep(0.1)
-    assert not alive(child)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_piece_that_fails_tells_why(tmp_path):
-    with open(tmp_path / "log.txt", "w") as log:
-        failed = run_limited("fails", [sys.executable, "-c", "raise SystemExit('no such thing')"], 60.0, log)
-        late = run_limited("late", [sys.executable, "-c", ""], 1.0, log)
-    assert (failed["status"], failed["reason"]) == ("failed", "exit code 1: no such thing")
-    assert (late["status"], late["reason"]) == ("not run", "no time was left")
-
-
-def test_a_piece_without_its_tool_is_skipped(tmp_path):
-    with open(tmp_path / "log.txt", "w") as log:
-        record = run_limited("tool", [sys.executable, "-c", "print('no such tool'); raise SystemExit(77)"], 60.0, log)
-    assert (record["status"], record["reason"]) == ("skipped", "no such tool")
-
-
-def test_suite_goes_on_without_a_build(tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "BUILD", ("-c", "raise SystemExit('error: no compiler')"))
-    results = Results()
-    with open(tmp_path / "log.txt", "w") as log:
-        suite.run_build(results, log, 60.0)
-    assert [(p["name"], p["status"], p["reason"]) for p in results.pieces] == [
-        ("build", "failed", "exit code 1: error: no compiler")
-    ]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_suite_without_a_gpu_says_so(tmp_path):
-    done = run_suite("--out", str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert done.stdout.strip().splitlines()[0].startswith("No CUDA device is visible to PyTorch here")
-    assert len(done.stdout.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_suite_path_on_the_cpu(tmp_path):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "out"
-    done = run_suite("--device", "cpu", "--quick", "--no-build", "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
-    drawn = ("stem", "stem-sweep", "stem-resolutions", "step", "kernels", "fbank", "operators")
-    assert {path.name for path in out.iterdir()} == {"results.json", "log.txt", *(f"{name}.png" for name in drawn)}
-    data = load(out / "results.json")
-    status = {piece["name"]: piece["status"] for piece in data["pieces"]}
-    if not torch.cuda.is_available():
-        assert status.pop("memcheck") == "skipped"
-    assert status == dict.fromkeys(status, "ok")
-    assert list(status) == [
-        "ceilings",
-        "tests",
-        "fbank",
-        "stem fp32",
-        "step fp32",
-        "kernels",
-        "stem sweep",
-        "operators",
-    ]
-    found = {(row["benchmark"], row["mode"], row["provider"]) for row in data["rows"]}
-    passes = itertools.product(("dense", "visible", "dense compiled", "visible compiled"), ("forward+backward",))
-    assert found >= {("stem", mode, provider) for provider, mode in passes}
-    assert found >= {("step", "step", "dense"), ("step", "step", "visible"), ("gather_tokens", "forward", "operator")}
-    assert found >= {("stem", "dense forward", "visible"), ("stem sweep", "forward+backward", "visible")}
-    assert found >= {("stem resolutions", "forward+backward", "dense"), ("kernels", "norm_linear c=48", "pytorch")}
-    assert found >= {("fbank", "log-mel", "torch"), ("features", "model input", "torch")}
-    assert data["ceilings"]["copy_GBps"] > 0
-    assert done.stdout.index("Pre-training step") > done.stdout.index("operators  ")  # the tables come last
-
-
-def run_suite(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.suite", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=450, check=False)

@@ -15,6 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [
     name for name in ("torch", "triton") if backends.why_not("ema_update_", name, DEVICE.type) is None
 ]  # a machine without Triton still tests the rest
+pytestmark = pytest.mark.either
 DECAYS = [0.0, 0.3, 0.5, 0.9, 0.9998, 1.0]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

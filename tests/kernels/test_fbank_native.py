@@ -307,7 +307,9 @@ def test_gpu_that_is_not_the_current_one(cuda):
 
 
 @pytest.mark.gpu
-def test_gpu_offsets_past_2_to_the_31(cuda):
+@pytest.mark.alone
+def test_gpu_offsets_past_2_to_the_31(cuda, gpu_memory):
+    gpu_memory(16 << 30)
     clips = 2**31 // 160_000 + 2
     wave = torch.zeros(clips, 160_000, dtype=torch.int16, device=cuda)
     wave[-1] = (noise(160_000) * 32768).to(torch.int16)

@@ -13,6 +13,7 @@ BACKENDS = [
     for name in backends.OPERATORS["masked_regression_loss"]
     if backends.why_not("masked_regression_loss", name, DEVICE.type) is None
 ]
+pytestmark = pytest.mark.either
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

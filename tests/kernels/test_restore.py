@@ -13,7 +13,7 @@ tl = pytest.importorskip("triton.language")
 from cat_kernels.restore import kernels  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+pytestmark = pytest.mark.either
 
 
 def sample(name="few, std 1"):

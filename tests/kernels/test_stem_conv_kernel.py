@@ -4,7 +4,7 @@ Without a GPU they run in Triton's interpreter.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from cat_kernels.stem.layout import block_order, halo_rows
 if not torch.cuda.is_available() and not conv.triton.knobs.runtime.interpret:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+pytestmark = pytest.mark.either
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -200,8 +201,10 @@ def test_halo_that_does_not_fit(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_offsets_past_two_to_the_31(device: str) -> None:
+@pytest.mark.alone
+def test_offsets_past_two_to_the_31(device: str, gpu_memory: Callable[[float], None]) -> None:
     """Copies of a small case one after the other: the last one, beyond 2^31 elements, gives what the first gives."""
+    gpu_memory(24 << 30)
     case = Case((2, 2), 5, 256, torch.bfloat16, device, K=8)
     rows = case.y.shape[0]
     copies = 2**31 // case.y.numel() + 1

@@ -1,6 +1,7 @@
 """LayerNorm + MLP + residual in Triton, and its gradients, against PyTorch in float64 and in the same dtype."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from cat_kernels.stem.kernels import mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.either
 EPS = 1e-5
 NAMES = ("ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
@@ -119,8 +121,10 @@ def test_parity_at_base_width(c: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_offsets_past_two_to_the_31() -> None:
+@pytest.mark.alone
+def test_offsets_past_two_to_the_31(gpu_memory: Callable[[float], None]) -> None:
     """The last rows of a tensor of more than 2^31 elements, forward and dx."""
+    gpu_memory(24 << 30)
     c, h = 384, 48
     R = 2**31 // c + 200
     _, parameters, _ = inputs(1, c, h, torch.bfloat16)

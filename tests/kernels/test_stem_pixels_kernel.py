@@ -17,6 +17,7 @@ from cat_kernels.stem.kernels import pixels as kernel
 from cat_kernels.stem.layout import patchify
 from cat_kernels.stem.spec import draw_visible
 
+pytestmark = pytest.mark.either
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Resolutions, width and channels, patch grid, visible patches: the first embedding of every stem, narrower.
@@ -228,10 +229,10 @@ def test_table_of_inference_mode_serves_training(device):
 
 
 @pytest.mark.gpu
-def test_offsets_past_2_31():
+@pytest.mark.alone
+def test_offsets_past_2_31(gpu_memory):
     """More than 2^31 elements in the result: its last rows are those of a small call."""
-    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
-        pytest.skip("needs 24 GB")
+    gpu_memory(24 << 30)
     device, c = torch.device("cuda"), 256
     spec, _, weights, _ = problem(device, torch.bfloat16, (4, 8, 16), c, 1, (64, 8), 1, B=2, M=1)
     clips = 2**31 // (512 * 16 * c) + 2

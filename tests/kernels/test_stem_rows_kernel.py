@@ -11,6 +11,7 @@ from cat_kernels.stem.kernels.linear import norm_linear
 from cat_kernels.stem.kernels.rows import layer_norm, layer_norm_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.either
 SHAPES = [(50, 48, 48), (1, 16, 32), (130, 80, 144), (0, 32, 32)]
 EPS = 1e-5
 
@@ -89,8 +90,10 @@ def test_offsets_do_not_cost_digits():
 
 
 @pytest.mark.gpu
-def test_offsets_past_two_to_the_31():
+@pytest.mark.alone
+def test_offsets_past_two_to_the_31(gpu_memory):
     """The last rows of a tensor of more than 2^31 elements, forward and backward."""
+    gpu_memory(24 << 30)
     c, n, tail = 256, 16, 200
     R = 2**31 // c + tail
     x = torch.zeros(R, c, device=DEVICE, dtype=torch.bfloat16)

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.either
 SMALL = {"resolutions": (4, 8), "channels": (16,), "embed_dim": 48, "depth": 1}
 
 

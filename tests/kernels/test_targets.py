@@ -14,6 +14,9 @@ if backends.why_not("average_targets", "triton", DEVICE.type) is not None:
     pytest.skip("Triton does not run here", allow_module_level=True)
 
 
+pytestmark = pytest.mark.either
+
+
 def blocks(count, B=2, L=24, D=20, dtype=torch.float32):
     """As they come from the teacher: with the CLS row cut off."""
     g = torch.Generator().manual_seed(0)
