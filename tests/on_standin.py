@@ -50,8 +50,8 @@ def seeds(waits: dict[str, str]) -> None:
 
 def steps(waits: dict[str, str]) -> None:
     from cat.model import CAT, PRESETS, ObjectiveConfig
-    from cat.optim import OptimConfig
-    from cat.step import PretrainStep
+    from cat.training.optim import OptimConfig
+    from cat.training.step import PretrainStep
 
     for kernels in ("auto", "reference", "dense"):
         config = dataclasses.replace(PRESETS["tiny"], depth=1, kernels=kernels)
