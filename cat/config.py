@@ -177,7 +177,7 @@ def _build(
             )
     try:
         return cls(**filled) if preset is None else dataclasses.replace(preset, **filled)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # the last two: of numbers nobody means
         if isinstance(error, ConfigError):
             raise
         mixed = any(k.startswith(f"{path}.") for k in where.overridden)

@@ -287,6 +287,7 @@ def run_suite(*arguments: str) -> subprocess.CompletedProcess[str]:
 # --- which tests run on a GPU -----------------------------------------------------------------------------------------
 
 WITHOUT_A_GPU = {
+    "tests/kernels/test_package.py": "imports, copies and state dicts",
     "tests/kernels/test_resources.py": "reads what compilers say",
     "tests/kernels/test_stem.py": "the stem in plain PyTorch, in float64; test_operators.py runs it on a GPU",
 }

@@ -39,6 +39,8 @@ class MaskConfig:
             raise ValueError(f"num_masks={self.num_masks}; expected at least 1")
         if self.block < 1 or self.block % 2 == 0:
             raise ValueError(f"block={self.block}; expected a positive odd number of patches, e.g. 5")
+        if not 0 <= self.adjust <= 1:
+            raise ValueError(f"adjust={self.adjust}; expected a share of the patches, in [0, 1]")
 
     def visible_count(self, patches: int) -> int:
         """K = int(L * (1 - ratio)), at least one."""

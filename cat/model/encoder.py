@@ -61,8 +61,18 @@ class ModelConfig:
             raise ValueError(f"stem={self.stem!r}; expected 'multires' or 'patch'")
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels={self.kernels!r}; expected one of {', '.join(map(repr, KERNELS))}")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth}; expected at least one transformer block")
+        for name in ("embed_dim", "depth", "num_heads", "mel_bins", "decoder_dim", "decoder_groups", "decoder_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.decoder_layers < 0 or self.decoder_kernel % 2 == 0:
+            raise ValueError(
+                f"decoder_layers={self.decoder_layers} with decoder_kernel={self.decoder_kernel}; expected 0 or more "
+                "layers and an odd kernel"
+            )
+        if not self.resolutions or min(self.resolutions) < 1:
+            raise ValueError(f"resolutions={self.resolutions}; expected one or more positive ones, as in (4, 8, 16)")
+        if not 1 <= self.embed_dim * self.mlp_ratio < 1 << 31:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio}; expected hidden units over embed_dim={self.embed_dim}: 4")
         if self.stem == "patch" and len(self.resolutions) != 1:
             raise ValueError(f"stem='patch' with resolutions={self.resolutions}; expected one, the patch size: (16,)")
         if self.embed_dim % 4 or self.embed_dim % self.num_heads:

@@ -57,6 +57,8 @@ class ObjectiveConfig:
             )
         if self.global_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"global_loss_reduction={self.global_loss_reduction!r}; expected 'sum' or 'mean'")
+        if self.noise_std < 0:
+            raise ValueError(f"noise_std={self.noise_std}; expected a deviation, 0 or more")
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:

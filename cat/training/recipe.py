@@ -54,9 +54,12 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("seed", "threads", "eval_every", "keep_best", "collapse_steps"):
+        for name in ("threads", "eval_every", "keep_best", "collapse_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        for name in ("seed", "weights_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 1 << 63:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 2^63 - 1")
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at is {self.stop_at}; expected at least 1, or null")
 

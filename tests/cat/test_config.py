@@ -34,6 +34,7 @@ class Net:
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ValueError(f"depth is {self.depth}; expected at least 1")
+        100 % (self.depth - 13)  # what nobody thought of
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def test_preset_given_on_the_command_line_starts_afresh_whatever_the_order(tmp_p
         ("name: a", ["optim.lr"], ["'optim.lr' is not an override", "key.sub=value"]),
         ("name: a", ["name.x=3"], ["'name' is a value"]),
         ("name: a", ["net.widths=[1"], ["net.widths=[1 cannot be read"]),
+        ("name: a", ["net.depth=13"], ["command line", "net", "modulo by zero"]),
     ],
 )
 def test_mistakes_name_place_value_and_remedy(tmp_path, text, overrides, parts):

@@ -345,6 +345,14 @@ def test_an_earlier_versions_stem_backend_is_kernels():
     ({"num_heads": 5}, "num_heads=5"),
     ({"mel_bins": 100}, "mel_bins=100"),
     ({"decoder_dim": 40}, "decoder_dim=40"),
+    ({"num_heads": 0}, "num_heads=0; expected at least 1"),
+    ({"embed_dim": 0}, "embed_dim=0"),
+    ({"decoder_groups": 0}, "decoder_groups=0"),
+    ({"decoder_kernel": 2}, "an odd kernel"),
+    ({"decoder_layers": -1}, "decoder_layers=-1"),
+    ({"resolutions": ()}, r"resolutions=\(\)"),
+    ({"resolutions": (4, 0)}, "resolutions"),
+    ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
 ])  # fmt: skip
 def test_impossible_architectures(bad, message):
     with pytest.raises(ValueError, match=message):
@@ -354,6 +362,8 @@ def test_impossible_architectures(bad, message):
 @pytest.mark.parametrize(("bad", "message"), [
     ({"regularisation_distance": "mse"}, "expected one of"),
     ({"global_loss_reduction": "none"}, "'sum' or 'mean'"),
+    ({"regularisation_projection": "both"}, "'student' or 'external'"),
+    ({"noise_std": -0.1}, "noise_std=-0.1"),
 ])  # fmt: skip
 def test_impossible_objectives(bad, message):
     with pytest.raises(ValueError, match=message):
