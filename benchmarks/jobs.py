@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plan
+
 ROOT = Path(__file__).resolve().parent.parent
 # Pieces of the suite that launch kernels of ours. What only compilers are asked for in addition launches the same.
 MODULES = ("launch", "stem", "step_time", "kernels", "operators", "sanitize")
@@ -35,9 +37,9 @@ REPEATS = "outputs_are_written or opcheck or inductor or graph_breaks or recompi
 
 def jobs() -> list[str]:
     """Test files, and pieces of the suite by their names."""
-    from benchmarks import sanitize, suite
+    from benchmarks import sanitize
 
-    names = [piece.name for piece in suite.pieces("cuda", quick=False) if piece.module in MODULES]
+    names = [piece.name for piece in plan.pieces("cuda", quick=False) if piece.module in MODULES]
     names = [name for name in names if "compiled" not in name and name not in sanitize.OURS_ALONE]
     tests = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("tests/**/test_*.py"))]
     tests = [path for path in tests if MARKED.search(text := (ROOT / path).read_text()) and LAUNCHES.search(text)]
@@ -126,11 +128,10 @@ INSTEAD: dict[str, Any] = {
 
 def run_piece(name: str) -> int:
     """A piece of the suite with nothing timed, compared or counted."""
-    from benchmarks import suite
     from benchmarks.standin import plugin  # parity checks only run
 
     del plugin
-    piece = next(piece for piece in suite.pieces("cuda", quick=False) if piece.name == name)
+    piece = next(piece for piece in plan.pieces("cuda", quick=False) if piece.name == name)
     module = importlib.import_module(f"benchmarks.{piece.module}")
     for loaded in [module for full, module in sys.modules.items() if full.startswith("benchmarks.")]:
         for function in INSTEAD.keys() & vars(loaded).keys():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cache, jobs, pieces, suite
+from benchmarks import cache, jobs, pieces, plan, suite
 from benchmarks.pieces import run_limited
 from benchmarks.results import Results, load
 
@@ -38,7 +38,7 @@ def names(found):
 
 
 def test_the_first_to_run_is_what_never_ran_and_the_last_what_takes_longest():
-    found = names(suite.pieces("cuda", quick=False))
+    found = names(plan.pieces("cuda", quick=False))
     assert found[:5] == ["build", "ceilings", "launch", "tests", "tests-alone"]
     first = [found.index(name) for name in ("stem", "step", "graph", "kernels", "operators", "fbank", "memcheck")]
     assert first == sorted(first)
@@ -47,18 +47,18 @@ def test_the_first_to_run_is_what_never_ran_and_the_last_what_takes_longest():
 
 
 def test_pieces_are_chosen_by_name_in_the_suites_order():
-    found = suite.pieces("cuda", quick=False)
-    assert names(suite.chosen(found, [], "on", build=True)) == names(found)
-    assert names(suite.chosen(found, ["step", "stem"], "on", build=True)) == ["build", "ceilings", "stem", "step"]
-    assert names(suite.chosen(found, [], "only", build=False)) == ["tests", "tests-alone"]
-    assert "tests" not in names(suite.chosen(found, [], "off", build=True))
+    found = plan.pieces("cuda", quick=False)
+    assert names(plan.chosen(found, [], "on", build=True)) == names(found)
+    assert names(plan.chosen(found, ["step", "stem"], "on", build=True)) == ["build", "ceilings", "stem", "step"]
+    assert names(plan.chosen(found, [], "only", build=False)) == ["tests", "tests-alone"]
+    assert "tests" not in names(plan.chosen(found, [], "off", build=True))
     with pytest.raises(ValueError, match="PIECES names 'stems'; expected some of: build ceilings launch tests"):
-        suite.chosen(found, ["stems"], "on", build=True)
+        plan.chosen(found, ["stems"], "on", build=True)
 
 
 def test_tests_share_the_gpu_but_for_those_that_need_it_alone(tmp_path):
     pytest.importorskip("xdist")
-    shared, alone = (suite.test_command(p.arguments[0], tmp_path / "x", quick=False) for p in suite.TESTS.values())
+    shared, alone = (suite.test_command(p.arguments[0], tmp_path / "x", quick=False) for p in plan.TESTS.values())
     assert shared[shared.index("-n") + 1] == suite.WORKERS
     assert "-n" not in alone
     assert [command[command.index("-m", 3) + 1] for command in (shared, alone)] == [
@@ -159,7 +159,7 @@ def test_results_are_on_disk_after_every_piece(tmp_path, monkeypatch):
         results.pieces.append({"name": wanted[0].name, "status": "ok", "seconds": 1.0, "reason": None})
 
     monkeypatch.setattr(suite, "run_pieces", run_one)
-    wanted = suite.chosen(suite.pieces("cpu", quick=True), ["stem", "step"], "on", build=False)
+    wanted = plan.chosen(plan.pieces("cpu", quick=True), ["stem", "step"], "on", build=False)
     with open(tmp_path / "log.txt", "w") as log:
         suite.run(wanted, options(tmp_path), Results(), tmp_path, log)
     assert seen == [[], ["ceilings"], ["ceilings", "stem"]]
@@ -172,7 +172,7 @@ def names_of(data):
 
 
 def test_a_suite_goes_on_without_a_build(tmp_path, monkeypatch):
-    build = suite.Piece("build", "", ("-c", "raise SystemExit('error: no compiler')"), 60)
+    build = pieces.Piece("build", "", ("-c", "raise SystemExit('error: no compiler')"), 60)
     results = Results()
     with open(tmp_path / "log.txt", "w") as log:
         suite.run([build], options(tmp_path), results, tmp_path, log)
@@ -429,7 +429,7 @@ def test_an_entry_goes_nowhere_else(packed, tmp_path):
 
 
 def test_every_job_is_a_test_file_or_a_piece():
-    known = {piece.name: piece for piece in suite.pieces("cuda", quick=False)}
+    known = {piece.name: piece for piece in plan.pieces("cuda", quick=False)}
     found = jobs.jobs()
     assert {"launch", "stem", "step", "graph", "kernels", "operators", "memcheck"} <= set(found)
     assert {"tests/kernels/test_operators.py", "tests/kernels/test_stem_mlp_kernel.py"} <= set(found)
