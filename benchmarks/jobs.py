@@ -2,7 +2,8 @@
 
     python -O -m benchmarks.jobs NAME --arch 90 --out FILE    # one of them; `benchmarks.cache` starts them all
 
-Nothing is compared, timed or counted; a test that ends early launches less than on a GPU, and is named.
+Nothing is compared, timed or counted; a test that ends early launches less than on a GPU, and is named. The stand-in
+must be imported before PyTorch, so nothing at the top of this file may import that.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plan
-
 ROOT = Path(__file__).resolve().parent.parent
 # Pieces of the suite that launch kernels of ours. What only compilers are asked for in addition launches the same.
 MODULES = ("launch", "stem", "step_time", "kernels", "operators", "sanitize")
@@ -37,7 +36,7 @@ REPEATS = "outputs_are_written or opcheck or inductor or graph_breaks or recompi
 
 def jobs() -> list[str]:
     """Test files, and pieces of the suite by their names."""
-    from benchmarks import sanitize
+    from benchmarks import plan, sanitize
 
     names = [piece.name for piece in plan.pieces("cuda", quick=False) if piece.module in MODULES]
     names = [name for name in names if "compiled" not in name and name not in sanitize.OURS_ALONE]
@@ -128,6 +127,7 @@ INSTEAD: dict[str, Any] = {
 
 def run_piece(name: str) -> int:
     """A piece of the suite with nothing timed, compared or counted."""
+    from benchmarks import plan
     from benchmarks.standin import plugin  # parity checks only run
 
     del plugin
