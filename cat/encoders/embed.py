@@ -180,12 +180,14 @@ def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], wave
 
 def _encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
     """(1, dim): a clip's windows, made one."""
-    rows, lengths = [], []
+    rows_WE, lengths = torch.empty(0, encoder.dim), []
     for wave in read_windows(manifest.path(index), encoder.sample_rate, WINDOW_SECONDS * encoder.sample_rate):
-        rows.append(_encode(encoder, manifest, [index], [torch.from_numpy(wave)]))
+        row_1E = _encode(encoder, manifest, [index], [torch.from_numpy(wave)])
+        # Not a list of rows: small blocks between large ones that come and go made the heap grow by 10 MB a window.
+        rows_WE = torch.cat([rows_WE, row_1E])
         lengths.append(len(wave))
     combine = getattr(encoder, "combine", weighted_mean)
-    return combine(torch.cat(rows), torch.tensor(lengths))[None]
+    return combine(rows_WE, torch.tensor(lengths))[None]
 
 
 class EncoderError(RuntimeError):
