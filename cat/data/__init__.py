@@ -1,6 +1,6 @@
 """Manifests, audio files, features and batches."""
 
-from cat.data.audio import AudioError, read_audio
+from cat.data.audio import AudioError, read_audio, read_windows
 from cat.data.dataset import Batch, DataConfig, Failure
 from cat.data.embeddings import EmbeddingError, EmbeddingStore, EmbeddingWriter, gather_embeddings, open_embeddings
 from cat.data.features import FEATURE_PRESETS, FeatureConfig, log_mel
@@ -27,5 +27,6 @@ __all__ = [
     "open_embeddings",
     "pretrain_batches",
     "read_audio",
+    "read_windows",
     "write_manifest",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +74,33 @@ def read_audio(
     """
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start is {start}; it must lie in [0, 1]")
+    with _opened(Path(path)) as sound:
+        available = _available(sound, sample_rate, min_samples)
+        wanted = available if max_samples is None else min(max_samples, available)
+        first = min(int(start * (available - wanted + 1)), available - wanted)
+        return _cut(sound, sample_rate, first, wanted, allow_int16)
+
+
+def read_windows(
+    path: str | os.PathLike[str], sample_rate: int, max_samples: int, *, min_samples: int = 1
+) -> Iterator[np.ndarray]:
+    """The whole clip of `read_audio`, in consecutive windows that are equally long (to a sample) and no longer than
+    ``max_samples``: one after the other, so that memory does not grow with the clip. Raises as `read_audio`."""
+    with _opened(Path(path)) as sound:
+        available = _available(sound, sample_rate, min_samples)
+        count = -(-available // max_samples)
+        edges = [available * number // count for number in range(count + 1)]
+        for first, end in itertools.pairwise(edges):
+            yield _cut(sound, sample_rate, first, end - first)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Mp3 | Sound]:
+    """Whatever is wrong with the file is an AudioError."""
     soundfile = import_library("soundfile")
-    path = Path(path)
     try:
         with _open(path) as file, contextlib.closing(_sound(file, path.suffix)) as sound:
-            return _crop(sound, sample_rate, max_samples, start, min_samples, allow_int16)
+            yield sound
     except (Unusable, soundfile.SoundFileError, *_ERRORS) as error:
         raise AudioError(path, _reason(path, error)) from error
 
@@ -98,21 +122,21 @@ def _sound(file: io.FileIO, suffix: str) -> Mp3 | Sound:
     return open_mp3(file, start, search=suffix.lower() == ".mp3") or Sound(file, start)
 
 
-def _crop(
-    sound: Mp3 | Sound, sample_rate: int, max_samples: int | None, start: float, min_samples: int, allow_int16: bool
-) -> np.ndarray:
-    source_rate = sound.rate
+def _available(sound: Mp3 | Sound, sample_rate: int, min_samples: int) -> int:
+    """Samples of the clip at ``sample_rate``."""
     if sound.length <= 0:
         raise Unusable("empty: it has no samples")
-    if max(source_rate, sample_rate) > _MOST_RESAMPLING * min(source_rate, sample_rate):
-        raise Unusable(f"sample rate {source_rate} Hz: too far from {sample_rate} Hz to resample")
-    # floor: the resampler never gives fewer
-    available = sound.length * sample_rate // source_rate
+    if max(sound.rate, sample_rate) > _MOST_RESAMPLING * min(sound.rate, sample_rate):
+        raise Unusable(f"sample rate {sound.rate} Hz: too far from {sample_rate} Hz to resample")
+    available = sound.length * sample_rate // sound.rate  # floor: the resampler never gives fewer
     if available < min_samples:
         raise Unusable(f"too short: {available} samples at {sample_rate} Hz, at least {min_samples} are needed")
-    wanted = available if max_samples is None else min(max_samples, available)
-    first = min(int(start * (available - wanted + 1)), available - wanted)
+    return available
 
+
+def _cut(sound: Mp3 | Sound, sample_rate: int, first: int, wanted: int, allow_int16: bool = False) -> np.ndarray:
+    """``wanted`` samples from the ``first`` on, at ``sample_rate``."""
+    source_rate = sound.rate
     # The source interval, from a sample that both rates have in common: resampling from there gives the very samples
     # that resampling the whole file would.
     step = source_rate // math.gcd(source_rate, sample_rate)

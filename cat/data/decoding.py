@@ -95,6 +95,7 @@ class Sound:
         wave = decode(self._decoder, end - begin, dtype)
         if len(wave) < end - begin:
             raise Unusable(f"cut off: {self.length} samples announced, {begin + len(wave)} could be decoded")
+        self._at = end
         return wave
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.encoders.frozen import checked_lengths
+from cat.encoders.frozen import checked_lengths, mean_direction
 
 DEFAULT_CLAP = "laion/clap-htsat-fused"
 
@@ -25,6 +25,8 @@ class ClapEncoder:
 
     Raises ImportError without `transformers`, FileNotFoundError when there are no weights (offline, no safetensors).
     """
+
+    combine = staticmethod(mean_direction)
 
     def __init__(self, path: str | Path = DEFAULT_CLAP, *, device: torch.device | str = "cpu") -> None:
         self.extractor, self.model = _load_clap(str(path))

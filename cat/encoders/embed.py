@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cat.data.audio import AudioError, read_audio
+from cat.data.audio import AudioError, read_audio, read_windows
 from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
 from cat.data.workers import prefetched
-from cat.encoders.frozen import FrozenEncoder, heard_samples
+from cat.encoders.frozen import WINDOW_SECONDS, FrozenEncoder, weighted_mean
 from cat.encoders.outputs import claim_outputs, record_failures, sign
 from cat.progress import track
 
@@ -55,9 +55,9 @@ def embed_manifest(
     """Embeds the clips in their order. Yields (indices (k,) int64, embeddings (k, dim) float32 on the CPU, skipped) a
     batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite.
 
-    Memory does not grow with the length of the clips: of each no more than `heard_samples` is read, and for an encoder
-    that has no limit of its own a batch of more than `BATCH_SECONDS` of audio is made smaller. Raises EncoderError,
-    with the clips' names.
+    Memory does not grow with the length of the clips: an encoder that has no limit of its own gets no more than
+    `BATCH_SECONDS` of audio at once, and a clip longer than `WINDOW_SECONDS` in windows (see `FrozenEncoder`). Raises
+    EncoderError, with the clips' names.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -70,7 +70,14 @@ def embed_manifest(
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
             continue
-        rows_BE = _encode(encoder, manifest, indices, waves)
+        try:
+            rows_BE = (
+                _encode(encoder, manifest, indices, waves) if waves else _encode_long(encoder, manifest, indices[0])
+            )
+        except AudioError as error:  # beyond the first window
+            skipped = [*skipped, Skipped(indices[0], error.path, error.reason)]
+            yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
+            continue
         finite_B = rows_BE.isfinite().all(dim=1)
         skipped = skipped + [
             Skipped(index, str(manifest.path(index)), f"{encoder.name} gave an embedding that is not finite")
@@ -93,40 +100,53 @@ def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: ob
     )
 
 
+class _Long:
+    """In place of a clip that goes through the encoder in windows."""
+
+
 class _Waveforms:
     def __init__(self, manifest: Manifest, encoder: FrozenEncoder) -> None:
         self.manifest, self.sample_rate = manifest, encoder.sample_rate
         self.min_samples: int = getattr(encoder, "min_samples", 1)
-        self.max_samples = heard_samples(encoder)
+        self.max_samples: int | None = getattr(encoder, "max_samples", None)
+        self.window = WINDOW_SECONDS * encoder.sample_rate
 
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | Skipped]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | _Long | Skipped]:
         try:
             samples = read_audio(
                 self.manifest.path(index),
                 self.sample_rate,
-                max_samples=self.max_samples,
-                start=0.5,
+                max_samples=self.max_samples or self.window + 1,
+                start=0.5 if self.max_samples else 0.0,
                 min_samples=self.min_samples,
             )
-            return index, torch.from_numpy(samples)
+            long = self.max_samples is None and len(samples) > self.window
+            return index, _Long() if long else torch.from_numpy(samples)
         except AudioError as error:
             return index, Skipped(index, error.path, error.reason)
 
 
 def _batches(
-    clips: Iterable[tuple[int, Tensor | Skipped]], batch_size: int, most_samples: int
+    clips: Iterable[tuple[int, Tensor | _Long | Skipped]], batch_size: int, most_samples: int
 ) -> Iterator[tuple[list[int], list[Tensor], list[Skipped]]]:
     """`batch_size` places of the manifest at a time, or fewer, so that padded to the longest of them they have no more
-    than `most_samples`: beside a long clip short ones would take as much memory as it does."""
+    than `most_samples`: beside a long clip short ones would take as much memory as it does. A clip that comes in
+    windows has a batch to itself, without waveforms."""
     indices: list[int] = []
     waves: list[Tensor] = []
     skipped: list[Skipped] = []
     for place, (index, wave) in enumerate(clips, start=1):
         if isinstance(wave, Skipped):
             skipped.append(wave)
+        elif isinstance(wave, _Long):
+            if indices:
+                yield indices, waves, skipped
+                indices, waves, skipped = [], [], []
+            yield [index], [], skipped
+            skipped = []
         else:
             longest = max(len(wave), *(len(other) for other in waves), 0)
             if waves and (len(waves) + 1) * longest > most_samples:
@@ -156,6 +176,18 @@ def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], wave
             f"{encoder.name} failed on a batch of {len(waves)} clips of up to {seconds:.1f} s: {error} "
             f"(--batch-size 1 tells which one; fewer also need less memory.) The clips: {names}"
         ) from error
+
+
+def _encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
+    """(1, dim): a clip's windows, made one."""
+    rows_WE, lengths = torch.empty(0, encoder.dim), []
+    for wave in read_windows(manifest.path(index), encoder.sample_rate, WINDOW_SECONDS * encoder.sample_rate):
+        row_1E = _encode(encoder, manifest, [index], [torch.from_numpy(wave)])
+        # Not a list of rows: small blocks between large ones that come and go made the heap grow by 10 MB a window.
+        rows_WE = torch.cat([rows_WE, row_1E])
+        lengths.append(len(wave))
+    combine = getattr(encoder, "combine", weighted_mean)
+    return combine(rows_WE, torch.tensor(lengths))[None]
 
 
 class EncoderError(RuntimeError):

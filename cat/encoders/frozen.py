@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# What an encoder without a limit of its own hears of a clip. The whole of a 10 h file took 9.8 GB.
-MAX_SECONDS = 300
+# Of a clip, what goes through an encoder without a limit of its own at once. The whole of a 10 h file took 9.8 GB.
+WINDOW_SECONDS = 300
 
 
 @runtime_checkable
@@ -24,8 +24,9 @@ class FrozenEncoder(Protocol):
     embedding depends on the clip alone, not on the clips beside it in the batch.
 
     An encoder may also have ``min_samples`` and ``max_samples`` (at its sample rate): shorter clips are then refused
-    when they are read, and of longer ones only the middle is read. Without ``max_samples`` that is the middle
-    `MAX_SECONDS`.
+    when they are read, and of longer ones only the middle is read. One without ``max_samples`` gets a clip that is
+    longer than `WINDOW_SECONDS` in windows of equal length; what its method ``combine(rows (W, dim), lengths (W,))``
+    makes of theirs is the clip's embedding (dim,), or without such a method their mean, weighted by `lengths`.
     """
 
     name: str
@@ -37,9 +38,15 @@ class FrozenEncoder(Protocol):
         ...
 
 
-def heard_samples(encoder: FrozenEncoder) -> int:
-    """No more than so many samples of a clip, its middle, are read for `encoder`."""
-    return getattr(encoder, "max_samples", None) or MAX_SECONDS * encoder.sample_rate
+def weighted_mean(rows_WE: Tensor, lengths_W: Tensor) -> Tensor:
+    """(dim,): the windows' mean, each with the weight of its samples."""
+    weights_W1 = lengths_W.to(rows_WE)[:, None]
+    return (rows_WE * weights_W1).sum(0) / weights_W1.sum()
+
+
+def mean_direction(rows_WE: Tensor, lengths_W: Tensor) -> Tensor:
+    """The same for embeddings of unit length, which the mean then has too."""
+    return nn.functional.normalize(weighted_mean(rows_WE, lengths_W), dim=0)
 
 
 def checked_lengths(waveform: Tensor, lengths: Tensor | None) -> Tensor:

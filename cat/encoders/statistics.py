@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cat.data.features import FeatureConfig, frames_in, log_mel
-from cat.encoders.frozen import checked_lengths
+from cat.encoders.frozen import checked_lengths, mean_direction
 
 
 class LogMelStatistics:
     """Mean and standard deviation over time of every log-mel bin: (B, 2 F). No learning at all: the honest floor.
 
-    Over the whole waveform that it is given, real frames only. Of a file it is given the middle `max_samples`, by
-    default as much as any encoder (`cat.encoders.frozen.MAX_SECONDS`). `features`: AudioSet's by default.
+    Over the whole clip, or the middle `max_samples` of it, real frames only. `features`: AudioSet's by default.
     """
 
     def __init__(
@@ -44,6 +43,14 @@ class LogMelStatistics:
         variance_BF = ((spec_BTF - mean_BF[:, None]).square() * real_BT1).sum(1) / count_B1
         return torch.cat([mean_BF, variance_BF.sqrt()], dim=1)
 
+    def combine(self, rows_WE: Tensor, lengths_W: Tensor) -> Tensor:
+        """(2 F,): the whole clip's, but for the frames across the windows' edges, which are in none."""
+        count_W1 = frames_in(self.features, lengths_W).clamp(min=1).double()[:, None]
+        means_WF, deviations_WF = rows_WE.double().chunk(2, dim=1)
+        mean_F = (means_WF * count_W1).sum(0) / count_W1.sum()
+        spread_WF = deviations_WF.square() + (means_WF - mean_F).square()
+        return torch.cat([mean_F, ((spread_WF * count_W1).sum(0) / count_W1.sum()).sqrt()]).to(rows_WE.dtype)
+
 
 class RandomProjection:
     """Control for representation regularisation: R s / |R s|, with R (dim, 2 F) drawn once from N(0, 1) with `seed`
@@ -53,6 +60,8 @@ class RandomProjection:
     spectrum, not the level: a gain over it is what the external encoder's learning is worth. (With the averages left
     in, the mean embedding has 58 % of the energy on the sounds of ``cat-audio synth``; without them 32 %.)
     """
+
+    combine = staticmethod(mean_direction)
 
     def __init__(self, dim: int = 512, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         if dim < 1:

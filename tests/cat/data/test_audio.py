@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from cat.data.audio import AudioError, read_audio
+from cat.data.audio import AudioError, read_audio, read_windows
 
 soundfile = pytest.importorskip("soundfile")
 soxr = pytest.importorskip("soxr")
@@ -106,6 +106,19 @@ def test_seeking_in_a_lossy_file_is_exact(tmp_path, suffix, start):
     np.testing.assert_allclose(crop, whole[first : first + 8000], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "rate"), [("wav", RATE), ("wav", 44100), ("flac", 8000), ("ogg", RATE), ("mp3", 44100)]
+)
+def test_windows_are_the_clip(tmp_path, suffix, rate):
+    path = write(tmp_path / f"a.{suffix}", chirp(3 * rate, rate), rate)
+    whole = read_audio(path, RATE)
+    windows = list(read_windows(path, RATE, 10000))
+    assert max(map(len, windows)) <= 10000
+    assert max(map(len, windows)) - min(map(len, windows)) <= 1
+    np.testing.assert_allclose(np.concatenate(windows), whole, atol=1e-6)
+    np.testing.assert_array_equal(next(read_windows(path, RATE, 10**9)), whole)
+
+
 def assert_crops_are_those_of(whole, path, samples=5000, **options):
     for start in (0.0, 0.37, 0.8, 1.0):
         first = min(int(start * (len(whole) - samples + 1)), len(whole) - samples)
@@ -135,6 +148,7 @@ def test_codecs_that_cannot_seek_are_read_from_the_start(tmp_path, suffix, subty
     whole = read_audio(path, RATE)
     assert abs(len(whole) - 3 * RATE) < 1000  # codecs fill their last block
     np.testing.assert_allclose(whole[1000:30000], chirp(3 * RATE)[1000:30000, 0], atol=0.15)
+    np.testing.assert_allclose(np.concatenate(list(read_windows(path, RATE, 7000))), whole, atol=1e-6)
     assert_crops_are_those_of(whole, path)
 
 

@@ -229,7 +229,7 @@ def test_a_long_file_takes_no_more_memory_than_a_batch_may(tmp_path):
     for i in range(5):
         write_tone(tmp_path / f"{i}.wav", 300 * (i + 1))
     alone = collect(tmp_path)
-    sparse_wav(tmp_path / "2-long.wav", hours=10)
+    sparse_wav(tmp_path / "2-long.wav", hours=0.4)
     sizes = []
 
     class Watched(RandomProjection):
@@ -238,7 +238,8 @@ def test_a_long_file_takes_no_more_memory_than_a_batch_may(tmp_path):
             return super().__call__(waveform, lengths)
 
     beside = collect(tmp_path, Watched())
-    assert max(sizes) <= embed.BATCH_SECONDS * 16000
+    assert max(sizes) <= embed.WINDOW_SECONDS * 16000
+    assert sum(sizes) > 0.4 * 3600 * 16000  # all of it
     np.testing.assert_allclose(np.delete(beside, 2, axis=0), alone, atol=1e-6)  # rounding: sums over other widths
 
 
@@ -246,12 +247,55 @@ def collect(folder: Path, encoder: RandomProjection | None = None) -> np.ndarray
     return embed.collect_embeddings(load_manifest(folder), encoder or RandomProjection()).rows
 
 
+def noise_wav(path: Path, seconds: float = 9.3) -> np.ndarray:
+    """Noise that becomes louder."""
+    wave = np.linspace(0.01, 0.3, int(seconds * 16000)) * np.random.default_rng(0).standard_normal(int(seconds * 16000))
+    soundfile.write(path, wave.clip(-1, 1), 16000, "FLOAT")
+    return wave
+
+
+class Level:
+    """An encoder without `combine`: the mean square of what it is given."""
+
+    name, sample_rate, dim = "level", 16000, 1
+
+    def __call__(self, waveform, lengths=None):
+        return torch.stack([row[:n].square().mean() for row, n in zip(waveform, lengths, strict=True)])[:, None]
+
+
+def test_a_long_clip_in_windows_has_the_embedding_of_the_whole(tmp_path, monkeypatch):
+    noise_wav(tmp_path / "a.wav")
+    manifest = load_manifest(tmp_path)
+    encoders = (LogMelStatistics(), RandomProjection(), Level())
+    whole = [embed.collect_embeddings(manifest, encoder).rows for encoder in encoders]
+    monkeypatch.setattr(embed, "WINDOW_SECONDS", 2)
+    windows = [embed.collect_embeddings(manifest, encoder).rows for encoder in encoders]
+    # But for the frames across the windows' edges; a projection of unit length has another mean than its windows'.
+    np.testing.assert_allclose(windows[0], whole[0], atol=0.02)
+    assert np.linalg.norm(windows[1]) == pytest.approx(1)
+    assert windows[1][0] @ whole[1][0] > 0.99
+    np.testing.assert_allclose(windows[2], whole[2], rtol=1e-5)
+
+
+def test_a_long_clip_that_is_bad_behind_its_first_window_is_skipped(tmp_path, monkeypatch):
+    wave = noise_wav(tmp_path / "0.wav")
+    wave[-1] = np.nan
+    soundfile.write(tmp_path / "1.wav", wave, 16000, "FLOAT")
+    noise_wav(tmp_path / "2.wav", seconds=1)
+    monkeypatch.setattr(embed, "WINDOW_SECONDS", 2)
+    found = embed.collect_embeddings(load_manifest(tmp_path), RandomProjection())
+    assert found.indices.tolist() == [0, 2]
+    assert [(s.index, s.reason) for s in found.skipped] == [(1, "1 of 29760 samples are NaN or infinite")]
+
+
 def test_batches_are_made_smaller_by_what_they_hold():
     clips = [(i, torch.zeros(n)) for i, n in enumerate([10, 10, 60, 10, 10, 10, 10])]
     clips.insert(4, (99, embed.Skipped(99, "x", "missing")))
+    clips.insert(7, (98, embed._Long()))
     batches = list(embed._batches(clips, batch_size=6, most_samples=100))
-    assert [indices for indices, _, _ in batches] == [[0, 1], [2], [3, 4], [5, 6]]
-    assert [len(skipped) for _, _, skipped in batches] == [0, 0, 1, 0]
+    assert [indices for indices, _, _ in batches] == [[0, 1], [2], [3, 4], [5], [98], [6]]
+    assert [len(waves) for _, waves, _ in batches] == [2, 1, 2, 1, 0, 1]
+    assert [len(skipped) for _, _, skipped in batches] == [0, 0, 1, 0, 0, 0]
 
 
 def test_a_batch_is_as_large_as_asked_for_where_the_encoder_has_a_limit(folder, monkeypatch):

@@ -18,7 +18,7 @@ from cat.encoders import (
     RandomProjection,
     build_encoder,
 )
-from cat.encoders.frozen import heard_samples
+from cat.encoders.frozen import mean_direction, weighted_mean
 from cat.model import Encoder, ModelConfig
 
 TINY = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_dim=16, decoder_layers=1)
@@ -100,10 +100,31 @@ def test_mean_pooling_leaves_out_padding():
     torch.testing.assert_close(both[16:], tokens[:2].mean(dim=(0, 1)))
 
 
-def test_every_encoder_hears_a_limited_part_of_a_clip():
-    assert heard_samples(tiny_encoder()) == FEATURES.samples
-    assert heard_samples(LogMelStatistics(max_samples=5000)) == 5000
-    assert heard_samples(LogMelStatistics()) == heard_samples(RandomProjection()) == 300 * 16000
+def test_statistics_of_windows_are_those_of_the_whole():
+    """To rounding, where the windows leave no frame out: their first samples are a multiple of the shift apart."""
+    encoder, wave = LogMelStatistics(FEATURES), noise(1, 400 + 160 * 99)
+    wave -= wave.mean()
+    cuts = [(0, 40), (40, 90), (90, 100)]  # frames
+    windows = [wave[:, 160 * a : 160 * (b - 1) + 400] for a, b in cuts]
+    windows = [window - window.mean() + 1e-3 for window in windows]  # each loses its own mean, as it does alone
+    rows = torch.cat([encoder(window) for window in windows])
+    frames = torch.cat([encoder_frames(window) for window in windows])
+    expected = torch.cat([frames.mean(0), frames.std(0, correction=0)])
+    lengths = torch.tensor([window.shape[1] for window in windows])
+    torch.testing.assert_close(encoder.combine(rows, lengths), expected, rtol=1e-4, atol=1e-4)
+
+
+def encoder_frames(window):
+    from cat.data.features import log_mel
+
+    count = 1 + (window.shape[1] - 400) // 160
+    return log_mel(window, dataclasses.replace(FEATURES, frames=count))[0, 0]
+
+
+def test_a_mean_of_windows_counts_their_lengths():
+    rows, lengths = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([3, 1])
+    assert weighted_mean(rows, lengths).tolist() == [0.75, 0.25]
+    torch.testing.assert_close(mean_direction(rows, lengths), torch.tensor([3.0, 1.0]) / 10**0.5)
 
 
 def test_untrained_twin_is_another_but_reproducible_encoder():
