@@ -27,3 +27,5 @@ def setup(app: Any) -> None:
 def _keep_lines(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings here are plain text to be read in the source: shown line for line, not parsed as markup."""
     lines[:] = ["::", "", *(f"   {line}" for line in lines), ""]
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
