@@ -42,7 +42,7 @@ class EmbeddingStore:
         if not path.exists() or not sidecar.exists():
             missing = sidecar if path.exists() else path
             raise EmbeddingError(f"{missing}: no such file; run `cat-audio embed` for this manifest (again)")
-        info = _read_sidecar(sidecar)
+        info = read_sidecar(sidecar)
         if fingerprint is not None and fingerprint != info["fingerprint"]:
             raise EmbeddingError(
                 f"{path}: its rows were computed for another list of clips ({info['manifest']}) than this manifest's; "
@@ -89,9 +89,16 @@ class EmbeddingStore:
             "encoder": self.encoder,
             "count": len(rows),
             "dim": self.dim,
-            "sha256": self._sha256 or _checksum(rows[at : at + 4096] for at in range(0, len(rows), 4096)),
+            "sha256": self._sha256 or self._checksum_of_all(),
             "sample": _checksum([rows[sample]]),
         }
+
+    def is_as_written(self) -> bool:
+        """Whether the rows are to the last bit those that the sidecar was written for, as far as that says."""
+        return self._sha256 is None or (self._rows.dtype == np.dtype("<f4") and self._checksum_of_all() == self._sha256)
+
+    def _checksum_of_all(self) -> str:
+        return _checksum(self._rows[at : at + 4096] for at in range(0, len(self), 4096))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}  # a memory map would be pickled by its content
@@ -272,6 +279,7 @@ class EmbeddingWriter:
             raise EmbeddingError(f"{self.path}: not one clip was embedded; nothing written")
         self._file.seek(0)
         self._file.write(_npy_header((len(self._indices), self._dim)))
+        # While the old array still has its sidecar: an error of writing leaves both.
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -307,7 +315,8 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _read_sidecar(path: Path) -> dict[str, Any]:
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What is known of the rows. Raises EmbeddingError for a file that is damaged, or not such a one."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

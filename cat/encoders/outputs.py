@@ -9,14 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from cat.data.embeddings import EmbeddingError, sidecar_path
+from cat.data.embeddings import EmbeddingError, EmbeddingStore, read_sidecar, sidecar_path
 from cat.data.manifest import FORMAT, Manifest
 from cat.files import replacing, write_json
-from cat.outputs import Output, OutputError, claim, is_own, json_of, same_file
+from cat.outputs import Output, OutputError, claim, is_own, same_file
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ def claim_outputs(
     sidecar, failures = sidecar_path(out), out.with_suffix(".failures.jsonl")
     claim(
         [
-            Output(out, lambda path: _are_rows(path, sidecar), "another -o"),
-            Output(sidecar, lambda path: bool(_read_sidecar(path)), "another -o"),
+            Output(out, lambda path: EmbeddingStore(path).is_as_written(), "another -o"),
+            Output(sidecar, lambda path: bool(read_sidecar(path)), "another -o"),
             Output(linked, lambda path: _is_linked(path, out), "another -o or --manifest-out"),
             Output(failures, _is_record, "another -o"),
         ],
@@ -84,21 +81,6 @@ def _named_alike(manifest: Manifest, out: Path) -> Iterator[Path]:
     return (file for file in manifest.embedding_files or () if file.name.casefold() == name)
 
 
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    return json_of(path, encoder=str, count=int, dim=int, manifest=str, fingerprint=str)
-
-
-def _are_rows(path: Path, sidecar: Path) -> bool:
-    """The array that the sidecar was written for, to the last bit where that says so."""
-    rows, info = np.load(path, mmap_mode="r", allow_pickle=False), _read_sidecar(sidecar)
-    if rows.shape != (info["count"], info["dim"]):
-        return False
-    digest = hashlib.sha256()
-    for at in range(0, len(rows), 4096):
-        digest.update(rows[at : at + 4096].tobytes())
-    return info.get("sha256") in (None, digest.hexdigest())
-
-
 def _is_linked(path: Path, out: Path) -> bool:
     """A manifest that names ``out`` and has not been changed since, as far as its sidecar tells."""
     with open(path, encoding="utf-8") as file:
@@ -108,7 +90,7 @@ def _is_linked(path: Path, out: Path) -> bool:
     if os.path.realpath(path.parent / header["embeddings"]) != os.path.realpath(out):
         return False
     sidecar = sidecar_path(out)
-    written = _read_sidecar(sidecar).get("linked") if sidecar.exists() else None
+    written = read_sidecar(sidecar).get("linked") if sidecar.exists() else None
     return written is None or written["sha256"] == _digest(path)
 
 
