@@ -23,8 +23,8 @@ from typing import Any
 
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _LOCK = ".lock"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_OF_WRITING = (*_NO_SPACE, errno.EFBIG, errno.EIO)  # what `write` raises, without a file's name
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # on the disk, of what the user may have of it
+_OF_WRITING = (*NO_SPACE, errno.EFBIG, errno.EIO)  # what `write` raises, without a file's name
 _SILENCE = 24 * 3600  # seconds; see `_is_abandoned`
 
 
@@ -219,7 +219,7 @@ def _is_about(error: OSError, place: Path) -> bool:
 def _named(error: OSError, target: Path) -> OSError:
     """The same error, about the target and not about a temporary file or nothing."""
     text = error.strerror or str(error)
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         free = free_space(target.parent)
         text += "" if free is None else f" ({format_bytes(free)} are free there)"
         text += "; make room, or write elsewhere"

@@ -14,7 +14,6 @@ checkpoints cannot be mixed. Names are read without what wrappers (DDP, torch.co
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -29,11 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cat.files import clear_leftovers, format_bytes, free_space, new_folder, replacing
+from cat.files import NO_SPACE, clear_leftovers, format_bytes, free_space, new_folder, replacing
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of the disk, of what the user may have of it
 # What DistributedDataParallel, torch.compile, FSDP and checkpoint_wrapper put into the names of a state dict.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 PathLike = str | os.PathLike[str]
@@ -84,7 +82,7 @@ def save(
             state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "config": config}
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in NO_SPACE:
             raise
         free = free_space(directory)
         raise OSError(
