@@ -125,9 +125,12 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     """Fixed 2-D sin-cos table (rows * columns, dim) float32: first half encodes the column w, second half the row h."""
     with torch.device("cpu"):
         omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-        h, w = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in (w, h)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+        def half(count: int) -> Tensor:
+            angles = torch.arange(count)[:, None] * omega
+            return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+        return torch.cat([half(columns).repeat(rows, 1), half(rows).repeat_interleave(columns, dim=0)], dim=1)
 
 
 class Block(nn.Module):
