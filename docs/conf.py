@@ -18,6 +18,8 @@ suppress_warnings = ["myst.xref_missing"]  # links to files of the repository ou
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 
 def setup(app: Any) -> None:
@@ -27,5 +29,3 @@ def setup(app: Any) -> None:
 def _keep_lines(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings here are plain text to be read in the source: shown line for line, not parsed as markup."""
     lines[:] = ["::", "", *(f"   {line}" for line in lines), ""]
-html_static_path = ["_static"]
-html_css_files = ["tables.css"]
