@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,9 +24,7 @@ from cat.data.audio import AudioError, read_audio
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore, open_embeddings
 from cat.data.features import FeatureConfig, log_mel
 from cat.data.manifest import Manifest
-
-if TYPE_CHECKING:
-    from cat.data.masks import MaskConfig
+from cat.data.masks import MaskConfig, inverse_block_masks
 
 CROPS = ("random", "center", "start")
 FEATURES = ("auto", "gpu", "cpu")
@@ -192,8 +189,6 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
     def _draw_masks(self, step: int, clips: Tensor) -> Tensor | None:
         if self.masks is None:
             return None
-        from cat.data.masks import inverse_block_masks
-
         return inverse_block_masks(self.masks, self.grid, seed=self.seed, step=step, clips=clips)
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from cat.data.dataset import Batch, DataConfig, EvalDataset, Failure, PretrainDataset
 from cat.data.features import FeatureConfig
 from cat.data.manifest import Manifest, load_manifest
+from cat.data.masks import MaskConfig
 from cat.data.workers import prefetched
 from cat.progress import say
-
-if TYPE_CHECKING:
-    from cat.data.masks import MaskConfig
 
 
 class TooManyFailures(RuntimeError):
