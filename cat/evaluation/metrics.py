@@ -111,8 +111,8 @@ def checked(
         clip, c = bad[0]
         raise ValueError(
             f"{len(np.unique(bad[:, 0]))} of {len(scores)} clips have scores that are not finite; the first: clip "
-            f"{clip}, class {classes[c]!r}, {scores[clip, c]}. The model's weights are damaged or its training has diverged; "
-            "give another checkpoint"
+            f"{clip}, class {classes[c]!r}, {scores[clip, c]}. The model's weights are damaged or its training has "
+            "diverged; give another checkpoint"
         )
     if not np.isin(targets, (0, 1)).all():
         raise ValueError("targets hold values between 0 and 1; a metric needs true or false for each clip and class")
