@@ -129,14 +129,22 @@ def _groups(manifest: Manifest, field: str | None) -> np.ndarray:
     files = _files(manifest)
     if field is None:
         return files
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     values = _numbered([json.dumps(value, sort_keys=True) for value in _field(manifest, field)])
-    # A graph of files and values, in which every clip is an edge.
-    size = int(files.max()) + int(values.max()) + 2
-    edges = coo_array((np.ones(len(files)), (files, files.max() + 1 + values)), shape=(size, size))
-    return _numbered(connected_components(edges, directed=False)[1][files].tolist())
+    # Two groups that have a file in common are one: every clip takes the least number among its file's and its value's
+    # until none changes.
+    groups = values
+    while True:
+        merged = _least(_least(groups, files), values)
+        if (merged == groups).all():
+            return _numbered(groups.tolist())
+        groups = merged
+
+
+def _least(numbers: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """The least number among clips that have the same value in ``of``."""
+    least = np.full(int(of.max()) + 1, len(numbers))
+    np.minimum.at(least, of, numbers)
+    return least[of]
 
 
 def _files(manifest: Manifest) -> np.ndarray:
