@@ -47,6 +47,7 @@ class RunResult:
     last_loss: float  # and of its last
     failed_clips: int
     stopped_by: int | None  # signal number
+    early: bool = False  # the task had enough before the end of its schedule
 
 
 class _Stopped(Exception):
@@ -128,7 +129,7 @@ class Trainer:
         self.task.train_mode()
         self._restart_clock()
         batches = self.task.batches(self.step, end - self.step, self.progress.say)
-        while self.step < end and not stop.received:
+        while self.step < end and not stop.received and not self._enough():
             batch = stop.wait(lambda: next(batches))
             if batch is None:
                 break
@@ -149,6 +150,9 @@ class Trainer:
         """Whether a run that is not disturbed evaluates at this step."""
         every = (self.config.run.eval_every, self.config.run.checkpoint_every)
         return self.step == self.config.end or any(n and self.step and self.step % n == 0 for n in every)
+
+    def _enough(self) -> bool:
+        return self.task.enough(self.metrics.validations)
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
@@ -324,4 +328,5 @@ class Trainer:
             sum(last) / max(1, len(last)),
             self.failures.count,
             stopped_by,
+            early=self.step < self.config.end and self._enough(),
         )
