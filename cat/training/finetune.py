@@ -133,7 +133,10 @@ def _of(task: Finetuning, manifest: Manifest) -> dict[str, Any]:
 def _chosen_on(splits: Splits) -> str:
     if splits.held_out:
         return "held-out"
-    return "test" if splits.test is not None and splits.test.fingerprint == splits.valid.fingerprint else "valid"
+    valid, test = splits.valid, splits.test
+    if test is None or test.fingerprint != valid.fingerprint:
+        return "valid"
+    return "test" if os.path.realpath(test.path(0)) == os.path.realpath(valid.path(0)) else "valid"
 
 
 def _read_scores(path: Path) -> dict[str, Any] | None:

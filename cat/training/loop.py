@@ -124,8 +124,8 @@ class Trainer:
     def _train(self) -> None:
         run, end, stop = self.config.run, self.config.end, self._stop
         validates = self.task.valid is not None
-        if validates and self._validation_due() and self.metrics.last_validation < self.step:
-            self._evaluate()  # which a signal or an error kept the run from
+        if validates and self._validation_due(self.step):
+            self._make_up()
         self.task.train_mode()
         self._restart_clock()
         batches = self.task.batches(self.step, end - self.step, self.progress.say)
@@ -146,13 +146,23 @@ class Trainer:
                     self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
 
-    def _validation_due(self) -> bool:
+    def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
         every = (self.config.run.eval_every, self.config.run.checkpoint_every)
-        return self.step == self.config.end or any(n and self.step and self.step % n == 0 for n in every)
+        return step == self.config.end or any(n and step and step % n == 0 for n in every)
+
+    def _make_up(self) -> None:
+        """For an evaluation that a signal or an error kept the run from, and the score that its checkpoint lacks."""
+        rows = self.metrics.validations
+        done = rows and rows[-1]["step"] == self.step
+        score = self.task.score(rows[-1]) if done else self._evaluate()
+        regular = self.step == self.config.end or self.step % self.config.run.checkpoint_every == 0
+        if self.checkpoint and regular and score is not None and self._data["valid"] is not None:
+            checkpoints.add_score(self.checkpoint, score)
 
     def _enough(self) -> bool:
-        return self.task.enough(self.metrics.validations)
+        """Judged by the evaluations that every run of this recipe has: none where one was stopped by hand."""
+        return self.task.enough([row for row in self.metrics.validations if self._validation_due(row["step"])])
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
