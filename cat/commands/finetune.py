@@ -12,7 +12,7 @@ from cat.training.directory import sole_writer
 from cat.training.finetune import FinetuneResult, finetune, profile
 from cat.training.finetune_recipe import FinetuneConfig, load_finetune_recipe
 from cat.training.profiling import STEPS
-from cat.training.recipe import read_run
+from cat.training.recipe import find_recipe, read_run
 from cat.training.repeats import finetune_repeats
 
 EXAMPLES = """\
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and (args.overwrite or args.folds or args.seeds != 1):
         raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
-    config, run_dir = _config(Path(args.recipe), args.overrides, resume=args.resume)
+    config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
         print(profile(config, run_dir, resume=args.resume).table())
