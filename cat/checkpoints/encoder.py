@@ -35,7 +35,8 @@ def load_encoder(
 ) -> tuple[Encoder, EncoderInfo]:
     """The encoder of a run directory (newest checkpoint), a checkpoint directory or a .safetensors file, in eval mode.
 
-    ``weights``: "student" (what the released recipe fine-tunes) or "teacher" (its moving average). Names may have the
+    ``weights``: "student" (what the released recipe fine-tunes) or "teacher" (its moving average); of a fine-tuned
+    checkpoint the one encoder that it has is the student. Names may have the
     prefixes of wrappers (``module.``, ``_orig_mod.``), values another floating-point dtype, and a file may hold one
     encoder alone, which is the student.
 
@@ -43,6 +44,30 @@ def load_encoder(
     """
     if weights not in ("student", "teacher"):
         raise ValueError(f"weights is {weights!r}; expected 'student' or 'teacher'")
+    found = read_model(path, device)
+    encoder = Encoder(found.model).to(device)
+    tensors = _encoder_tensors(found.tensors, weights, encoder, found.file)
+    load_tensors(encoder, tensors, f"{found.file}: {weights}")
+    return encoder.eval(), EncoderInfo(found.file, weights, found.step, found.model, found.features, found.config)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What the file of a model holds."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    step: int | None
+    model: ModelConfig
+    features: FeatureConfig
+    config: dict[str, Any]
+
+
+def read_model(path: PathLike, device: torch.device | str = "cpu") -> ModelFile:
+    """The file with the weights of a run directory (newest checkpoint), a checkpoint directory or a .safetensors file.
+
+    Raises: `CheckpointError`.
+    """
     file = _model_file(Path(path))
     try:
         tensors, metadata = read_tensors(file, device)
@@ -60,18 +85,25 @@ def load_encoder(
             f"{file} does not say how its model is built ({error}); expected a file written by cat; "
             "released checkpoints go through cat.checkpoints.released first"
         ) from None
-    encoder = Encoder(model).to(device)
-    load_tensors(encoder, _encoder_tensors(tensors, weights, encoder, file), f"{file}: {weights}")
-    step = int(metadata["step"]) if "step" in metadata else None
-    return encoder.eval(), EncoderInfo(file, weights, step, model, features, config)
+    return ModelFile(file, tensors, int(metadata["step"]) if "step" in metadata else None, model, features, config)
+
+
+def classifier_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a fine-tuned checkpoint is used: the average of its weights, ``average.*``, where it was kept, else the
+    weights themselves, ``encoder.*`` and ``head.*``."""
+    average = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
+    return average or dict(tensors)
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor], weights: str, encoder: Encoder, file: Path) -> Mapping[str, Tensor]:
-    own = {
-        name.removeprefix(f"{weights}."): tensor for name, tensor in tensors.items() if name.startswith(f"{weights}.")
-    }
+    own = _below(weights, tensors)
     if own or not tensors:
         return own
+    fine_tuned = _below("encoder", classifier_tensors(tensors))
+    if fine_tuned and weights == "student":
+        return fine_tuned
+    if fine_tuned:
+        raise CheckpointError(f"{file} is fine-tuned, and has one encoder, without a teacher; use weights='student'")
     if tensors.keys() == encoder.state_dict().keys():
         if weights == "student":
             return tensors
@@ -82,6 +114,10 @@ def _encoder_tensors(tensors: Mapping[str, Tensor], weights: str, encoder: Encod
         f"{file} has no tensors {weights}.*; it holds {listed}{' and others' if len(kinds) > 5 else ''}, the first is "
         f"{next(iter(tensors))}; expected the names of a pre-training checkpoint, or of the encoder alone"
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def _model_file(path: Path) -> Path:

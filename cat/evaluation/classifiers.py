@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cat.evaluation.metrics import accuracy, mean_average_precision
+
 KNN_CANDIDATES = (1, 3, 5, 10, 20, 50)
 LINEAR_CANDIDATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 WHITENED_DIMENSIONS = 64
@@ -50,26 +52,6 @@ class Result:
     setting: str  # such as "k=5, whitened" or "C=0.1"
     valid_score: float
     tried: dict[str, float]  # setting -> score on the validation split
-
-
-def accuracy(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Share of clips whose highest score is their class. scores (n, C), targets (n, C) with one True a row."""
-    return float(np.mean(targets[np.arange(len(targets)), scores.argmax(axis=1)]))
-
-
-def mean_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Mean over classes of the area under the precision-recall curve. A class without a positive clip has no average
-    precision and is left out of the mean (`classes_without_positives` names them). Raises when no class is left."""
-    from sklearn.metrics import average_precision_score
-
-    positive = targets.any(axis=0)
-    if not positive.any():
-        raise ValueError("mean average precision is undefined: no class has a positive clip in this split.")
-    return float(np.mean([average_precision_score(targets[:, c], scores[:, c]) for c in np.flatnonzero(positive)]))
-
-
-def classes_without_positives(targets: np.ndarray, classes: Sequence[str]) -> list[str]:
-    return [name for name, column in zip(classes, targets.T, strict=True) if not column.any()]
 
 
 def chance(train: Split, test: Split, *, multi_label: bool) -> float:

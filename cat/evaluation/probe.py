@@ -19,7 +19,8 @@ import numpy as np
 from cat.data.manifest import Manifest
 from cat.encoders.embed import Embeddings, collect_embeddings
 from cat.encoders.frozen import FrozenEncoder
-from cat.evaluation.classifiers import PROBES, Result, Split, chance, classes_without_positives
+from cat.evaluation.classifiers import PROBES, Result, Split, chance
+from cat.evaluation.metrics import classes_without_positives
 from cat.outputs import json_of
 
 SPLITS = ("train", "valid", "test")

@@ -1,6 +1,7 @@
-"""The paper: the encoder, and its pre-training."""
+"""The paper: the encoder, its pre-training, and classifiers on it."""
 
-from cat.model.encoder import PRESETS, Encoder, ModelConfig, sincos_positions
+from cat.model.classifier import Classifier, ClassifierOutput, HeadConfig
+from cat.model.encoder import PRESETS, Encoder, ModelConfig, rows_of, sincos_positions
 from cat.model.pretraining import (
     CAT,
     ObjectiveConfig,
@@ -13,11 +14,15 @@ from cat.model.pretraining import (
 __all__ = [
     "CAT",
     "PRESETS",
+    "Classifier",
+    "ClassifierOutput",
     "Encoder",
+    "HeadConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "PretrainOutput",
     "masked_indices",
+    "rows_of",
     "sincos_positions",
     "squared_distance",
     "visible_to_mask",

@@ -9,7 +9,8 @@ first, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,11 @@ PRESETS: dict[str, ModelConfig] = {
 # --------------------------------------------------------------------------------------------------------- encoder
 
 
+def rows_of(frames: int, patch_size: int) -> int:
+    """Rows of patches that so many frames fill, the last one perhaps in part."""
+    return max(1, -(-frames // patch_size))
+
+
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     """Fixed 2-D sin-cos table (rows * columns, dim) float32: first half encodes the column w, second half the row h."""
     with torch.device("cpu"):
@@ -146,15 +152,21 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
 
-    def attention(self, x_NSD: Tensor) -> Tensor:
+    def attention(self, x_NSD: Tensor, seen_N11S: Tensor | None = None) -> Tensor:
         N, S, D = x_NSD.shape
         q, k, v = self.qkv(x_NSD).reshape(N, S, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, S, D))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_N11S)
+        return self.proj(x.transpose(1, 2).reshape(N, S, D))
 
-    def forward(self, x_NSD: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm1(x_NSD + self.attention(x_NSD))
+    def forward(
+        self, x_NSD: Tensor, seen_N11S: Tensor | None = None, keep_N2: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``seen``: the tokens that attention may look at. ``keep``: what the clone's two branches are multiplied by
+        (drop path)."""
+        a = self.attention(x_NSD, seen_N11S)
+        x = self.norm1(x_NSD + (a if keep_N2 is None else a * keep_N2[:, 0, None, None].to(a.dtype)))
         t = self.fc2(F.gelu(self.fc1(x)))
-        return self.norm2(x + t), t
+        return self.norm2(x + (t if keep_N2 is None else t * keep_N2[:, 1, None, None].to(t.dtype))), t
 
 
 class PatchEmbed(nn.Module):
@@ -205,29 +217,109 @@ class Encoder(nn.Module):
             self.positions.copy_(self._table())
         return self
 
-    def embed(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+    def embed(self, spec: Tensor, visible: Tensor | None = None, *, rows: Sequence[int] | None = None) -> Tensor:
         """What the first block sees: (N, 1+K, D), CLS first, or (B, 1+L, D) without ``visible``."""
         self._check_spec(spec)
-        tokens = self.stem(spec, visible)
+        tokens = self.stem(spec, visible) if rows is None else self._stem_of_each_length(spec, rows)
         x = gather_tokens(
             tokens, visible, self.positions, self.cls.flatten(), select=False, backend=self.config.backend
         )
         return self.norm(x)
 
-    def forward(self, spec: Tensor, visible: Tensor | None = None) -> Tensor:
+    def _stem_of_each_length(self, spec: Tensor, rows: Sequence[int]) -> Tensor:
+        """Tokens of clips that end before the spectrogram does, (B, L, D) with zeros behind: the stem's convolution
+        meets its zero padding at a clip's own end, whatever lies behind it."""
+        P = self.config.patch_size
+        L = spec.shape[2] // P * (spec.shape[3] // P)
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        parts = []
+        for count, clips in itertools.groupby(order, key=rows.__getitem__):
+            tokens = self.stem(spec[_on(list(clips), spec.device), :, : count * P])
+            parts.append(F.pad(tokens, (0, 0, 0, L - tokens.shape[1])))
+        place = sorted(range(len(rows)), key=order.__getitem__)
+        return torch.cat(parts)[_on(place, spec.device)]
+
+    def forward(
+        self,
+        spec: Tensor,
+        visible: Tensor | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """Output of the last block.
 
         Args:
             spec: (B, 1, T, F) normalised log-mel spectrogram; T a multiple of P, F = ``config.mel_bins``.
             visible: (B*M, K) int64 patch indices; None: all patches.
+            rows: B numbers of 1 to T/P: clip b ends with its row of patches ``rows[b] - 1``. What lies behind is
+                seen by nothing, so that the clip's tokens are those of the clip alone, and the tokens there are 0.
+                Not with ``visible``. None: all rows.
+            keep: (N, depth, 2) factors of the blocks' two residual branches (attention, MLP), clone by clone: 0, or
+                1 / (1 - p), for drop path. None: 1.
 
         Returns:
             (B*M, 1+K, D), or (B, 1+L, D) without ``visible``: CLS, then the patches in the order asked for.
+
+        Raises: ValueError for shapes that do not fit.
         """
-        x = self.embed(spec, visible)
-        for block in self.blocks:
-            x, _ = block(x)
+        return self._run(spec, visible, rows, keep, None)
+
+    def layers(self, spec: Tensor, *, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """What the first block sees, and then every block's output: depth + 1 times (B, 1+L, D). ``spec`` and ``rows``
+        as in `forward`, whose result is the last of them."""
+        outputs: list[Tensor] = []
+        self._run(spec, None, rows, None, outputs)
+        return outputs
+
+    def _run(
+        self,
+        spec: Tensor,
+        visible: Tensor | None,
+        rows: Sequence[int] | None,
+        keep: Tensor | None,
+        outputs: list[Tensor] | None,
+    ) -> Tensor:
+        rows = self._checked_rows(spec, visible, rows)
+        x = self.embed(spec, visible, rows=rows)
+        if keep is not None and keep.shape != (x.shape[0], len(self.blocks), 2):
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)}; expected ({x.shape[0]}, {len(self.blocks)}, 2): two factors for "
+                "each block of each clone"
+            )
+        inside_BS1, seen_B11S = None, None
+        if rows is not None:
+            inside_BS1 = self._inside(rows, x)
+            x, seen_B11S = torch.where(inside_BS1, x, 0), inside_BS1.transpose(1, 2)[:, None]
+        if outputs is not None:
+            outputs.append(x)
+        for number, block in enumerate(self.blocks):
+            x, _ = block(x, seen_B11S, None if keep is None else keep[:, number])
+            x = x if inside_BS1 is None else torch.where(inside_BS1, x, 0)
+            if outputs is not None:
+                outputs.append(x)
         return x
+
+    def _inside(self, rows: Sequence[int], x_BSD: Tensor) -> Tensor:
+        """(B, S, 1) bool: the CLS token and the patches of each clip's own rows."""
+        per_row = self.config.mel_bins // self.config.patch_size
+        ends_B = _on([1 + count * per_row for count in rows], x_BSD.device)
+        return (torch.arange(x_BSD.shape[1], device=x_BSD.device) < ends_B[:, None])[:, :, None]
+
+    def _checked_rows(self, spec: Tensor, visible: Tensor | None, rows: Sequence[int] | None) -> Sequence[int] | None:
+        """``rows``, or None where every clip is as long as the spectrogram."""
+        if rows is None:
+            return None
+        self._check_spec(spec)
+        most = spec.shape[2] // self.config.patch_size
+        if visible is not None:
+            raise ValueError("visible and rows were both given; expected one: list the patches of a clip's own rows")
+        if len(rows) != spec.shape[0] or not all(1 <= count <= most for count in rows):
+            raise ValueError(
+                f"rows is {list(rows)}; expected a number from 1 to {most}, the rows of patches of this spectrogram, "
+                f"for each of the {spec.shape[0]} clips"
+            )
+        return None if all(count == most for count in rows) else [int(count) for count in rows]
 
     def _check_spec(self, spec: Tensor) -> None:
         P, n_mels = self.config.patch_size, self.config.mel_bins
@@ -238,6 +330,11 @@ class Encoder(nn.Module):
                 f"spec has T={spec.shape[2]} frames; expected a positive multiple of the patch size {P}, at most "
                 f"{MAX_ROWS * P}"
             )
+
+
+def _on(numbers: list[int], device: torch.device) -> Tensor:
+    """(n,) int64; the device is not waited for."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _place_positions(encoder: Encoder, _: Any) -> None:

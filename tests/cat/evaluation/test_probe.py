@@ -15,7 +15,8 @@ from cat.commands import probe as command
 from cat.data import Clip, FeatureConfig, Manifest, write_manifest
 from cat.encoders import CatEncoder, LogMelStatistics
 from cat.evaluation import classifiers, probe
-from cat.evaluation.classifiers import Split, chance, knn_probe, linear_probe, mean_average_precision
+from cat.evaluation.classifiers import Split, chance, knn_probe, linear_probe
+from cat.evaluation.metrics import mean_average_precision
 from cat.model import Encoder, ModelConfig
 
 soundfile = pytest.importorskip("soundfile")
