@@ -38,7 +38,9 @@ def write_layers(
                 label=text_of(name),
             )
         for n, (name, score) in enumerate((levels or {}).get(title, {}).items()):
-            axis.axhline(100 * score, color=COLOURS[7], linewidth=1.2, linestyle=(":", "--")[n % 2], label=text_of(name))
+            axis.axhline(
+                100 * score, color=COLOURS[7], linewidth=1.2, linestyle=(":", "--")[n % 2], label=text_of(name)
+            )
         axis.set_title(f"{title} probe of each layer", fontsize=10)
         axis.set_ylabel(f"{metric} on test (%)")
         axis.set_ylim(bottom=0)
