@@ -23,6 +23,7 @@ from cat_kernels import __version__
 
 COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
+    "finetune": ("cat.commands.finetune", "train a classifier on a pre-trained encoder by a recipe"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, attention, all layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips"),
@@ -33,7 +34,7 @@ COMMANDS = {
 
 # How `cat-audio --help` lists them.
 GROUPS = {
-    "train": ("pretrain",),
+    "train": ("pretrain", "finetune"),
     "judge": ("probe", "experiment"),
     "use": ("embed",),
     "prepare": ("synth", "convert"),
