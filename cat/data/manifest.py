@@ -78,6 +78,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return "the manifest" if self.source is None else str(self.source)
+
     def path(self, index: int) -> Path:
         """Where clip ``index`` lies."""
         return self.root / self.columns.paths[index]
