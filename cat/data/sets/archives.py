@@ -21,6 +21,7 @@ from cat.progress import Progress
 
 _BLOCK = 1 << 20
 _MB = 1_000_000
+_AGAIN = "download it again"
 _TIMEOUT = 60  # seconds without a byte
 _BROKEN = (
     tarfile.TarError,
@@ -92,8 +93,17 @@ def unpack(archive: Path, folder: Path, check: Callable[[Path], object], *, prog
         except tarfile.FilterError as error:
             raise ArchiveError(f"{archive}: {error}; it is not the archive of this data set") from None
         except _BROKEN as error:
-            raise ArchiveError(f"{archive}: cannot be unpacked ({error}); download it again") from None
+            raise ArchiveError(f"{archive}: cannot be unpacked ({_first_line(error)}); {_AGAIN}") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ArchiveError(f"{archive}: is damaged ({error}); {_AGAIN}") from None  # gzip and bz2 say it so
         check(temporary)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).partition("\n")[0].rstrip(":")
+    return text or type(error).__name__
 
 
 def _extract_all(archive: Path, folder: Path, members: Any, extract: Any, progress: bool) -> None:
@@ -131,3 +141,8 @@ def _tar(archive: Path) -> Iterator[tuple[Any, Any]]:
             file.extract(member, folder, filter="data")
 
         yield ((member, raw.tell()) for member in file), extract
+        # Where a header is damaged tarfile takes it for the end, and a checksum is behind what it reads.
+        rest: Any = file.fileobj
+        while block := rest.read(_BLOCK):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError("something is behind its end")
