@@ -28,6 +28,7 @@ COMMANDS = {
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
+    "dataset": ("cat.commands.dataset", "a public data set to manifests with its official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
 }
