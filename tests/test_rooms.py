@@ -16,7 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "data", *BASE},
     "training": {"evaluation", "checkpoints", "data", "model", *BASE},
-    "evaluation": {"encoders", "data", *BASE},
+    "evaluation": {"encoders", "checkpoints", "data", "model", *BASE},
     "encoders": {"checkpoints", "data", "model", *BASE},
     "checkpoints": {"data", "model", *BASE},
     "data": {"sounds", *BASE},
