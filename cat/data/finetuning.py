@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cat.data.audio import AudioError
 from cat.data.augment import Augmentation, AugmentConfig, draw

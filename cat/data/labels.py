@@ -77,18 +77,22 @@ class Labels:
         selected = manifest.take(np.flatnonzero(kept))
         return dataclasses.replace(selected, notes=(*manifest.notes, note))
 
+    def entries(self, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) a clip, and (m,) a class that it has, for every label of every clip."""
+        table = _Table(manifest)
+        column = np.array([self.column[label] for label in table.labels], dtype=np.int64)
+        return table.clips, column[table.ids]
+
     def counts(self, manifest: Manifest) -> np.ndarray:
         """(C,) int64: clips of every class."""
-        table = _Table(manifest)
-        columns = self._columns(table)
-        return np.bincount(columns[table.ids], minlength=len(self.classes))
+        return np.bincount(self.entries(manifest)[1], minlength=len(self.classes))
 
     def weights(self, manifest: Manifest) -> np.ndarray:
         """(n,) float64: of each clip to be drawn, the sum over its labels of 1000 / (n_c + 0.01), where n_c clips have
         the label (the released AS-2M recipe)."""
-        table = _Table(manifest)
-        per_class = 1000 / (self.counts(manifest) + 0.01)
-        return np.bincount(table.clips, weights=per_class[self._columns(table)[table.ids]], minlength=len(manifest))
+        clips, classes = self.entries(manifest)
+        per_class = 1000 / (np.bincount(classes, minlength=len(self.classes)) + 0.01)
+        return np.bincount(clips, weights=per_class[classes], minlength=len(manifest))
 
     def targets(self, manifest: Manifest, indices: Iterable[int]) -> Tensor:
         """(n, C) float32: 1 for every label of the clip."""
@@ -109,10 +113,6 @@ class Labels:
                 end = first + 1
             targets[min(first, rows - 1) : end, self.column[label]] = 1
         return targets
-
-    def _columns(self, table: _Table) -> np.ndarray:
-        """Number in the table -> number among the classes."""
-        return np.array([self.column[label] for label in table.labels], dtype=np.int64)
 
     def _check_known(self, manifest: Manifest, table: _Table) -> None:
         unknown = [number for number, label in enumerate(table.labels) if label not in self.column]
