@@ -239,7 +239,7 @@ def test_a_run_goes_on_with_the_command_that_began_it(undisturbed, capsys):
 
 
 def test_the_checkpoint_is_a_classifier_with_the_average_of_its_weights(undisturbed, folder):
-    classifier, info = load_classifier(undisturbed)
+    classifier, info = load_classifier(checkpoints.newest(undisturbed))
     assert (info.task, info.classes, info.padding, info.step) == ("single-label", ("high", "low", "middle"), "mask", 9)
     saved = checkpoints.load(checkpoints.newest(undisturbed)).model
     found = classifier.state_dict()
@@ -259,6 +259,7 @@ def test_the_test_split_is_scored_once_by_the_best_checkpoint(tmp_path, recipe, 
     best = max(rows, key=lambda row: (row["accuracy"], -row["step"]))
     found = scores(undisturbed)
     assert (found["step"], found["valid"]["accuracy"]) == (best["step"], best["accuracy"])
+    assert load_classifier(undisturbed)[1].step == load_encoder(undisturbed)[1].step == best["step"]
     assert (found["seed"], found["chosen_on"], found["clips"]) == (0, "valid", {"train": 24, "valid": 9, "test": 9})
     assert found["classes"] == ["high", "low", "middle"]
     assert 0 <= found["test"]["accuracy"] <= 1
