@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 from pathlib import Path
 
 from cat.config import ConfigError
+from cat.figures import write_finetune_figure
 from cat.progress import say
 from cat.training.directory import sole_writer
 from cat.training.finetune import FinetuneResult, finetune, profile
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     with sole_writer(run_dir):
         result = finetune(config, run_dir, **options)
         print(_summary(result, config), flush=True)
+        if config.run.figures and result.scores is not None and importlib.util.find_spec("matplotlib"):
+            write_finetune_figure(run_dir, result.scores["metric"])
     return 128 + result.run.stopped_by if result.run.stopped_by else 0
 
 

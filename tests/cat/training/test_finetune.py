@@ -23,9 +23,10 @@ from cat.data.finetuning import scoring_batches
 from cat.data.labels import labels_of
 from cat.model import CAT, ModelConfig
 from cat.training import finetune as finetuning_run
-from cat.training import finetuning
+from cat.training import finetune_step, finetuning
 from cat.training.finetune import finetune, profile
 from cat.training.finetune_recipe import FinetuneConfig, fitting_frames, load_finetune_recipe
+from cat.training.loop import TrainingError
 from cat.training.recipe import PretrainConfig, read_run
 from cat.training.records import read_rows
 
@@ -102,6 +103,10 @@ def undisturbed(tmp_path_factory, recipe) -> Path:
 
 def numbers(run_dir: Path) -> list[dict]:
     return [row for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] != "speed"]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run_dir / "metrics.jsonl", "train")]
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -453,6 +458,8 @@ def test_events_from_strong_and_from_weak_labels(tmp_path, recipe, folder):
         (["freeze=3"], "freeze is 3; expected 0 to 2"),
         (["freeze=stem"], "freeze is stem; expected an integer or one of encoder"),
         (["run.cuda_graph=true"], "cuda_graph"),
+        (["run.compile=step"], "run.compile='step' with data.padding='mask'; expected 'blocks'"),
+        (["data.fold=1"], "data.fold is 1 and data.test .*; expected one of them"),
         (["task=regression"], "task is 'regression'; expected one of auto, single-label"),
         (["features.frames=40"], "multiple of the patch size 16"),
         (["data.trian=x"], "unknown key 'data.trian'"),
@@ -483,6 +490,41 @@ def test_one_class_only_and_no_labels(tmp_path, recipe, folder, capsys):
     assert not (tmp_path / "minute").exists()
     assert main(["finetune", str(recipe), "data.train=", *changes]) == 1
     assert "data.train is missing; expected a folder with a folder for each class" in capsys.readouterr().err
+
+
+def test_clips_that_are_trained_on_and_scored_are_told(recipe, folder, capsys):
+    finetuning.read_splits(load_finetune_recipe(recipe))
+    assert "are trained on" not in capsys.readouterr().err
+    finetuning.read_splits(load_finetune_recipe(recipe, [f"data.test={folder / 'train'}"]))
+    assert "warning: 24 of the 24 clips of data.test are trained on" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, recipe):
+    changes = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.average=0"]
+    with pytest.raises(TrainingError, match=r"not finite .*Start another run .*lower optim\.lr"):
+        finetune(load_finetune_recipe(recipe, changes), tmp_path / "run", progress=False)
+    assert checkpoints.newest(tmp_path / "run") is None
+
+
+def test_bf16(tmp_path, recipe, undisturbed):
+    finetune(load_finetune_recipe(recipe, ["run.precision=bf16", "run.stop_at=3"]), tmp_path / "run", progress=False)
+    losses = [
+        [row["loss"] for row in numbers(run) if row["kind"] == "train"] for run in (tmp_path / "run", undisturbed)
+    ]
+    assert losses[0] == pytest.approx(losses[1][:3], rel=0.05)
+    assert losses[0] != losses[1][:3]
+    config, _ = read_run(FinetuneConfig, tmp_path / "run", ["run.precision=fp32", "run.stop_at=4"])
+    with pytest.raises(ConfigError, match="was trained in bf16"):
+        finetune(config, tmp_path / "run", resume=True, progress=False)
+
+
+def test_compiled_blocks_change_rounding_only(tmp_path, recipe, undisturbed, monkeypatch):
+    monkeypatch.setattr(finetune_step, "COMPILER", "eager")
+    finetune(load_finetune_recipe(recipe, ["run.compile=blocks", "run.stop_at=3"]), tmp_path / "run", progress=False)
+    losses = [
+        [row["loss"] for row in numbers(run) if row["kind"] == "train"] for run in (tmp_path / "run", undisturbed)
+    ]
+    assert losses[0] == pytest.approx(losses[1][:3], rel=1e-5)
 
 
 def test_profile_writes_a_trace_and_nothing_else(tmp_path, recipe):
