@@ -63,13 +63,8 @@ def run(args: argparse.Namespace) -> int:
         if not isinstance(encoder, CatEncoder):
             raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
         encoders["untrained twin"] = encoder.untrained_twin(args.seed)
-    encoders[CONTROL] = (
-        LogMelStatistics(
-            encoder.features, max_samples=encoder.max_samples, device=device
-        )  # hears what the encoder does
-        if isinstance(encoder, CatEncoder)
-        else LogMelStatistics(device=device)
-    )
+    features = encoder.features if isinstance(encoder, CatEncoder) else None
+    encoders[CONTROL] = LogMelStatistics(features, device=device)
 
     probes = [p for p in PROBES if getattr(args, p)] or list(PROBES)
     report = run_probe(
