@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cat.checkpoints import load_encoder
+from cat.checkpoints import hub, load_encoder
 from cat.checkpoints.hub import EncoderConfig
-from cat.checkpoints.store import PathLike
+from cat.checkpoints.store import load_tensors
 from cat.data.features import FeatureConfig, log_mel
 from cat.encoders.waveforms import Waveform, as_chunks, as_clips, too_short
 from cat.encoders.windows import Blend, Windows
@@ -49,7 +50,7 @@ class EncoderOutput(Layer):
         return torch.arange(self.frames.shape[1], device=self.frames.device) < rows_B1
 
 
-class CATEncoder(nn.Module):
+class CATEncoder(nn.Module, hub.HubModel):
     """A CAT encoder that listens::
 
         encoder = CATEncoder.from_pretrained("runs/mine")       # a run, a checkpoint, a .safetensors, a hub folder
@@ -68,29 +69,45 @@ class CATEncoder(nn.Module):
     Attributes: ``config``, all that rebuilds it; ``encoder``, the network; ``sample_rate``, Hz; ``dim``, E.
     """
 
-    def __init__(self, config: EncoderConfig, *, encoder: Encoder | None = None) -> None:
+    def __init__(
+        self, config: EncoderConfig, *, encoder: Encoder | None = None, origin: hub.Origin | str | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._origin = config, origin
         self.encoder = Encoder(config.model) if encoder is None else encoder
         self.eval()
 
     @classmethod
-    def from_pretrained(
+    def from_folder(  # type: ignore[override]
         cls,
-        path: PathLike,
+        path: Path,
         *,
-        pooling: str = "mean",
+        pooling: str | None = None,
         weights: str = "student",
         device: torch.device | str = "cpu",
     ) -> CATEncoder:
-        """The encoder of a run (its newest checkpoint), pre-trained or fine-tuned, a checkpoint or a .safetensors file.
+        """The encoder of a run (its newest checkpoint), pre-trained or fine-tuned, a checkpoint, a .safetensors file or
+        a folder of `save_pretrained`; what `from_pretrained` does with what exists.
 
-        ``pooling``: "mean" of the patches, "cls", or "both"; ``weights``: "student" or "teacher" of a pre-training.
+        ``pooling``: "mean" of the patches (the default), "cls", or "both"; ``weights``: "student" or "teacher" of a
+        pre-training.
 
-        Raises: `CheckpointError`.
+        Raises: `CheckpointError`, `ConfigError`.
         """
-        encoder, info = load_encoder(path, weights=weights, device=device)
-        return cls(EncoderConfig(info.model, info.features, pooling), encoder=encoder)
+        if not hub.is_folder(path):
+            encoder, info = load_encoder(path, weights=weights, device=device)
+            origin = hub.Origin(info.config, info.step, info.path)
+            return cls(EncoderConfig(info.model, info.features, pooling or "mean"), encoder=encoder, origin=origin)
+        found = hub.read_folder(path, device)
+        if isinstance(found.config, EncoderConfig):
+            model = cls(dataclasses.replace(found.config, pooling=pooling or found.config.pooling), origin=found.card)
+        else:
+            model = cls(EncoderConfig(found.config.model, found.config.features, pooling or "mean"))
+        load_tensors(model.to(device), found.encoder_tensors, str(path))
+        return model
+
+    def hub_parts(self) -> tuple[EncoderConfig, dict[str, Tensor], hub.Origin | str | None]:
+        return self.config, self.state_dict(), self._origin
 
     @property
     def features(self) -> FeatureConfig:
