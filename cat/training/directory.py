@@ -3,8 +3,8 @@
 It holds everything about a run: ``config.yaml`` (every field of the recipe), ``metrics.jsonl`` (see
 `cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``tensorboard/``, ``checkpoints/`` (see
 `cat.checkpoints.store`), ``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, after
-`cat-audio evaluate` ``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a process
-works in it ``.lock``. Other files in it are the user's and are left alone.
+`cat-audio evaluate` ``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a
+process works in it ``.lock``. Other files in it are the user's and are left alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A fine-tuning recipe run once for each fold and seed, and what that says together.
 
 The folds are those of the manifest (its field "fold"): each run has one of them as its test split, and chooses its
-checkpoint by clips held out of the others. Every run is a run directory of its own, ``fold1`` or ``seed0/fold1`` in that
-of the whole, beside a ``scores.json`` with all of them.
+checkpoint by clips held out of the others. Every run is a run directory of its own, ``fold1`` or ``seed0/fold1`` in
+that of the whole, beside a ``scores.json`` with all of them.
 """
 
 from __future__ import annotations
