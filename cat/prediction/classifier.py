@@ -93,10 +93,12 @@ class CATClassifier:
         hop: float | None = None,
         lookahead: float | None = None,
         step: float | None = None,
+        live: bool = False,
     ) -> Plan:
         """Windows of ``window`` seconds (default: as long as in training) every ``hop`` seconds (half a window), to the
         nearest row of patches. For rows of a frame head: ``lookahead`` seconds that a row's window has heard behind it
-        at least (default: as much as before it), and ``step`` seconds from row to row (a row of patches)."""
+        at least (default: as much as before it), and ``step`` seconds from row to row (a row of patches). ``live``: for
+        a stream, hop and lookahead are an eighth of the window by default, which tells sooner and computes more."""
         row = self.patch_size * self.features.frame_shift / self.features.sample_rate
         most = -(-self.features.frames // self.patch_size)
         rows = most if window is None else self._rows("window", window, row)
@@ -105,8 +107,10 @@ class CATClassifier:
                 f"window is {window:g} s; expected at most {most * row:g} s, as long as the clips that the model was "
                 "trained on"
             )
-        hop_rows = max(1, rows // 2) if hop is None else self._rows("hop", hop, row)
-        ahead = (rows - hop_rows) // 2 if lookahead is None else self._rows("lookahead", lookahead, row, least=0)
+        eighth = max(1, rows // 8)
+        hop_rows = (eighth if live else max(1, rows // 2)) if hop is None else self._rows("hop", hop, row)
+        ahead = min(eighth, rows - hop_rows) if live else (rows - hop_rows) // 2
+        ahead = ahead if lookahead is None else self._rows("lookahead", lookahead, row, least=0)
         if step is not None and not 0 < step <= row:
             raise ValueError(f"step is {step} s; expected a row of patches, {row:g} s, or a whole part of it")
         shifts = 1 if step is None else round(row / step)
