@@ -195,7 +195,10 @@ def _table(row: Row, width: int) -> list[str]:
     if "error" in row:
         return [f"{name}  failed: {row['error']}"]
     if "scores" in row:
-        return ["  ".join([name, f"{row['seconds']:8.2f} s", *(f"{c['name']} {c['score']:.3f}" for c in row["scores"])])]
+        return [
+            "  ".join([name, f"{row['seconds']:8.2f} s", *(f"{c['name']} {c['score']:.3f}" for c in row["scores"])])
+        ]
     return [
-        f"{name}  {one['onset']:9.2f} - {one['offset']:9.2f} s  {one['score']:.3f}  {one['name']}" for one in row["events"]
+        f"{name}  {one['onset']:9.2f} - {one['offset']:9.2f} s  {one['score']:.3f}  {one['name']}"
+        for one in row["events"]
     ] or [f"{name}  no events in {row['seconds']:.2f} s"]

@@ -62,7 +62,11 @@ class Event:
 
 
 def find_events(
-    scores_RC: np.ndarray, classes: Sequence[str], settings: Mapping[str, EventSettings], timing: Timing, duration: float
+    scores_RC: np.ndarray,
+    classes: Sequence[str],
+    settings: Mapping[str, EventSettings],
+    timing: Timing,
+    duration: float,
 ) -> list[Event]:
     """The events of a whole file of ``duration`` seconds, by onset."""
     finder = EventFinder(classes, settings, timing)

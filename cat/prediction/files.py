@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from cat.data.audio import AudioError, read_windows
 from cat.data.manifest import load_manifest
-from cat.prediction.classifier import Aggregate, CATClassifier, Scores, best, windows_of
+from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, best, windows_of
 from cat.prediction.events import Event, EventFinder, EventSettings, ended
 from cat.prediction.windows import Plan, Window
 
@@ -24,12 +24,13 @@ MANIFESTS = (".jsonl", ".tsv", ".json")
 @dataclass(frozen=True)
 class FileResult:
     """What was found in a file. ``scores`` of the clip and its windows, or ``events`` where these were asked for;
-    ``error`` says why there is neither."""
+    ``rows`` (R, C) of a frame head where they were asked for. ``error`` says why there is nothing."""
 
     path: str
     seconds: float
-    scores: Scores | None = None
+    scores: ClipScores | None = None
     events: list[Event] | None = None
+    rows: np.ndarray | None = None
     error: str | None = None
 
     def row(self, classifier: CATClassifier, top: int, windows: bool = False) -> dict[str, Any]:
@@ -94,15 +95,17 @@ def predict_files(
     *,
     plan: Plan | None = None,
     events: Mapping[str, EventSettings] | None = None,
+    rows: bool = False,
     aggregate: Aggregate = "auto",
     batch_size: int = 16,
 ) -> Iterator[FileResult]:
-    """What is in each file, in order. With ``events``, the settings of every class, the events in it.
+    """What is in each file, in order. With ``events``, the settings of every class, the events in it; with ``rows`` the
+    scores of its rows.
 
     A file that cannot be read has an ``error`` in its result. Memory grows with a file's windows times classes (not
     with ``events``), not with its samples.
     """
-    if events is not None:
+    if events is not None or rows:
         require_frames(classifier)
     plan = plan or classifier.plan()
     begun: deque[_File] = deque()
@@ -110,7 +113,7 @@ def predict_files(
     def windows() -> Iterator[tuple[_File, Window]]:
         for path in files:
             finder = None if events is None else EventFinder(classifier.classes, events, plan)
-            begun.append(_File(os.fspath(path), finder))
+            begun.append(_File(os.fspath(path), finder, [] if rows else None))
             yield from _windows(begun[-1], plan)
 
     for (file, window), (clip_C, rows_RC) in classifier.hear(windows(), batch_size):
@@ -123,9 +126,7 @@ def predict_files(
 
 def _windows(file: _File, plan: Plan) -> Iterator[tuple[_File, Window]]:
     try:
-        blocks = read_windows(
-            file.path, plan.rate, BLOCK_SECONDS * plan.rate, min_samples=plan.features.frame_length
-        )
+        blocks = read_windows(file.path, plan.rate, BLOCK_SECONDS * plan.rate, min_samples=plan.features.frame_length)
         for window in windows_of(file.counted(blocks), plan):
             file.expected += 1
             yield file, window
@@ -140,6 +141,7 @@ class _File:
 
     path: str
     finder: EventFinder | None
+    rows: list[np.ndarray] | None
     samples: int = 0
     read: bool = False
     expected: int = 0
@@ -161,17 +163,21 @@ class _File:
         self.heard += 1
         if not np.isfinite(clip_C).all() or not (rows_RC is None or np.isfinite(rows_RC).all()):
             self.error = self.error or "the model gave scores that are not finite"
+            return
+        if rows_RC is not None and self.rows is not None:
+            self.rows.append(rows_RC)
+        if rows_RC is not None and self.finder is not None:
+            self.events += ended(self.finder.feed(rows_RC))
         elif self.finder is None:
             self.windows.append((window, clip_C))
-        elif rows_RC is not None:
-            self.events += ended(self.finder.feed(rows_RC))
 
     def result(self, classifier: CATClassifier, plan: Plan, aggregate: Aggregate) -> FileResult:
         seconds = self.samples / plan.rate
         if self.error is not None:
             return FileResult(self.path, seconds, error=self.error)
+        rows_RC = None if self.rows is None else np.concatenate(self.rows)
         if self.finder is None:
-            return FileResult(self.path, seconds, scores=classifier.gather(self.windows, plan, aggregate))
-        return FileResult(self.path, seconds, events=ended([*self.events, *self.finder.finish(seconds)]))
-
-
+            scores = classifier.gather(self.windows, plan, aggregate)
+            return FileResult(self.path, seconds, scores=scores, rows=rows_RC)
+        events = ended([*self.events, *self.finder.finish(seconds)])
+        return FileResult(self.path, seconds, events=events, rows=rows_RC)

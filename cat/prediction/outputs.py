@@ -6,12 +6,12 @@ same command goes on from there; what made OUT.part otherwise is an error. At th
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -60,7 +60,7 @@ def write_predictions(
         "rows": [top, windows, aggregate],
     }
     failed = []
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         results = [
             stack.enter_context(ResultFile(out, form, kind, made_by, inputs=files, overwrite=overwrite))
             for out, form in outputs.items()
@@ -69,10 +69,10 @@ def write_predictions(
         before = len(files) - len(left)
         if before:
             say(f"{before} of {len(files)} files were done before; going on")
-        bar = stack.enter_context(closing(Progress(len(files), before, label=kind, unit="files", enabled=progress)))
-        found = predict_files(
-            classifier, left, plan=plan, events=events, aggregate=aggregate, batch_size=batch_size
+        bar = stack.enter_context(
+            contextlib.closing(Progress(len(files), before, label=kind, unit="files", enabled=progress))
         )
+        found = predict_files(classifier, left, plan=plan, events=events, aggregate=aggregate, batch_size=batch_size)
         for done, result in enumerate(found, start=before + 1):
             row = result.row(classifier, top, windows)
             for one in results:
@@ -95,15 +95,21 @@ def _digest(path: Path) -> str:
 class ResultFile:
     """OUT, as JSON Lines (a file a line) or CSV (a class of a file, or an event, a line)::
 
-        with ResultFile(out, "csv", "scores", made_by) as results:
-            for file in files:
-                if file not in results:
-                    results.add(row_of(file))
-            results.finish(files)
+    with ResultFile(out, "csv", "scores", made_by) as results:
+        for file in files:
+            if file not in results:
+                results.add(row_of(file))
+        results.finish(files)
     """
 
     def __init__(
-        self, out: Path, form: str, kind: str, made_by: Mapping[str, Any], *, inputs: Sequence[Path] = (),
+        self,
+        out: Path,
+        form: str,
+        kind: str,
+        made_by: Mapping[str, Any],
+        *,
+        inputs: Sequence[Path] = (),
         overwrite: bool = False,
     ) -> None:
         """``form``: "json" or "csv"; ``kind``: "scores" or "events"; ``made_by``: what the rows depend on, as JSON has
@@ -112,7 +118,7 @@ class ResultFile:
         self.out, self._form, self._kind, self._overwrite = out, form, kind, overwrite
         self._header = {"form": kind, **made_by}
         self.part = out.with_name(out.name + ".part")
-        self._stack = ExitStack()
+        self._stack = contextlib.ExitStack()
         self._done: dict[str, int] = {}  # path -> where its line begins
         self._rows: IO[bytes]
 
@@ -130,6 +136,8 @@ class ResultFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        with contextlib.suppress(OSError):  # not empty: to be gone on with
+            self.part.rmdir()
 
     def __contains__(self, path: str) -> bool:
         return path in self._done

@@ -58,7 +58,9 @@ class Heard:
             parts.append(f"real-time factor {self.busy / self.seconds:.3f}")
         parts.append(f"{self.events} events")
         if self.events:
-            parts.append(f"told {self.late / self.events:.2f} s after their onset on average, {self.latest:.2f} s at most")
+            parts.append(
+                f"told {self.late / self.events:.2f} s after their onset on average, {self.latest:.2f} s at most"
+            )
         if self.busy > self.seconds > 0:
             parts.append("slower than the sound: a longer --hop takes less")
         return ", ".join(parts)
@@ -169,8 +171,14 @@ class Samples:
 
     def _decoded(self, part: bytes) -> np.ndarray:
         wave, _ = import_library("soundfile").read(
-            io.BytesIO(part), format="RAW", subtype=self._subtype, endian="LITTLE", samplerate=self.sample_rate,
-            channels=self._channels, dtype="float32", always_2d=True,
+            io.BytesIO(part),
+            format="RAW",
+            subtype=self._subtype,
+            endian="LITTLE",
+            samplerate=self.sample_rate,
+            channels=self._channels,
+            dtype="float32",
+            always_2d=True,
         )
         wave = wave.mean(axis=1)
         finite = np.isfinite(wave)
