@@ -53,7 +53,7 @@ def test_events_of_long_files_are_neither_cut_nor_doubled(tones, folder):
         assert found[0] == [("low", pytest.approx(0.16, abs=near), pytest.approx(0.8, abs=near))]
         assert found[1] == [
             ("high", pytest.approx(30.08, abs=near), pytest.approx(62.4, abs=near)),
-            ("low", pytest.approx(69.76, abs=near), 70.08),
+            ("low", pytest.approx(69.76, abs=near), pytest.approx(70.08, abs=near)),
         ]
         assert found[2:] == [[], [], []]
 
