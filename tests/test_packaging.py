@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRA_MODULES = (
     "soundfile", "soxr", "yaml", "tqdm", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers", "triton",
-    "kaldi_native_fbank", "librosa", "torchaudio",
+    "kaldi_native_fbank", "librosa", "torchaudio", "onnx", "onnxruntime", "onnxscript",
 )  # fmt: skip
 SOURCES = [path for folder in ("cat_kernels", "cat", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
