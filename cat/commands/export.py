@@ -12,9 +12,10 @@ from cat.outputs import Output, claim
 
 EPILOG = """\
 In goes a normalised log-mel spectrogram (batch, 1, frames, mel bins), frames being a multiple of the patch size; with
---waveform audio (batch, samples) in [-1, 1] at the model's sample rate. Out come, of an encoder, clip, cls, frames and
-patches; of a classifier scores, and with a frame head frame_scores. All clips of a batch are of one length, which may be
-any, up to two minutes. The file's metadata tell classes, sample rate, features, patch size and version.
+--waveform audio (batch, samples) in [-1, 1] at the model's sample rate, 25 ms or more. Out come, of an encoder, clip,
+cls, frames and patches; of a classifier scores, and with a frame head frame_scores. All clips of a batch are of one
+length, which may be any, up to two minutes. The file's metadata tell classes, sample rate, features, patch size and
+version.
 
 Before OUT appears it is run and compared with the model: .onnx in onnxruntime (pip install 'cat-kernels[export]'), .pt2
 in PyTorch. Where they differ by more than a thousandth, nothing is written.
