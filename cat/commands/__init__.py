@@ -28,6 +28,7 @@ COMMANDS = {
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, attention, all layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
+    "export": ("cat.commands.export", "write an encoder or a classifier as ONNX or for torch.export"),
     "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips, to pre-train with"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests with its official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
@@ -39,7 +40,7 @@ COMMANDS = {
 GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict",),
+    "use": ("predict", "export"),
     "prepare": ("dataset", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
