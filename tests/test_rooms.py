@@ -16,6 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "data", *BASE},
     "training": {"evaluation", "checkpoints", "data", "model", *BASE},
+    "harnesses": {"encoders", *BASE},
     "evaluation": {"encoders", "data", *BASE},
     "encoders": {"checkpoints", "data", "model", *BASE},
     "checkpoints": {"data", "model", *BASE},
