@@ -14,10 +14,11 @@ BASE = {"config", "device", "ending", "files", "locks", "outputs", "parts", "pro
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
-    "figures": {"training", "data", *BASE},
+    "figures": {"training", "prediction", "data", *BASE},
     "training": {"evaluation", "checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},
-    "evaluation": {"encoders", "data", *BASE},
+    "evaluation": {"prediction", "encoders", "data", "model", *BASE},
+    "prediction": {"encoders", "checkpoints", "data", "model", *BASE},
     "encoders": {"checkpoints", "data", "model", *BASE},
     "checkpoints": {"data", "model", *BASE},
     "data": {"sounds", *BASE},

@@ -23,7 +23,7 @@ from cat_kernels import __version__
 
 COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
-    "probe": ("cat.commands.probe", "kNN and linear probes of an encoder on labelled audio"),
+    "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, attention, all layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),

@@ -6,11 +6,17 @@ JSON Lines, one clip a line (only ``path`` is required; paths are relative to th
     {"path": "bells/0001.wav", "samples": 80000, "sample_rate": 16000, "labels": ["bell"], "embedding": 0}
 
 The first line is an optional header. Fields of your own are kept (``Clip.extra``, ``Manifest.extra``) and written
-again, unless they look like a misspelt one of ours, which is an error.
+again, unless they look like a misspelt one of ours, which is an error. Two of these are read for fine-tuning: "fold"
+(`cat.data.splits`) and "events" (`cat.data.labels`), what sounds from when to when in seconds::
+
+    {"path": "street.wav", "events": [{"onset": 0.5, "offset": 2.25, "label": "car"}]}
+
+``"labels": []`` says that a clip has none of the labels; without the field nobody knows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +35,7 @@ from cat.data.text import (
     ManifestError,
     check_fields,
     check_path,
+    event_list,
     label_list,
     label_text,
     lines,
@@ -72,21 +79,32 @@ class Manifest:
 
     def path(self, index: int) -> Path:
         """Where clip ``index`` lies."""
-        return self.root / self._columns.paths[index]
+        return self.root / self.columns.paths[index]
 
     @property
     def rows(self) -> np.ndarray:
         """(n,) int64: each clip's embedding row, -1 for none."""
-        return self._columns.rows
+        return self.columns.rows
+
+    def take(self, indices: np.ndarray) -> Manifest:
+        """The manifest of these clips, in this order; without embeddings, which belong to the whole one."""
+        return dataclasses.replace(
+            self,
+            clips=self.columns.take(indices),
+            embeddings=None,
+            embeddings_fingerprint=None,
+            embedding_files=None,
+        )
 
     @property
-    def _columns(self) -> Clips:
+    def columns(self) -> Clips:
+        """The clips, in the arrays that they are kept in."""
         return cast(Clips, self.clips)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Every label that occurs: in the order of ``label_names`` where that is known, otherwise sorted."""
-        present = set(self._columns.labels)
+        present = set(self.columns.labels)
         known = [label for label in self.label_names if label in present]
         return tuple(known + sorted(present.difference(known)))
 
@@ -94,7 +112,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """SHA-256 of the clip paths in order; labels and embedding rows may change without changing it."""
         digest = hashlib.sha256()
-        for path in self._columns.paths:
+        for path in self.columns.paths:
             digest.update(_as_posix(path).encode("utf-8", "surrogateescape") + b"\n")
         return digest.hexdigest()
 
@@ -241,7 +259,11 @@ def _check_header(entry: dict[str, Any], folder: Path, where: str) -> dict[str, 
 
 
 def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
-    check_fields(entry, CLIP_FIELDS, where)
+    check_fields(entry, (*CLIP_FIELDS, "events"), where)
+    negative = entry.get("labels") == []
+    events = entry.pop("events", None)
+    if events is not None:
+        entry["events"] = event_list(events, where)
     return Clip(
         check_path(entry.pop("path", None), "path", folder, where),
         whole_number(entry.pop("samples", None), "samples", 0, where),
@@ -249,6 +271,7 @@ def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
         label_list(entry.pop("labels", None), where),
         whole_number(entry.pop("embedding", None), "embedding", 0, where),
         entry,
+        negative,
     )
 
 
@@ -273,7 +296,7 @@ def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
             entry: dict[str, Any] = {"path": relative(manifest.root / clip.path)}
             for name in CLIP_FIELDS[1:]:
                 value = getattr(clip, name)
-                if value is not None and value != ():
+                if value is not None and (value != () or clip.negative):
                     entry[name] = value
             file.write(_json_line({**entry, **clip.extra}))
 

@@ -25,7 +25,7 @@ from cat.training.recipe import PretrainConfig, RunConfig
 # a deletion that was interrupted leaves what is still known for a run.
 _RECORDS = (
     *("metrics.jsonl", "failures.jsonl", "tensorboard/events.out.tfevents.*", "probe.json", "profile/trace.json"),
-    *("figures/loss.png", "figures/patches.png", "figures/embeddings.png"),
+    *("figures/loss.png", "figures/patches.png", "figures/embeddings.png", "figures/layers.png"),
 )
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -69,6 +69,32 @@ class RunConfig:
         if isinstance(values.get("compile"), bool):
             values["compile"] = "step" if values["compile"] else "none"
         return values
+
+
+class Data(Protocol):
+    """The section ``data``, as far as the loop reads it."""
+
+    @property
+    def train(self) -> str: ...
+    @property
+    def valid(self) -> str | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def max_failed_share(self) -> float: ...
+
+
+class Recipe(Protocol):
+    """The configuration of a run, a dataclass of sections, as far as the loop reads it."""
+
+    @property
+    def data(self) -> Data: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def run_dir(self) -> Path: ...
+    @property
+    def end(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -171,6 +197,20 @@ def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
     return "gpu" if name == "gpu" else "cpu"
 
 
+def made_with(run: RunConfig, device: torch.device, precision: str, kernels: str, features: str) -> dict[str, Any]:
+    """What the numbers of a run depend on, bit for bit, besides its configuration and data."""
+    return {
+        "torch": torch.__version__,
+        "device": device.type,
+        "precision": precision,
+        "compile": run.compile,
+        "cuda_graph": run.cuda_graph,
+        "kernels": kernels,
+        "features": features,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
 # ---------------------------------------------------------------- resuming
 
 # Keys that leave a run's numbers alone (or change them by rounding only). data.train and data.valid may move, but the
@@ -187,7 +227,7 @@ _FREE = {
 _BOUND_IN_RUN = {"run.seed"}
 
 
-def check_same_run(saved: Mapping[str, Any], config: PretrainConfig, run_dir: Path) -> None:
+def check_same_run(saved: Mapping[str, Any], config: Recipe, run_dir: Path) -> None:
     """Whether a run may go on with this configuration.
 
     Everything that changes the numbers must be as it was, the schedule's length (optim.steps) too: the learning rate of
@@ -195,7 +235,7 @@ def check_same_run(saved: Mapping[str, Any], config: PretrainConfig, run_dir: Pa
 
     Raises: `ConfigError` naming the keys that differ.
     """
-    before = to_mapping(from_mapping(PretrainConfig, saved, source=f"{run_dir}'s checkpoint"))
+    before = to_mapping(from_mapping(type(config), saved, source=f"{run_dir}'s checkpoint"))
     changed = {
         key: values
         for key, values in differences(before, to_mapping(config)).items()
