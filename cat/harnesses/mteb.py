@@ -29,7 +29,7 @@ class MtebModel(AbsEncoder):
     """Clip embeddings of whatever audio mteb's loaders deliver: any sample rate and number of channels."""
 
     def __init__(self, model_name: str, revision: str | None = None, device: str | None = None, **_: Any) -> None:
-        self.model: CATEncoder = CATEncoder.from_pretrained(model_name).to(device or "cpu")
+        self.model = CATEncoder.from_pretrained(model_name, device=device or "cpu")
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         unknown = ("release_date", "license", "open_weights", "public_training_code", "public_training_data")
         self.mteb_model_meta = ModelMeta(
