@@ -17,6 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "figures": {"training", "prediction", "data", *BASE},
     "training": {"evaluation", "checkpoints", "data", "model", *BASE},
     "export": {"checkpoints", "data", "model", *BASE},
+    "harnesses": {"encoders", *BASE},
     "evaluation": {"prediction", "encoders", "checkpoints", "data", "model", *BASE},
     "prediction": {"encoders", "checkpoints", "data", "model", *BASE},
     "encoders": {"checkpoints", "data", "model", *BASE},
