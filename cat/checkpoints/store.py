@@ -114,10 +114,18 @@ def size_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def save_tensors(
-    path: PathLike, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], step: int | None = None
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any],
+    step: int | None = None,
+    file_format: str = str(FORMAT),
 ) -> None:
-    """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata."""
-    metadata = {"format": str(FORMAT), "config": json.dumps(config)}
+    """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata.
+
+    ``file_format`` is what the file says of itself; transformers wants "pt".
+    """
+    metadata = {"format": file_format, "config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -25,10 +25,12 @@ COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
     "finetune": ("cat.commands.finetune", "train a classifier on a pre-trained encoder by a recipe"),
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
-    "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, attention, all layers"),
+    "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
-    "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips, to pre-train with"),
-    "dataset": ("cat.commands.dataset", "turn a public data set into manifests with its official splits"),
+    "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
+    "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
+    "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
@@ -38,7 +40,7 @@ COMMANDS = {
 GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
-    "use": (),
+    "use": ("predict", "export"),
     "prepare": ("dataset", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
@@ -51,7 +53,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cat-audio",
         usage="cat-audio [--debug] COMMAND ...",
-        description="Convolutional Audio Transformer: pre-train, embed and probe.",
+        description="Convolutional Audio Transformer: train it, judge it, use it.",
         epilog=_overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -89,7 +89,7 @@ class FinetuneConfig:
             raise ValueError("run.cuda_graph=true; expected false: batches of clips of all lengths have no one graph")
         if self.run.compile == "step" and self.data.padding == "mask":
             raise ValueError(
-                "run.compile='step' with data.padding='mask'; expected 'blocks' or 'none' (or data.padding='fill'): the "
+                "run.compile='step' with data.padding='mask'; expected 'blocks', 'none' or data.padding='fill': the "
                 "step has other shapes for clips of other lengths"
             )
         if self.data.fold is not None and self.data.test:

@@ -1,8 +1,13 @@
 """A fine-tuning recipe run once for each fold and seed, and what that says together.
 
 The folds are those of the manifest (its field "fold"): each run has one of them as its test split, and chooses its
+<<<<<<< HEAD
 checkpoint by clips held out of the others. Every run has a directory of its own, ``fold1`` or ``seed0/fold1`` in that
 of the whole, beside a ``scores.json`` with all of them.
+=======
+checkpoint by clips held out of the others. Every run is a run directory of its own, ``fold1`` or ``seed0/fold1`` in
+that of the whole, beside a ``scores.json`` with all of them.
+>>>>>>> main
 """
 
 from __future__ import annotations
