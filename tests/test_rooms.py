@@ -16,6 +16,8 @@ ROOMS: dict[str, set[str]] = {
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "prediction", "data", *BASE},
     "training": {"evaluation", "checkpoints", "data", "model", *BASE},
+    "export": {"checkpoints", "data", "model", *BASE},
+    "harnesses": {"encoders", *BASE},
     "evaluation": {"prediction", "encoders", "checkpoints", "data", "model", *BASE},
     "prediction": {"encoders", "checkpoints", "data", "model", *BASE},
     "encoders": {"checkpoints", "data", "model", *BASE},
