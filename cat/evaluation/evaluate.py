@@ -127,7 +127,7 @@ def evaluate(
     )
     arguments = (scored.scores, scored.targets, info.task, info.classes)
     scores = scores_of(*arguments)
-    intervals = bootstrap(*arguments, resamples=resamples, seed=seed) if resamples else None
+    intervals = bootstrap(*arguments, resamples=resamples, seed=seed, progress=progress) if resamples else None
     notes = _notes(scored, scores)
     events = None
     if info.head.kind == "frames" or choose_events:

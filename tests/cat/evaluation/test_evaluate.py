@@ -111,6 +111,22 @@ def test_a_model_of_known_answers(classifier_checkpoint, data, tmp_path, capsys)
     assert all(float(row["狗叫声"]) > 0.5 for row in clips)
 
 
+def test_the_numbers_are_those_of_fine_tuning(data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {{train: {data}, valid: {data}, test: {data}, batch_size: 3, num_workers: 0}}\n"
+        "model: {channels: [8, 8], embed_dim: 16, depth: 1, num_heads: 2}\n"
+        "optim: {lr: 1e-2, warmup_steps: 1, steps: 2, average: 0.5}\n"
+        f"run: {{dir: {tmp_path}, name: tuned, threads: 1, device: cpu, tensorboard: false, figures: false}}\n"
+    )
+    assert main(["finetune", str(recipe), "encoder=none", "--quiet"]) == 0
+    told = json.loads((tmp_path / "tuned" / "scores.json").read_text())
+    assert run(tmp_path / "tuned", data, "--out", tmp_path / "out", "--resamples", 0) == 0
+    found = read(tmp_path / "out")
+    assert found["checkpoint"]["step"] == told["step"]
+    assert found["metrics"] == pytest.approx({name: told["test"][name] for name in found["metrics"]}, abs=1e-9)
+
+
 def test_neither_workers_nor_batches_nor_a_second_time_change_the_numbers(classifier_checkpoint, data, tmp_path):
     checkpoint = classifier_checkpoint(tmp_path / "run", CLASSES)
     found = []
