@@ -138,7 +138,7 @@ class CATClassifier:
         """
         plan, least = plan or self.plan(), self.features.frame_length
         waves = as_clips(waveforms, sample_rate, plan.rate, min_samples=least)
-        pieces = ((clip, window) for clip, wave in enumerate(waves) for window in windows_of([as_float(wave)], plan))
+        pieces = ((clip, window) for clip, wave in enumerate(waves) for window in as_windows([as_float(wave)], plan))
         found: list[list[tuple[Window, np.ndarray]]] = [[] for _ in waves]
         for (clip, window), (clip_C, _) in self.hear(pieces, batch_size):
             found[clip].append((window, clip_C))
@@ -195,7 +195,7 @@ def as_float(wave: Tensor) -> np.ndarray:
     return wave.cpu().numpy().astype(np.float32) / (32768 if wave.dtype == torch.int16 else 1)
 
 
-def windows_of(blocks: Iterable[np.ndarray], plan: Plan) -> Iterator[Window]:
+def as_windows(blocks: Iterable[np.ndarray], plan: Plan) -> Iterator[Window]:
     """The windows of a clip that comes in pieces (n,)."""
     windower = Windower(plan)
     for block in blocks:
