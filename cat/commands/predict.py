@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cat.data.audio import read_windows
+from cat.device import pick_device
 from cat.encoders.waveforms import as_chunks
 from cat.figures import is_figure, write_prediction
 from cat.outputs import Output, claim
@@ -38,7 +39,9 @@ Exit code 0 when all files are done, 1 when some could not be read.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "The classes, or the sound events, that a fine-tuned model hears in audio."
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="fine-tuning run, checkpoint or .safetensors")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="fine-tuning run, checkpoint, .safetensors, hub folder or name"
+    )
     parser.add_argument("files", metavar="FILES", nargs="+", help="audio files, folders of them, manifests")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to tell (default 5; 0: all)")
     parser.add_argument("--json", metavar="FILE", help="JSON Lines, a file a line; - for stdout")
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if "-" in args.files:
         raise ValueError("- is stdin, which is read with --stream; name files")
     files = list_files(args.files)
-    classifier = CATClassifier.from_pretrained(args.checkpoint, device=args.device)
+    classifier = CATClassifier.from_pretrained(args.checkpoint, device=pick_device(args.device, "--device"))
     plan = classifier.plan(window=args.window, hop=args.hop, lookahead=args.lookahead, step=args.step)
     if args.events:
         require_frames(classifier)
@@ -146,7 +149,7 @@ def _follow(args: argparse.Namespace) -> int:
         raise ValueError(
             "--stream reads one file, or - for stdin, and writes to stdout, as text or --json -; leave out the rest"
         )
-    classifier = CATClassifier.from_pretrained(args.checkpoint, device=args.device)
+    classifier = CATClassifier.from_pretrained(args.checkpoint, device=pick_device(args.device, "--device"))
     plan = classifier.plan(window=args.window, hop=args.hop, lookahead=args.lookahead, step=args.step, live=True)
     stream = EventStream(classifier, _settings(classifier, args), plan)
     names = dict(zip(classifier.classes, classifier.names, strict=True))

@@ -37,7 +37,7 @@ def test_a_table(save_run, clip, capsys):
     assert main(["predict", str(save_run()), str(clip), "--top", "2"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{clip}      3.20 s  ")
-    expected = CATClassifier.from_pretrained(save_run(), device="cpu")(soundfile.read(clip)[0], RATE)
+    expected = CATClassifier.from_pretrained(save_run())(soundfile.read(clip)[0], RATE)
     (label, score), _ = expected.top(2)[0]
     name = dict(zip(expected.classes, expected.names, strict=True))[label]
     assert line.split("  ")[-2] == f"{name} {score:.3f}"
