@@ -17,7 +17,7 @@ from cat.encoders.waveforms import as_chunks
 from cat.figures import is_figure, write_prediction
 from cat.outputs import Output, claim
 from cat.prediction import CATClassifier, Event, EventSettings
-from cat.prediction.events import read_settings, settings_file
+from cat.prediction.events import settings_of
 from cat.prediction.files import event_row, list_files, require_frames
 from cat.prediction.outputs import Row, write_predictions, writer
 from cat.prediction.stream import PCM, EventStream, Samples, arriving
@@ -189,10 +189,7 @@ def _tell(events: list[Event], names: dict[str, str], form: str | None) -> None:
 
 def _settings(classifier: CATClassifier, args: argparse.Namespace) -> dict[str, EventSettings]:
     """Those that belong to the checkpoint, with what was said on the command line."""
-    file = settings_file(classifier.info.path)
-    found = {label: EventSettings() for label in classifier.classes}
-    if file is not None:
-        found = read_settings(file, classifier.classes)
+    found, _ = settings_of(classifier.info.path, classifier.classes)
     said = {name: getattr(args, name) for name in ("threshold", "low", "median", "gap", "shortest")}
     said = {name: value for name, value in said.items() if value is not None}
     if "threshold" in said and "low" not in said:

@@ -281,7 +281,15 @@ def read_settings(path: Path, classes: Sequence[str]) -> dict[str, EventSettings
     return {label: settings[label] for label in classes}
 
 
-def settings_file(checkpoint: Path) -> Path | None:
-    """The events.json that belongs to a checkpoint's file: beside it, or in the directory of its run."""
-    run = checkpoint.parents[2] if checkpoint.parent.parent.name == "checkpoints" else checkpoint.parent
-    return next((folder / FILE for folder in (checkpoint.parent, run) if (folder / FILE).is_file()), None)
+def home_of_settings(checkpoint: Path) -> Path:
+    """Where the settings of a checkpoint's file belong: events.json in the directory of its run, or beside the file."""
+    folder = checkpoint.parent
+    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / FILE
+
+
+def settings_of(checkpoint: Path, classes: Sequence[str]) -> tuple[dict[str, EventSettings], Path | None]:
+    """The settings that belong to a checkpoint's file, and where they were read; where there are none, the defaults."""
+    file = home_of_settings(checkpoint)
+    if not file.is_file():
+        return {label: EventSettings() for label in classes}, None
+    return read_settings(file, classes), file
