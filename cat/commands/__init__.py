@@ -26,6 +26,8 @@ COMMANDS = {
     "probe": ("cat.commands.probe", "kNN and linear probes of an encoder on labelled audio"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips"),
+    "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
+    "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
