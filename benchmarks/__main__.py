@@ -1,4 +1,4 @@
-"""The CPU benchmarks, ``make bench``: stem, its kernels, step, features and operators, one result file, tables.
+"""The CPU benchmarks, ``make bench``: stem, its kernels, step, features, operators, inference, a result file, tables.
 
     python -m benchmarks                    # results into benchmarks/results/<machine>-<date>.json
     python -m benchmarks --out FILE
@@ -21,7 +21,7 @@ from benchmarks.pieces import Piece, run_pieces
 from benchmarks.results import Results, default_path, load
 from benchmarks.runner import say
 
-ON = ("--device", "cpu", "--check", "--dtypes", "fp32")  # and SHORT: so that all ends inside ten minutes
+ON = ("--device", "cpu", "--check", "--dtypes", "fp32")  # and SHORT: so that all ends inside a quarter of an hour
 SHORT = (*ON, "--frames", "128")
 OTHERS = ("--sweep", "1", "2", "--resolutions", "4,16", "8,16")
 PIECES = [
@@ -30,6 +30,7 @@ PIECES = [
     Piece("step", "step_time", (*ON, "--budget", "60"), 420),
     Piece("fbank", "fbank", (*ON, "--budget", "10"), 240),
     Piece("operators", "operators", (*ON, "--budget", "1", "--no-memory"), 180),
+    Piece("inference", "inference", (*ON, "--preset", "small", "--budget", "10"), 300),
     Piece("stem sweep", "stem", (*SHORT, "--budget", "1", *OTHERS), 180),
     Piece("kernels", "kernels", (*SHORT, "--budget", "0.1"), 120),
 ]

@@ -34,6 +34,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
             Piece("stem", "stem", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
             Piece("step", "step_time", (*on, *tiny, "--cases", "eager")),
             Piece("kernels", "kernels", (*on, *tiny, "--only", "norm_linear")),
+            Piece("inference", "inference", (*on, "--preset", "tiny", "--frames", "64", "--batches", "1")),
             Piece("sweep", "stem", (*on, *tiny, *other)),
             Piece("operators", "operators", (*on, *few)),
         ]
@@ -50,6 +51,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         Piece("kernels", "kernels", (*on, *bf16), 60),
         Piece("operators", "operators", (*eager, "--dtypes", "bf16,fp32"), 60),
         Piece("fbank", "fbank", (*eager, "--dtypes", "fp32,bf16", "--budget", "2"), 60),
+        Piece("inference", "inference", (*eager, *bf16, "--budget", "2"), 60),
         Piece("memcheck", "sanitize", ("--tool", "memcheck"), 90),
         Piece("initcheck", "sanitize", ("--tool", "initcheck"), 90),
         Piece("racecheck", "sanitize", ("--tool", "racecheck"), 60),

@@ -10,7 +10,8 @@ A document asks for a table with a pair of markers, what stands between them is 
     <!-- benchmark:end -->
 
 Names: headline (also where there is no name), stem, step, stem-sweep, kernels, fbank, features, operators,
-multiply-adds. Every machine's newest file in benchmarks/results gives one table.
+inference, multiply-adds. Of every machine the newest file in benchmarks/results
+that has rows for it gives one table.
 """
 
 from __future__ import annotations
@@ -28,25 +29,23 @@ MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w-]*) -->\n).*?(<!-- ben
 
 
 def newest(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """The newest result file of every machine, GPUs first."""
-    by_machine: dict[str, dict[str, Any]] = {}
-    for data in sorted((load(path) for path in directory.glob("*.json")), key=lambda data: data["date"]):
-        by_machine[machine_name(data)] = data
-    return sorted(by_machine.values(), key=lambda data: (data["machine"]["gpu"] is None, machine_name(data)))
+    """All result files: GPUs first, machine by machine, of each the newest first."""
+    found = sorted((load(path) for path in directory.glob("*.json")), key=lambda data: data["date"], reverse=True)
+    return sorted(found, key=lambda data: (data["machine"]["gpu"] is None, machine_name(data)))
 
 
 def section(name: str, results: list[dict[str, Any]]) -> str:
-    """The tables of one name, a machine after the other."""
+    """The tables of one name, a machine after the other; of each the newest file that has rows for it."""
     if name not in TABLES:
         raise ValueError(f"<!-- benchmark:begin {name} -->: unknown table; expected one of {', '.join(TABLES)}")
-    parts = []
+    parts: dict[str, str] = {}
     for data in results:
         table = TABLES[name](data)
-        if table.rows:
-            parts.append(f"{table.markdown()}\n\n{origin(data)}.{remark(table)}\n")
+        if table.rows and machine_name(data) not in parts:
+            parts[machine_name(data)] = f"{table.markdown()}\n\n{origin(data)}.{remark(table)}\n"
         if name == "multiply-adds" and parts:
             break  # the same on every machine
-    return "\n".join(parts)
+    return "\n".join(parts.values())
 
 
 def remark(table: Table) -> str:

@@ -191,6 +191,22 @@ def operators_table(data: Data) -> Table:
     return Table("Operators", header, rows)
 
 
+def inference_table(data: Data) -> Table:
+    speedups = _speedups(data)
+    header = ["candidate", "model", "precision", "clips", "ms", "20 to 80 %", "speed-up", "seconds of audio a second",
+              "weights, MiB", "peak MiB", "distance"]  # fmt: skip
+    rows = []
+    for r in (row for row in data["rows"] if row["benchmark"] == "inference"):
+        c, peak = speedups.get(_identity(r)), r["peak_MiB"]
+        rows.append([
+            r["provider"], r["shape"]["preset"], r["dtype"], str(r["shape"]["clips"]), _ms(r["median_ms"]),
+            f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{c['speedup']:.2f}x {c['baseline']}" if c else "",
+            f"{1e3 * r['audio_s'] / r['median_ms']:.3g}", f"{r['persistent_MiB']:.0f}",
+            "" if peak is None else f"{peak:.0f}", f"{r['parity_error']:.1g}",
+        ])  # fmt: skip
+    return Table("Embedding of ten-second clips, waveform in", header, rows)
+
+
 PARTS = {
     "student_stem": "student's stem",
     "student": "student, stem included",
@@ -241,6 +257,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "fbank": fbank_table,
     "features": features_table,
     "operators": operators_table,
+    "inference": inference_table,
     "multiply-adds": multiply_adds_table,
 }
 

@@ -23,6 +23,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         "scikit-learn": "sklearn",
     },
     "clap": {"transformers": "transformers"},
+    "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
 }
 
 

@@ -18,6 +18,7 @@ import cat_kernels
 from benchmarks import (
     ahead,
     fbank,
+    inference,
     kernels,
     memory,
     operators,
@@ -305,6 +306,55 @@ def test_features_on_a_gpu():
     assert not results.rejected
     here = {"torch", "torch compiled"} | ({"native", fbank.GRAPH} if fbank.why_not("native", device) is None else set())
     assert {r["provider"] for r in results.rows} - {"torchaudio"} == here
+
+
+# ---------------------------------------------------------------- inference
+
+
+def embedded(tmp_path, monkeypatch, names, batches):
+    monkeypatch.setitem(inference.PRESETS, "tiny", dataclasses.replace(inference.PRESETS["tiny"], depth=1))
+    monkeypatch.setattr(inference, "other_models", lambda device: names)
+    out = tmp_path / "result.json"
+    inference.run(settings(out=out, frames=64, min_rounds=1), batches).write(out, CPU)
+    data = load(out)
+    assert not data["rejected"]
+    for clips in batches:
+        rows = [r for r in data["rows"] if r["shape"]["clips"] == clips]
+        assert {r["provider"] for r in rows} == {"dense", "visible", "auto", *names}
+        assert {r["audio_s"] for r in rows} == {clips * 0.625}
+    return data
+
+
+def test_embedding_of_clips_is_compared(tmp_path, monkeypatch):
+    data = embedded(tmp_path, monkeypatch, [], (1, 2))
+    table, first = tables.inference_table(data), data["rows"][0]
+    assert len(table.rows) == 6
+    assert table.rows[0][7] == f"{1e3 * first['audio_s'] / first['median_ms']:.3g}"
+
+
+@pytest.mark.slow
+def test_embedding_is_compared_with_other_models(tmp_path, monkeypatch):
+    found = inference.other_models(CPU)
+    if not found:
+        pytest.skip("neither transformers nor onnxruntime is installed")
+    embedded(tmp_path, monkeypatch, found, (2,))
+
+
+def test_what_is_not_installed_is_a_note(monkeypatch):
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
+    assert inference.other_models(CPU) == []
+    assert [note.split(":")[1].split()[0] for note in inference.missing(CPU, [])] == ["AST", "onnx"]
+    assert len(inference.missing(torch.device("cuda"), [])) == 1  # onnxruntime is the CPU's
+
+
+def test_a_wrong_embedding_is_no_row():
+    target = torch.randn(3, 8)
+    yardstick = inference.parity("dense", lambda: target + 1e-4, target, "fp32", None)
+    assert yardstick.passed
+    assert inference.parity("auto", lambda: target + 1e-4, target, "fp32", yardstick).passed
+    assert not inference.parity("auto", lambda: target + 1e-3, target, "fp32", yardstick).passed
+    assert inference.parity("onnx int8", lambda: 1.01 * target, target, "fp32", yardstick).passed
+    assert not inference.parity("onnx int8", lambda: 1.1 * target, target, "fp32", yardstick).passed
 
 
 # ---------------------------------------------------------------- the stem and its kernels
@@ -601,6 +651,15 @@ def test_report_takes_every_machines_newest_file(tmp_path):
     assert "| 11 |" not in made
     assert made.index("Some GPU") < made.index("2030-01-02")
     assert report.filled(made, report.newest(tmp_path)) == made
+
+
+def test_a_part_that_was_measured_later_leaves_the_other_tables(tmp_path):
+    measured(tmp_path, "all.json", "2030-01-01T00:00:00Z", None, 11.0)
+    measured(tmp_path, "part.json", "2030-01-02T00:00:00Z", None, 22.0)
+    part = json.loads((tmp_path / "part.json").read_text())
+    part["rows"], part["comparisons"] = [], []
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    assert "| 11 |" in report.section("stem", report.newest(tmp_path))
 
 
 def test_report_names_an_unknown_table():

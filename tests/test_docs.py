@@ -1,13 +1,147 @@
-"""What the documentation promises has a test, by the name it gives."""
+"""What the documentation promises has a test, by the name it gives; what it tells its readers to type runs.
+
+Every command and Python block of a page runs, in the page's order, in a folder of its own that holds what the page
+takes for granted (`GIVEN`, `NAMES`). Recipes and data sets are made small by what `SMALL` puts in front of a command's
+own arguments. What cannot run in a test is in `NOT_RUN` with a reason. A command that is new in a page needs a line
+here only where it asks for a file that no earlier command made, or takes long.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import numpy as np
+import pytest
+import torch
+
+from cat.commands import COMMANDS, main
+from tests.documented import (
+    ROOT,
+    Step,
+    check_names,
+    inline_commands,
+    make_targets,
+    pages,
+    run_in_shell,
+    steps_of,
+)
+
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
 TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
+
+PAGES = pages()
+OTHERS = ["Makefile", *(f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml")))]
+HELPS = [f"help of {name}" for name in COMMANDS]
+
+# ---------------------------------------------------------------- what the pages take for granted
+
+
+def folder_of_folders(path: Path) -> None:
+    """Two kinds of sound, four short clips each, in a subfolder a kind."""
+    import soundfile
+
+    random = np.random.default_rng(0)
+    for label in ("hiss", "hum"):
+        (path / label).mkdir(parents=True)
+        for number in range(4):
+            wave = random.normal(size=9000) if label == "hiss" else np.sin(np.arange(9000) * (0.1 + 0.01 * number))
+            soundfile.write(path / label / f"{number}.wav", 0.1 * wave, 16000)
+
+
+def manifest(path: Path) -> None:
+    """A labelled manifest and, beside it, the folder it lists."""
+    from cat.data import load_manifest, write_manifest
+
+    folder = path.with_suffix("")
+    folder_of_folders(folder)
+    write_manifest(load_manifest(folder), path)
+
+
+def clip(path: Path) -> None:
+    import soundfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.random.default_rng(0).normal(size=24000), 16000)
+
+
+def run(path: Path) -> None:
+    """A pre-training run of two steps."""
+    audio = path.parent / ".audio"
+    if not audio.exists():
+        folder_of_folders(audio)
+    recipe = str(ROOT / "recipes" / "tiny.yaml")
+    own = [f"data.train={audio}", f"run.dir={path.parent}", f"run.name={path.name}", "run.figures=false"]
+    assert main(["pretrain", recipe, *SMALL["pretrain"], *own, "--quiet"]) == 0
+
+
+def clap(path: Path) -> None:
+    from tests.cat.encoders.test_frozen import save_clap
+
+    save_clap(path, mel_bins=16, truncation="rand_trunc")
+
+
+# page -> {name in its commands: what makes it}, before the page's first command.
+GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
+    "README.md": {
+        "path/to/audio": folder_of_folders,
+        "data/quickstart/train.jsonl": manifest,
+        "runs/quickstart": run,
+        "clip.flac": clip,
+        "PATH_OR_HUB_NAME": clap,
+    },
+    "docs/data.md": {"data/train.jsonl": manifest},
+    "docs/harnesses.md": {"runs/mine": run},
+    "docs/training.md": {"my/audio": folder_of_folders},
+    "help of pretrain": {"my/audio": folder_of_folders},
+    "recipes/base.yaml": {"data/audioset/train.jsonl": manifest},
+    "recipes/quickstart.yaml": {},
+    "recipes/tiny.yaml": {"my/folder": folder_of_folders},
+}
+# page -> names that its Python blocks use and do not define.
+NAMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/training.md": lambda: {"spec": torch.randn(1, 1, 64, 128)},
+}
+MODEL = "channels=[8,8] embed_dim=16 depth=1 num_heads=2 decoder_dim=16 decoder_layers=1 decoder_groups=2"
+# command -> arguments in front of its own; the page's, which come later, win.
+SMALL: dict[str, list[str]] = {
+    "synth": ["--clips-per-class", "2", "--eval-clips-per-class", "2", "--classes", "bell", "rain", "siren"],
+    "pretrain": [
+        *(f"model.{field}" for field in MODEL.split()),
+        *("masks.num_masks=2", "features.frames=64", "data.batch_size=4", "data.num_workers=0"),
+        *("optim.steps=2", "optim.warmup_steps=1", "ema.steps=2", "run.checkpoint_every=2", "run.threads=1"),
+    ],
+}
+# What cannot run here, by how it begins, and why. Of ours at least the arguments are checked.
+NOT_RUN: dict[str, str] = {
+    r"git clone ": "needs a network",
+    r"make ": "installs; that the target exists is tested below",
+    r"pip install ": "installs; tests/test_build.py builds and installs",
+    r"CMAKE_CUDA_ARCHITECTURES=\w+ pip install ": "installs, and needs nvcc",
+    r"cmake ": "tests/test_build.py configures, builds and runs the C++ tests",
+    r"\. \.venv/bin/activate": "the tests' own Python is the one",
+    r"tensorboard ": "a server, which does not end",
+    r"python -m heareval|.*python -m xares": "downloads data sets; "
+    "tests/cat/harnesses has the interfaces and the checkers",
+    r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
+    "tests/cat/test_experiments.py runs the experiment",
+}
+# What runs only where a package is: how it begins, and the package.
+NEEDS: dict[str, str] = {
+    r"CAT_CHECKPOINT=runs/mine python -c .*xares": "xares",
+    r"import mteb": "mteb",
+}
+# Commands whose exit code is a verdict that so little training cannot reach.
+VERDICTS = r"cat-audio (experiment|probe .*--require-better)"
+# Programs that a pipe may begin or end with: scripts that stand in for them.
+PROGRAMS: dict[str, str] = {}
+
+
+# ---------------------------------------------------------------- what it promises
 
 
 def test_every_row_of_robustness_names_a_test_that_exists() -> None:
@@ -20,3 +154,146 @@ def test_every_row_of_robustness_names_a_test_that_exists() -> None:
         for file, name in tests:
             text = (ROOT / "tests" / file).read_text(encoding="utf-8")
             assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file} has no {name}: {row['situation']}"
+
+
+# ---------------------------------------------------------------- what it tells to type
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES + OTHERS + HELPS if steps_of(page)])
+def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("soundfile", "yaml", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    prepare(page, tmp_path, monkeypatch)
+    threads = torch.get_num_threads()
+    names = NAMES.get(page, dict)()
+    try:
+        for step in steps_of(page):
+            if why_not_run(step) is None:
+                run_step(step, tmp_path, names)
+            elif step.language == "sh" and "cat-audio" in step.words:
+                check_names(step)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def prepare(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    text = "\n".join(step.text for step in steps_of(page))
+    if "clap" in text:
+        pytest.importorskip("transformers")
+        clap(folder / ".clap")
+        monkeypatch.setattr("cat.encoders.build.DEFAULT_CLAP", str(folder / ".clap"))  # of the hub otherwise
+    for name, make in GIVEN.get(page, {}).items():
+        make(folder / name)
+
+
+def run_step(step: Step, folder: Path, names: dict[str, Any]) -> None:
+    if step.language == "python":
+        exec(compile("\n" * (step.line - 1) + step.text, str(ROOT / step.page), "exec"), names)
+        return
+    words = step.words
+    if not step.is_simple or words[0] != "cat-audio":
+        run_in_shell(step, folder, PROGRAMS)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in step.settings.items():
+            patch.setenv(name, value)
+        code = main(made_small(words[1:]))
+    assert code == 0 or (code == 1 and begins(step, VERDICTS)), f"{step}\nexit code {code}"
+
+
+def made_small(words: list[str]) -> list[str]:
+    """`SMALL` goes behind the recipe, where there is one; a run that is resumed has its settings."""
+    small = SMALL.get(words[0], [])
+    if "--resume" in words:
+        return words
+    after = 2 if len(words) > 1 and not words[1].startswith("-") else 1
+    return [*words[:after], *small, *words[after:]]
+
+
+def why_not_run(step: Step) -> str | None:
+    missing = (f"without {package}" for begin, package in NEEDS.items() if begins(step, begin) and not is_here(package))
+    return next((reason for begin, reason in NOT_RUN.items() if begins(step, begin)), next(missing, None))
+
+
+def begins(step: Step, pattern: str) -> bool:
+    return re.match(pattern, step.text, re.DOTALL) is not None
+
+
+def is_here(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def test_the_tables_hold_nothing_that_no_page_needs() -> None:
+    steps = [step for page in PAGES + OTHERS + HELPS for step in steps_of(page)]
+    assert len(steps) > 30
+    texts = [step.text for step in steps]
+    assert [begin for begin in (*NOT_RUN, *NEEDS) if not any(begins(step, begin) for step in steps)] == []
+    assert [command for command in SMALL if not any(f"cat-audio {command} " in text for text in texts)] == []
+    for page, given in GIVEN.items():
+        text = "\n".join(step.text for step in steps if step.page == page)
+        assert [name for name in given if name not in text] == [], page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_running_text_exist(page: str) -> None:
+    for step in inline_commands(page):
+        check_names(step)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for step in make_targets(page):
+        assert step.text.split()[1] in targets, f"{step}: the Makefile has no such target"
+    for module in re.findall(r"python -m ([\w.]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert importlib.util.find_spec(module), f"{page}: python -m {module}: there is no such module"
+
+
+def test_the_readme_lists_every_command() -> None:
+    listed = {step.text.split()[1] for step in inline_commands("README.md")}
+    assert set(COMMANDS) <= listed
+
+
+# ---------------------------------------------------------------- that these tests can fail
+
+
+def test_what_is_found_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\ncat-audio synth x \\\n    --seed 1   # a comment\nA=1 cat-audio embed 'x\n y' | head\n```\n"
+        "```python\nx = 1\n```\n```json\n{}\n```\n```\na table\n```\n`cat-audio probe` and `cat-audio nosuch`\n"
+    )
+    monkeypatch.setattr("tests.documented.ROOT", tmp_path)
+    first, second, third = steps_of("page.md")
+    assert (first.line, first.words, first.is_simple) == (2, ["cat-audio", "synth", "x", "--seed", "1"], True)
+    assert (second.line, second.settings, second.is_simple) == (4, {"A": "1"}, False)
+    assert second.words == ["cat-audio", "embed", "x\ny", "|", "head"]
+    assert (third.language, third.text) == ("python", "x = 1\n")
+    probe, other = inline_commands("page.md")
+    check_names(probe)
+    with pytest.raises(AssertionError, match="no command nosuch"):
+        check_names(other)
+    page.write_text("- in a list\n  ```sh\n  cat-audio synth x\n  ```\n")
+    assert [step.text for step in steps_of("page.md")] == ["cat-audio synth x"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```\nsome output\ncat-audio synth x\n```\n", "```console\n$ cat-audio synth x\n```\n", "    cat-audio x\n"],
+)
+def test_a_command_that_would_not_be_found(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.md").write_text(text)
+    monkeypatch.setattr("tests.documented.ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"call the block ```sh|put it between ```sh"):
+        steps_of("page.md")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("cat-audio synth", 2), ("cat-audio embed nowhere --encoder logmel -o x.npy", 1)]
+)
+def test_a_command_that_fails_is_told(text: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, SystemExit), match=f"{code}"):
+        run_step(Step("page.md", 1, "sh", text), tmp_path, {})
+    with pytest.raises(AssertionError, match=r"page.md:1: nosuch --help"):
+        run_step(Step("page.md", 1, "sh", "nosuch --help"), tmp_path, {})
+    with pytest.raises(AssertionError, match=r"exit code 3"):
+        run_step(Step("page.md", 1, "sh", "exit 3 | cat"), tmp_path, {})

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRA_MODULES = (
     "soundfile", "soxr", "yaml", "tqdm", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers", "triton",
-    "huggingface_hub", "pyarrow", "h5py", "kaldi_native_fbank", "librosa", "torchaudio",
+    "huggingface_hub", "pyarrow", "h5py", "onnx", "onnxruntime", "onnxscript", "mteb", "sed_eval",
+    "kaldi_native_fbank", "librosa", "torchaudio",
 )  # fmt: skip
 SOURCES = [path for folder in ("cat_kernels", "cat", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -73,7 +74,7 @@ def test_every_requirement_is_pinned() -> None:
     pinned = {name.lower().replace("_", "-") for name in pins}
     wanted = [*PROJECT["dependencies"], *(r for group in PROJECT["optional-dependencies"].values() for r in group)]
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in wanted} - {"cat-kernels"}
-    assert names | {"torchaudio"} <= pinned  # which the Makefile installs apart
+    assert names | {"torchaudio", "xares", "loguru", "hearvalidator"} <= pinned  # which the Makefile installs apart
 
 
 def test_the_command_exists() -> None:

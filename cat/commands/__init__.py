@@ -23,14 +23,28 @@ from cat_kernels import __version__
 
 COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
-    "probe": ("cat.commands.probe", "kNN and linear probes of an encoder on labelled audio"),
+    "finetune": ("cat.commands.finetune", "train a classifier on a pre-trained encoder by a recipe"),
+    "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
+    "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
-    "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips"),
+    "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
-    "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
+    "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
+    "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
+    "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
+}
+
+# How `cat-audio --help` lists them.
+GROUPS = {
+    "train": ("pretrain", "finetune"),
+    "judge": ("evaluate", "probe", "experiment"),
+    "use": ("predict", "encode", "similar", "export"),
+    "prepare": ("dataset", "synth", "embed", "convert"),
+    "this machine": ("doctor",),
 }
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -39,20 +53,34 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser, with the arguments of ``command`` only."""
     parser = argparse.ArgumentParser(
-        prog="cat-audio", description="Convolutional Audio Transformer: pre-train, embed and probe."
+        prog="cat-audio",
+        usage="cat-audio [--debug] COMMAND ...",
+        description="Convolutional Audio Transformer: train it, judge it, use it.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cat-audio {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, prog="cat-audio", help=argparse.SUPPRESS
+    )
     for name, (module_name, help_text) in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        sub = commands.add_parser(name, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == command:
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser
+
+
+def _overview() -> str:
+    """argparse lists sub-commands in one column; here they stand in groups."""
+    width = max(map(len, COMMANDS))
+    groups = (
+        "\n".join([f"{title}:", *(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names)])
+        for title, names in GROUPS.items()
+    )
+    return "\n\n".join([*groups, "cat-audio COMMAND --help says what a command takes."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

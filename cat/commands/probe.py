@@ -1,16 +1,20 @@
-"""``cat-audio probe``: kNN and linear probes of an encoder on labelled audio."""
+"""``cat-audio probe``: kNN, linear, attention and gated probes of an encoder on labelled audio."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
-from cat.evaluation.classifiers import PROBES
-from cat.evaluation.probe import SPLITS, Report, format_report, is_report, report_json, run_probe
-from cat.figures import is_figure, write_projection
+from cat.evaluation.cache import FeatureCache, default_folder
+from cat.evaluation.probe import SPLITS, TITLES, Report, format_report, is_report, report_json, run_probe
+from cat.evaluation.trained import PROTOTYPES
+from cat.figures import is_figure, write_layers, write_projection
 from cat.files import write_json
 from cat.outputs import Output, claim
 
@@ -18,23 +22,50 @@ CONTROL = "log-mel mean + std"  # the row without any learning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "kNN and linear probes of frozen features on labelled manifests."
+    parser.description = (
+        "Probes of frozen features on labelled manifests. Settings are chosen on valid, test is scored once."
+    )
     parser.add_argument(
         "encoder", metavar="CHECKPOINT", help="run directory, checkpoint directory, .safetensors, clap[:PATH] or random"
     )
     for split in SPLITS:
         parser.add_argument(f"--{split}", required=True, metavar="MANIFEST", help=f"labelled {split} split")
     parser.add_argument("--untrained-twin", action="store_true", help="probe the same architecture with fresh weights")
-    parser.add_argument("--seed", type=int, default=0, help="initialisation of the untrained twin (default 0)")
-    parser.add_argument("--knn", action="store_true", help="only the kNN probe (default: both probes)")
-    parser.add_argument("--linear", action="store_true", help="only the linear probe (default: both probes)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the untrained twin, and of probes that are trained (default 0)"
+    )
+    parser.add_argument(
+        "--probe",
+        default="",
+        metavar="LIST",
+        help=f"some of {', '.join(TITLES)}, with commas, or all (default knn,linear); attention, a learned query over "
+        "a clip's tokens, and gated, a learned mixture of all layers, need a CAT checkpoint",
+    )
+    parser.add_argument("--knn", action="store_true", help="the same as --probe knn")
+    parser.add_argument("--linear", action="store_true", help="the same as --probe linear")
+    parser.add_argument(
+        "--layers", metavar="LIST", help="also probe single layers of a CAT checkpoint: all, or numbers as in 0,4,8"
+    )
+    parser.add_argument(
+        "--prototypes", type=int, default=PROTOTYPES, help=f"of the gated probe (default {PROTOTYPES}; paper: 10000)"
+    )
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="of a checkpoint's tokens (default mean)")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a checkpoint")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="keeps features for the next time (default ~/.cache/cat-audio/probe)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="keep no features")
     parser.add_argument("--out", type=Path, default=None, help="default: probe.json in the run directory")
-    parser.add_argument("--figures", action="store_true", help="draw the test embeddings beside the JSON, in figures/")
+    parser.add_argument(
+        "--figures", action="store_true", help="draw test embeddings and layers beside the JSON, in figures/"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that probe did not write")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     parser.add_argument(
@@ -46,36 +77,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device, "--device")
+    probes, layers = _probes(args), _layers(args.layers)
+    if args.no_cache and args.cache is not None:
+        raise ValueError(f"--no-cache and --cache {args.cache} were both given; expected one of them.")
     manifests = {split: load_manifest(getattr(args, split)) for split in SPLITS}
     out = args.out or _default_out(args.encoder)
-    picture = out.parent / "figures" / "embeddings.png"
+    pictures = {name: out.parent / "figures" / f"{name}.png" for name in ("embeddings", "layers")}
+    if not args.figures or (layers is None and "gated" not in probes):
+        del pictures["layers"]
     claim(
         [
             Output(out, is_report, "another --out"),
-            *([Output(picture, is_figure, "an --out in another folder")] if args.figures else []),
+            *(Output(path, is_figure, "an --out in another folder") for path in pictures.values() if args.figures),
         ],
         inputs=[Path(args.encoder), *(manifest.source for manifest in manifests.values())],
         overwrite=args.overwrite,
     )
-    encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
-    encoders: dict[str, FrozenEncoder] = {"trained": encoder}
-    if args.untrained_twin or args.require_better:
-        if not isinstance(encoder, CatEncoder):
-            raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
-        encoders["untrained twin"] = encoder.untrained_twin(args.seed)
-    features = encoder.features if isinstance(encoder, CatEncoder) else None
-    encoders[CONTROL] = LogMelStatistics(features, device=device)
-
-    probes = [p for p in PROBES if getattr(args, p)] or list(PROBES)
+    cache = FeatureCache(None if args.no_cache else args.cache or default_folder())
     report = run_probe(
-        encoders,
+        _encoders(args, device),
         manifests,
         probes=probes,
+        layers=layers,
+        prototypes=args.prototypes,
+        seed=args.seed,
+        cache=cache,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         progress=not args.quiet,
     )
     print(format_report(report))
+    if cache.folder is not None:
+        print(cache.summary())
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
     write_json(out, {"arguments": settings, **report_json(report)})
     print(f"written: {out}")
@@ -85,8 +118,59 @@ def run(args: argparse.Namespace) -> int:
             for row in report.rows
             if row.test is not None and row.name != CONTROL
         }
-        print(f"written: {write_projection(picture, drawn)}")
+        print(f"written: {write_projection(pictures['embeddings'], drawn)}")
+    if "layers" in pictures:
+        print(f"written: {_draw_layers(pictures['layers'], report)}")
     return _verdict(report) if args.require_better else 0
+
+
+def _encoders(args: argparse.Namespace, device: torch.device) -> dict[str, FrozenEncoder]:
+    """The rows of the table but for chance."""
+    encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
+    encoders: dict[str, FrozenEncoder] = {"trained": encoder}
+    if args.untrained_twin or args.require_better:
+        if not isinstance(encoder, CatEncoder):
+            raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
+        encoders["untrained twin"] = encoder.untrained_twin(args.seed)
+    features = encoder.features if isinstance(encoder, CatEncoder) else None
+    encoders[CONTROL] = LogMelStatistics(features, device=device)
+    return encoders
+
+
+def _probes(args: argparse.Namespace) -> list[str]:
+    """In the order of the table."""
+    asked = {name.strip() for name in args.probe.split(",") if name.strip()}
+    asked |= {name for name in ("knn", "linear") if getattr(args, name)}
+    for name in sorted(asked - {*TITLES, "all"}):
+        raise ValueError(f"--probe {args.probe}: {name!r} is no probe; expected some of {', '.join(TITLES)}, or all.")
+    if "all" in asked:
+        return list(TITLES)
+    return [name for name in TITLES if name in asked] or ["knn", "linear"]
+
+
+def _layers(text: str | None) -> Sequence[int] | None:
+    """() for all of them."""
+    if text is None or text.strip() == "all":
+        return None if text is None else ()
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers {text}: expected all, or the numbers of layers as in 0,4,8.") from None
+
+
+def _draw_layers(path: Path, report: Report) -> Path:
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    levels: dict[str, dict[str, float]] = {}
+    for row in report.rows:
+        for layer, results in row.layers.items():
+            for probe, result in results.items():
+                scores.setdefault(TITLES[probe], {}).setdefault(row.name, {})[layer] = result.score
+    for row in report.rows:
+        for probe, score in row.scores.items():
+            if not row.layers and not row.gates and TITLES[probe] in scores:
+                levels.setdefault(TITLES[probe], {})[row.name] = score
+    gates = {row.name: row.gates for row in report.rows if row.gates}
+    return write_layers(path, scores, gates, metric=report.task.metric, levels=levels)
 
 
 def _default_out(spec: str) -> Path:

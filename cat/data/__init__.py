@@ -1,7 +1,8 @@
 """Manifests, audio files, features and batches."""
 
 from cat.data.audio import AudioError, read_audio, read_windows
-from cat.data.dataset import Batch, DataConfig, Failure
+from cat.data.batch import Batch, Failure
+from cat.data.dataset import DataConfig
 from cat.data.embeddings import EmbeddingError, EmbeddingStore, EmbeddingWriter, gather_embeddings, open_embeddings
 from cat.data.features import FEATURE_PRESETS, FeatureConfig, log_mel
 from cat.data.loader import eval_batches, pretrain_batches

@@ -72,13 +72,34 @@ def read_audio(
     Raises AudioError, with the reason, for a file that is missing, unreadable, empty or cut off, has NaN or infinite
     samples in the crop, or has fewer than ``min_samples`` samples at ``sample_rate``.
     """
+    return read_crop(
+        path, sample_rate, max_samples=max_samples, start=start, min_samples=min_samples, allow_int16=allow_int16
+    )[0]
+
+
+def read_crop(
+    path: str | os.PathLike[str],
+    sample_rate: int,
+    *,
+    max_samples: int | None = None,
+    start: float = 0.0,
+    min_samples: int = 1,
+    allow_int16: bool = False,
+) -> tuple[np.ndarray, int]:
+    """What `read_audio` reads, and the sample of the clip that the crop begins at."""
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start is {start}; it must lie in [0, 1]")
     with _opened(Path(path)) as sound:
         available = _available(sound, sample_rate, min_samples)
         wanted = available if max_samples is None else min(max_samples, available)
         first = min(int(start * (available - wanted + 1)), available - wanted)
-        return _cut(sound, sample_rate, first, wanted, allow_int16)
+        return _cut(sound, sample_rate, first, wanted, allow_int16), first
+
+
+def seconds_of(path: str | os.PathLike[str]) -> float:
+    """How long a file says it is. Raises as `read_audio`."""
+    with _opened(Path(path)) as sound:
+        return sound.length / sound.rate
 
 
 def read_windows(

@@ -32,6 +32,7 @@ class Clip:
     labels: tuple[str, ...] = ()
     embedding: int | None = None  # row of the data set's embedding file
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # the manifest's own fields, as JSON has them
+    negative: bool = False  # its list says that it has none of the labels ("labels": []), not nothing
 
 
 class Texts(Sequence[str]):
@@ -43,6 +44,18 @@ class Texts(Sequence[str]):
         self._bytes, self._ends = bytearray(), array("q", [0])
         for text in texts:
             self.append(text)
+
+    def take(self, indices: np.ndarray) -> Texts:
+        """These ones, in this order."""
+        taken = Texts()
+        for index in indices.tolist():
+            taken._bytes += self._bytes[self._ends[index] : self._ends[index + 1]]
+            taken._ends.append(len(taken._bytes))
+        return taken
+
+    def mention(self, part: str) -> bool:
+        """False only if none of them has this part."""
+        return part.encode("utf-8", "surrogateescape") in self._bytes
 
     def append(self, text: str) -> None:
         self._bytes += text.encode("utf-8", "surrogateescape")
@@ -86,12 +99,12 @@ class Files(Sequence[Path]):
 class Clips(Sequence[Clip]):
     """A sequence of `Clip`, each made when it is asked for. Compares equal to any sequence of the same clips."""
 
-    __slots__ = ("_extra", "_label_ends", "_label_ids", "_labels", "_rates", "_rows", "_samples", "paths")
+    __slots__ = ("_extra", "_label_ends", "_label_ids", "_labels", "_negative", "_rates", "_rows", "_samples", "paths")
 
     def __init__(self, clips: Iterable[Clip]) -> None:
         self.paths, self._extra = Texts(), Texts()
         self._samples, self._rates, self._rows = array("q"), array("q"), array("q")  # -1 for None
-        self._label_ids, self._label_ends = array("i"), array("q", [0])
+        self._label_ids, self._label_ends, self._negative = array("i"), array("q", [0]), array("b")
         ids = _LabelIds()
         encode = json.JSONEncoder(allow_nan=False).encode
         for clip in clips:
@@ -106,6 +119,7 @@ class Clips(Sequence[Clip]):
             except (TypeError, OverflowError) as error:
                 raise TypeError(f"{clip!r}: {error}; expected the types that Clip names") from None
             self._label_ends.append(len(self._label_ids))
+            self._negative.append(clip.negative and not clip.labels)
             self._extra.append(encode(clip.extra) if clip.extra else "")
         self._labels = tuple(ids.clean)
 
@@ -118,6 +132,35 @@ class Clips(Sequence[Clip]):
     def rows(self) -> np.ndarray:
         """(n,) int64: the clips' embedding rows, -1 for none."""
         return np.array(self._rows, dtype=np.int64)
+
+    @property
+    def label_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(m,) numbers of `labels` by clip; (n + 1,) where each clip's begin; (n,) bool: which are negative."""
+        ids, ends = np.array(self._label_ids, dtype=np.int64), np.array(self._label_ends, dtype=np.int64)
+        return ids, ends, np.array(self._negative, dtype=bool)
+
+    def mention(self, field: str) -> bool:
+        """Whether some clip may have a field of the manifest's own; False is certain."""
+        return self._extra.mention(f'"{field}":')
+
+    def take(self, indices: np.ndarray) -> Clips:
+        """These clips, in this order, without rows of an embedding file."""
+        taken = Clips(())
+        taken.paths, taken._extra = self.paths.take(indices), self._extra.take(indices)
+        taken._samples = array("q", np.array(self._samples)[indices].tobytes())
+        taken._rates = array("q", np.array(self._rates)[indices].tobytes())
+        taken._rows = array("q", np.full(len(indices), -1).tobytes())
+        taken._negative = array("b", np.array(self._negative)[indices].tobytes())
+        ids, ends, _ = self.label_table
+        counts = np.diff(ends)[indices]
+        taken._label_ends.extend(np.cumsum(counts).tolist())
+        # The numbers of one clip follow each other: its first one's place, and then one further each.
+        first = np.repeat(ends[:-1][indices] - np.array(taken._label_ends[:-1], dtype=np.int64), counts)
+        kept = ids[first + np.arange(len(first))]
+        present = np.unique(kept)
+        taken._label_ids.extend(np.searchsorted(present, kept).tolist())
+        taken._labels = tuple(self._labels[i] for i in present.tolist())
+        return taken
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -140,6 +183,7 @@ class Clips(Sequence[Clip]):
             tuple([self._labels[i] for i in labels]),
             None if row < 0 else row,
             json.loads(extra) if extra else {},
+            bool(self._negative[index]),
         )
 
     def __iter__(self) -> Iterator[Clip]:

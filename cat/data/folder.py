@@ -73,7 +73,7 @@ class _Walk:
     def _sort(self, entry: os.DirEntry[str], path: str, beside: str) -> bool:
         """Puts an entry where it belongs; True for a folder, which is to be walked."""
         is_folder = entry.is_dir(follow_symlinks=False)
-        if entry.name.startswith(".") or entry.name in _OF_THE_SYSTEM:
+        if is_hidden(entry.name):
             self._left_out["hidden folder" if is_folder else "hidden file"] += 1
         elif is_folder:
             return True
@@ -138,6 +138,11 @@ class _Walk:
             f"{self.root / path}: this folder cannot be listed ({error.strerror}), and what is in it would be missing; "
             "make it readable, move it elsewhere, or give a manifest"
         )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out for its name."""
+    return name.startswith(".") or name in _OF_THE_SYSTEM
 
 
 def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from cat.data.dataset import Batch, DataConfig, EvalDataset, Failure, PretrainDataset
+from cat.data.batch import Batch, Failure
+from cat.data.dataset import DataConfig, EvalDataset, PretrainDataset
 from cat.data.features import FeatureConfig
 from cat.data.manifest import Manifest, load_manifest
 from cat.data.masks import MaskConfig
@@ -68,7 +70,23 @@ def eval_batches(
     no batch is empty. RuntimeError if not one clip can be read. ``waveforms`` and ``warn`` as in
     `pretrain_batches`.
     """
-    dataset = EvalDataset(manifest, features, batch_size, waveforms=waveforms)
+    return every_clip(
+        EvalDataset(manifest, features, batch_size, waveforms=waveforms), num_workers=num_workers, warn=warn
+    )
+
+
+class EveryClip(Protocol):
+    """A data set whose items are all clips of its manifest, in batches."""
+
+    manifest: Manifest
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Batch: ...
+
+
+def every_clip(dataset: EveryClip, *, num_workers: int, warn: Callable[[str], None] = say) -> Iterator[Batch]:
+    """The batches of a data set, without empty ones: a failure is told with the next batch, or with the last. Raises
+    RuntimeError if not one clip can be read."""
     ready: Batch | None = None
     failures: list[Failure] = []
     for batch in prefetched(dataset, range(len(dataset)), num_workers=num_workers, warn=warn):
@@ -80,7 +98,7 @@ def eval_batches(
         ready, failures = dataclasses.replace(batch, failures=failures), []
     if ready is None:
         raise RuntimeError(
-            f"not one of the {len(manifest)} clips of {manifest.source} could be read; the first: "
+            f"not one of the {len(dataset.manifest)} clips of {dataset.manifest.source} could be read; the first: "
             f"{failures[0].path}: {failures[0].reason}"
         )
     yield dataclasses.replace(ready, failures=ready.failures + failures)

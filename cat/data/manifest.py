@@ -6,12 +6,19 @@ JSON Lines, one clip a line (only ``path`` is required; paths are relative to th
     {"path": "bells/0001.wav", "samples": 80000, "sample_rate": 16000, "labels": ["bell"], "embedding": 0}
 
 The first line is an optional header. Fields of your own are kept (``Clip.extra``, ``Manifest.extra``) and written
-again, unless they look like a misspelt one of ours, which is an error.
+again, unless they look like a misspelt one of ours, which is an error. Two of these are read for fine-tuning: "fold"
+(`cat.data.splits`) and "events" (`cat.data.labels`), what sounds from when to when in seconds::
+
+    {"path": "street.wav", "events": [{"onset": 0.5, "offset": 2.25, "label": "car"}]}
+
+``"labels": []`` says that a clip has none of the labels; without the field nobody knows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -29,6 +36,7 @@ from cat.data.text import (
     ManifestError,
     check_fields,
     check_path,
+    event_list,
     label_list,
     label_text,
     lines,
@@ -38,7 +46,7 @@ from cat.data.text import (
 )
 from cat.files import replacing
 
-__all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "load_manifest", "write_manifest"]
+__all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "is_written", "load_manifest", "write_manifest"]
 
 FORMAT = "cat-audio manifest"
 VERSION = 1
@@ -70,23 +78,39 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return "the manifest" if self.source is None else str(self.source)
+
     def path(self, index: int) -> Path:
         """Where clip ``index`` lies."""
-        return self.root / self._columns.paths[index]
+        return self.root / self.columns.paths[index]
 
     @property
     def rows(self) -> np.ndarray:
         """(n,) int64: each clip's embedding row, -1 for none."""
-        return self._columns.rows
+        return self.columns.rows
+
+    def take(self, indices: np.ndarray) -> Manifest:
+        """The manifest of these clips, in this order; without embeddings, which belong to the whole one."""
+        return dataclasses.replace(
+            self,
+            clips=self.columns.take(indices),
+            embeddings=None,
+            embeddings_fingerprint=None,
+            embedding_files=None,
+        )
 
     @property
-    def _columns(self) -> Clips:
+    def columns(self) -> Clips:
+        """The clips, in the arrays that they are kept in."""
         return cast(Clips, self.clips)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Every label that occurs: in the order of ``label_names`` where that is known, otherwise sorted."""
-        present = set(self._columns.labels)
+        present = set(self.columns.labels)
         known = [label for label in self.label_names if label in present]
         return tuple(known + sorted(present.difference(known)))
 
@@ -94,7 +118,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """SHA-256 of the clip paths in order; labels and embedding rows may change without changing it."""
         digest = hashlib.sha256()
-        for path in self._columns.paths:
+        for path in self.columns.paths:
             digest.update(_as_posix(path).encode("utf-8", "surrogateescape") + b"\n")
         return digest.hexdigest()
 
@@ -241,7 +265,11 @@ def _check_header(entry: dict[str, Any], folder: Path, where: str) -> dict[str, 
 
 
 def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
-    check_fields(entry, CLIP_FIELDS, where)
+    check_fields(entry, (*CLIP_FIELDS, "events"), where)
+    negative = entry.get("labels") == []
+    events = entry.pop("events", None)
+    if events is not None:
+        entry["events"] = event_list(events, where)
     return Clip(
         check_path(entry.pop("path", None), "path", folder, where),
         whole_number(entry.pop("samples", None), "samples", 0, where),
@@ -249,12 +277,25 @@ def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
         label_list(entry.pop("labels", None), where),
         whole_number(entry.pop("embedding", None), "embedding", 0, where),
         entry,
+        negative,
     )
 
 
 def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
     """Write JSON Lines at ``path``, atomically, with every path relative to its folder where that is possible."""
     path = Path(path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(_json_lines(manifest, path))
+
+
+def is_written(manifest: Manifest, path: str | os.PathLike[str]) -> bool:
+    """Whether the file holds what `write_manifest` would write there."""
+    with open(path, "rb") as file:
+        pairs = itertools.zip_longest(file, _json_lines(manifest, Path(path)))
+        return all(there == wanted for there, wanted in pairs)
+
+
+def _json_lines(manifest: Manifest, path: Path) -> Iterator[bytes]:
     relative = _RelativeTo(path.parent)
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     if manifest.embeddings is not None:
@@ -267,15 +308,14 @@ def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
         )
     if manifest.label_names:
         header["label_names"] = manifest.label_names
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(_json_line({**header, **manifest.extra}))
-        for clip in manifest.clips:
-            entry: dict[str, Any] = {"path": relative(manifest.root / clip.path)}
-            for name in CLIP_FIELDS[1:]:
-                value = getattr(clip, name)
-                if value is not None and value != ():
-                    entry[name] = value
-            file.write(_json_line({**entry, **clip.extra}))
+    yield _json_line({**header, **manifest.extra})
+    for clip in manifest.clips:
+        entry: dict[str, Any] = {"path": relative(manifest.root / clip.path)}
+        for name in CLIP_FIELDS[1:]:
+            value = getattr(clip, name)
+            if value is not None and (value != () or clip.negative):
+                entry[name] = value
+        yield _json_line({**entry, **clip.extra})
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)

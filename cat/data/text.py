@@ -187,6 +187,32 @@ def _once(texts: list[str], where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([label_text(text, where) for text in texts]))
 
 
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+def event_list(value: object, where: str) -> list[dict[str, Any]]:
+    """Strong labels: objects with "onset" and "offset" in seconds and a "label", sorted by onset."""
+    expected = 'a list of objects such as {"onset": 0.5, "offset": 2.25, "label": "dog"}, times in seconds'
+    if not isinstance(value, list) or not all(isinstance(event, dict) for event in value):
+        raise ManifestError(f'{where}: "events" must be {expected}; got {shorten(value)}')
+    events = []
+    for event in value:
+        check_fields(event, _EVENT_FIELDS, where)
+        times, label = [event.get(name) for name in _EVENT_FIELDS[:2]], event.get("label")
+        if not isinstance(label, str) or not all(type(time) in (int, float) for time in times):
+            raise ManifestError(f'{where}: "events" must be {expected}; got {shorten(event)}')
+        onset, offset = times
+        if not 0 <= onset < offset:
+            raise ManifestError(
+                f"{where}: an event from {onset} to {offset} s ({shorten(label)}); expected 0 <= onset < offset"
+            )
+        events.append({**event, "label": label_text(label, where)})
+    return sorted(events, key=lambda event: (event["onset"], event["offset"]))
+
+
+_EVENT_FIELDS = ("onset", "offset", "label")
+
+
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from cat.data.audio import AudioError
 from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
-from cat.encoders import reading
 from cat.encoders.frozen import FrozenEncoder, weighted_mean
 from cat.encoders.outputs import claim_outputs, record_failures, sign
-from cat.encoders.reading import Skipped
+from cat.encoders.reading import Skipped, batches, read_long
 
 
 @dataclass
@@ -48,7 +47,7 @@ def embed_manifest(
     and a clip longer than `WINDOW_SECONDS` in windows (see `FrozenEncoder`). Raises EncoderError, with the clips'
     names.
     """
-    batches = reading.batches(
+    loaded = batches(
         manifest,
         range(len(manifest)),
         label=encoder.name,
@@ -58,7 +57,7 @@ def embed_manifest(
         num_workers=num_workers,
         progress=progress,
     )
-    for batch in batches:
+    for batch in loaded:
         indices, waves, skipped = batch.indices, batch.waves, batch.skipped
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
@@ -112,7 +111,7 @@ def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], wave
 
 def _encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
     """(1, dim): a clip's windows, made one."""
-    windows = reading.windows(manifest, index, encoder.sample_rate)
+    windows = read_long(manifest, index, encoder.sample_rate)
     if hasattr(encoder, "of_stream"):
         return encoder.of_stream(windows)[None].to("cpu", torch.float32)
     rows_WE, lengths = torch.empty(0, encoder.dim), []

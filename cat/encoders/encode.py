@@ -16,11 +16,10 @@ from torch import Tensor
 
 from cat.data.audio import AudioError
 from cat.data.manifest import Manifest
-from cat.encoders import reading
 from cat.encoders.audio import CATEncoder, EncoderOutput, Layer, frame_times, mean_of
 from cat.encoders.outputs import is_record, record_failures
 from cat.encoders.parts import Part, Parts
-from cat.encoders.reading import Skipped
+from cat.encoders.reading import Batch, Skipped, batches, read_long
 from cat.encoders.tables import check_suffix, is_table, write_table
 from cat.files import replacing
 from cat.locks import sole_user
@@ -148,7 +147,7 @@ def _encode(
     num_workers: int,
     progress: bool,
 ) -> None:
-    batches = reading.batches(
+    loaded = batches(
         manifest,
         range(begin, len(manifest)),
         label="encode",
@@ -158,18 +157,18 @@ def _encode(
         num_workers=num_workers,
         progress=progress,
     )
-    for first in batches:
+    for first in loaded:
         with Part(parts, parts.done) as part:
-            batch: reading.Batch | None = first
+            batch: Batch | None = first
             while batch is not None:
                 if batch.indices and not batch.waves:
                     _long(encoder, manifest, settings, part, batch, batch_size)
                 else:
                     _short(encoder, manifest, settings, part, batch)
-                batch = None if part.old else next(batches, None)
+                batch = None if part.old else next(loaded, None)
 
 
-def _short(encoder: CATEncoder, manifest: Manifest, settings: Settings, part: Part, batch: reading.Batch) -> None:
+def _short(encoder: CATEncoder, manifest: Manifest, settings: Settings, part: Part, batch: Batch) -> None:
     found: dict[int, Skipped | int] = {skipped.index: skipped for skipped in batch.skipped}
     found |= {index: place for place, index in enumerate(batch.indices)}
     if batch.waves:
@@ -190,7 +189,7 @@ def _short(encoder: CATEncoder, manifest: Manifest, settings: Settings, part: Pa
 
 
 def _long(
-    encoder: CATEncoder, manifest: Manifest, settings: Settings, part: Part, batch: reading.Batch, batch_size: int
+    encoder: CATEncoder, manifest: Manifest, settings: Settings, part: Part, batch: Batch, batch_size: int
 ) -> None:
     (index,), samples = batch.indices, 0
     for skipped in batch.skipped:
@@ -198,7 +197,7 @@ def _long(
 
     def counted() -> Any:
         nonlocal samples
-        for chunk in reading.windows(manifest, index, encoder.sample_rate):
+        for chunk in read_long(manifest, index, encoder.sample_rate):
             samples += len(chunk)
             yield chunk
 

@@ -30,7 +30,7 @@ class Skipped:
 @dataclass(frozen=True)
 class Batch:
     """Clips to embed at once: their places in the manifest and waveforms (n,); a single place without a waveform is a
-    long clip's, to be read by `windows`. ``skipped``: those that could not be read."""
+    long clip's, to be read by `read_long`. ``skipped``: those that could not be read."""
 
     indices: list[int]
     waves: list[Tensor]
@@ -58,7 +58,7 @@ def batches(
     return collected(clips, batch_size, BATCH_SECONDS * sample_rate)
 
 
-def windows(manifest: Manifest, index: int, sample_rate: int) -> Iterator[np.ndarray]:
+def read_long(manifest: Manifest, index: int, sample_rate: int) -> Iterator[np.ndarray]:
     """A long clip, in windows of equal length."""
     return read_windows(manifest.path(index), sample_rate, WINDOW_SECONDS * sample_rate)
 

@@ -25,13 +25,14 @@ EXTRA = "probes need scikit-learn: pip install 'cat-kernels[train]'"
 
 @dataclass(frozen=True)
 class Split:
-    """features (n, d) float32 and targets (n, C) bool of the same clips in the same order."""
+    """features (n, d) float32 and targets (n, C) bool of the same clips in the same order. For probes of tokens and
+    layers (`cat.evaluation.trained`) `features` is a `Features`."""
 
-    features: np.ndarray
+    features: Any
     targets: np.ndarray
 
 
-Scorer = Callable[[np.ndarray], np.ndarray]  # features (n, d) -> scores (n, C), higher is likelier
+Scorer = Callable[[Any], np.ndarray]  # features -> scores (n, C), higher is likelier
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Candidate:
     scores: Scorer
     valid: Split
     test: Split
+    gates: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Result:
     setting: str  # such as "k=5, whitened" or "C=0.1"
     valid_score: float
     tried: dict[str, float]  # setting -> score on the validation split
+    gates: Sequence[float] | None = None  # of the gated probe: the weight of each layer, together 1
 
 
 def chance(train: Split, test: Split, *, multi_label: bool) -> float:
@@ -87,22 +90,22 @@ def knn_probe(train: Split, valid: Split, test: Split, *, multi_label: bool) -> 
         if k <= len(train.features)
         for name, (near, near_valid, near_test) in spaces.items()
     ]
-    return _choose(candidates, multi_label)
+    return choose(candidates, multi_label)
 
 
 def linear_probe(train: Split, valid: Split, test: Split, *, multi_label: bool) -> Result:
     """Logistic regression, multinomial for one label a clip and one a class for several. C chosen on `valid`."""
     train, valid, test = _standardised(train, valid, test)
     fit = _fit_several if multi_label else _fit_one
-    return _choose([Candidate(f"C={c:g}", fit(train, c), valid, test) for c in LINEAR_CANDIDATES], multi_label)
+    return choose([Candidate(f"C={c:g}", fit(train, c), valid, test) for c in LINEAR_CANDIDATES], multi_label)
 
 
 PROBES: dict[str, Callable[..., Result]] = {"knn": knn_probe, "linear": linear_probe}
 
 
-def _choose(candidates: Sequence[Candidate], multi_label: bool) -> Result:
+def choose(candidates: Sequence[Candidate], multi_label: bool) -> Result:
     """Scores every candidate on valid, and the best one, the simplest of equals, on test."""
-    metric = mean_average_precision if multi_label else accuracy
+    metric = metric_of(multi_label)
     tried = [metric(c.scores(c.valid.features), c.valid.targets) for c in candidates]
     best = int(np.argmax(tried))
     chosen = candidates[best]
@@ -111,7 +114,12 @@ def _choose(candidates: Sequence[Candidate], multi_label: bool) -> Result:
         setting=chosen.setting,
         valid_score=tried[best],
         tried={candidate.setting: score for candidate, score in zip(candidates, tried, strict=True)},
+        gates=chosen.gates,
     )
+
+
+def metric_of(multi_label: bool) -> Callable[[np.ndarray, np.ndarray], float]:
+    return mean_average_precision if multi_label else accuracy
 
 
 def _fit_one(train: Split, c: float) -> Scorer:
@@ -170,7 +178,8 @@ def _whitened(train: Split, *others: Split) -> tuple[Split, ...]:
     from sklearn.decomposition import PCA
 
     dimensions = min(WHITENED_DIMENSIONS, train.features.shape[1], len(train.features) - 1)
-    pca = PCA(dimensions, whiten=True, svd_solver="full").fit(train.features)
+    with np.errstate(invalid="ignore"):  # where nothing varies, as CLS does not before the first block
+        pca = PCA(dimensions, whiten=True, svd_solver="full").fit(train.features)
     return tuple(Split(pca.transform(split.features), split.targets) for split in (train, *others))
 
 

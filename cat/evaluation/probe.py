@@ -2,7 +2,7 @@
 
 Rows of the table: the encoder; its untrained twin (same architecture, fresh weights); the mean and deviation of the
 log-mel spectrogram; chance. One label a clip gives accuracy, several give mean average precision; clips without a label
-are left out.
+are left out. Probes of tokens and of all layers, and the sweep over layers, are those of CAT encoders' rows alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from typing import Any
 import numpy as np
 
 from cat.data.manifest import Manifest
-from cat.encoders.embed import Embeddings, collect_embeddings
-from cat.encoders.frozen import FrozenEncoder
+from cat.encoders import CatEncoder, FrozenEncoder
+from cat.encoders.embed import Embeddings
+from cat.evaluation.cache import FeatureCache
 from cat.evaluation.classifiers import PROBES, Result, Split, chance
+from cat.evaluation.features import Features, Wanted, check_layers, depth_of
 from cat.evaluation.metrics import classes_without_positives
+from cat.evaluation.trained import PROTOTYPES, TRAINED
 from cat.outputs import json_of
+from cat.progress import track
 
 SPLITS = ("train", "valid", "test")
+TITLES = {"knn": "kNN", "linear": "linear", "attention": "attention", "gated": "gated"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Row:
     dim: int | None
     results: dict[str, Result] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    layers: dict[int, dict[str, Result]] = field(default_factory=dict)  # of the sweep: layer -> probe -> its result
+    gates: dict[int, float] = field(default_factory=dict)  # of the gated probe: layer -> its weight
     test: Embeddings | None = None
     test_labels: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -102,6 +109,10 @@ def run_probe(
     manifests: dict[str, Manifest],
     *,
     probes: Sequence[str] = ("knn", "linear"),
+    layers: Sequence[int] | None = None,
+    prototypes: int = PROTOTYPES,
+    seed: int = 0,
+    cache: FeatureCache | None = None,
     batch_size: int = 16,
     num_workers: int = 0,
     progress: bool = False,
@@ -109,35 +120,119 @@ def run_probe(
     """Probes every encoder of `encoders` (row name -> encoder) on manifests["train"|"valid"|"test"] and adds chance.
 
     The setting of each probe is chosen on valid, the test split is scored once. Clips without a label are left out.
+
+    Args:
+        probes: of "knn", "linear", "attention" and "gated"; the last two (`cat.evaluation.trained`) are skipped for
+            encoders that are no `CatEncoder`.
+        layers: what the sweep probes one by one, with those of "knn" and "linear" that are in `probes`, or "linear": 0
+            is what the first block sees, the highest the last block's output. () is every layer, None no sweep.
+        prototypes: of the gated probe. seed: of the initialisation and the order of clips of what is trained.
+        cache: where features come from and are kept (`cat.evaluation.cache`); None keeps nothing.
+
+    Raises ValueError for labels that make no task, an unknown probe, a layer that there is not.
     """
+    _check_asked(encoders, probes, layers)
     task = labelled_task(manifests)
     manifests, notes = _labelled(manifests)
     notes += _shared_files(manifests)
     rows, counts, first = [], {}, None
-    for name, encoder in encoders.items():
-        found = {
-            split: collect_embeddings(
-                manifests[split], encoder, batch_size=batch_size, num_workers=num_workers, progress=progress
-            )
-            for split in SPLITS
-        }
-        data = {s: Split(e.rows, task.targets(manifests[s], e.indices)) for s, e in found.items()}
-        results = {
-            probe: PROBES[probe](data["train"], data["valid"], data["test"], multi_label=task.multi_label)
-            for probe in probes
-        }
-        labels = [manifests["test"].clips[i].labels for i in found["test"].indices]
-        scores = {probe: result.score for probe, result in results.items()}
-        rows.append(Row(name, encoder.dim, results, scores, found["test"], labels))
-        if first is None:
-            first = data
-            counts = {split: len(e.indices) for split, e in found.items()}
-            notes += _notes(task, data, found)
+    options = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+    with cache or FeatureCache() as cache:
+        for name, encoder in encoders.items():
+            wanted = _wanted(encoder, probes, layers)
+            found = {split: cache.features(manifests[split], encoder, wanted, **options) for split in SPLITS}
+            targets = {split: task.targets(manifests[split], f.indices) for split, f in found.items()}
+            row = _probed(name, encoder, found, targets, task, probes, seed=seed, prototypes=prototypes)
+            if layers is not None and wanted.layers:
+                row.layers = _sweep(name, found, targets, task, probes, layers or wanted.layers, progress)
+            row.test_labels = [manifests["test"].clips[i].labels for i in found["test"].indices]
+            rows.append(row)
+            if first is None:
+                first = {split: Split(found[split].clip, targets[split]) for split in SPLITS}
+                counts = {split: len(f.indices) for split, f in found.items()}
+                notes += _notes(task, first, found)
+        notes += cache.notes
     if first is None:
         raise ValueError("run_probe needs at least one encoder.")
     guess = chance(first["train"], first["test"], multi_label=task.multi_label)
     rows.append(Row("chance", None, scores=dict.fromkeys(probes, guess)))
     return Report(task, rows, counts, notes)
+
+
+def _check_asked(encoders: dict[str, FrozenEncoder], probes: Sequence[str], layers: Sequence[int] | None) -> None:
+    known = [*PROBES, *TRAINED]
+    for probe in probes:
+        if probe not in known:
+            raise ValueError(f"{probe!r} is no probe; expected some of {', '.join(known)}")
+    if not probes:
+        raise ValueError(f"no probe is asked for; expected some of {', '.join(known)}")
+    cats = [encoder for encoder in encoders.values() if isinstance(encoder, CatEncoder)]
+    asked = [
+        *(f"the {probe} probe" for probe in probes if probe in TRAINED),
+        *(["the sweep"] if layers is not None else []),
+    ]
+    if asked and not cats:
+        named = ", ".join(encoder.name for encoder in encoders.values())
+        raise ValueError(f"{asked[0]} reads the layers of a CAT checkpoint, and there is none among {named}")
+    for encoder in cats:
+        check_layers(layers or (), depth_of(encoder))
+
+
+def _wanted(encoder: FrozenEncoder, probes: Sequence[str], layers: Sequence[int] | None) -> Wanted:
+    """The gated probe reads every layer, attention the last; the last is always there, it is the embedding."""
+    if not isinstance(encoder, CatEncoder) or (layers is None and not any(probe in TRAINED for probe in probes)):
+        return Wanted()
+    depth = depth_of(encoder)
+    every = tuple(range(depth + 1))
+    some = every if "gated" in probes or layers == () else tuple(sorted({*(layers or ()), depth}))
+    return Wanted(some, tokens=any(probe in TRAINED for probe in probes))
+
+
+def _probed(
+    name: str,
+    encoder: FrozenEncoder,
+    found: dict[str, Features],
+    targets: dict[str, np.ndarray],
+    task: Task,
+    probes: Sequence[str],
+    *,
+    seed: int,
+    prototypes: int,
+) -> Row:
+    clip = [Split(found[split].clip, targets[split]) for split in SPLITS]
+    every = [Split(found[split], targets[split]) for split in SPLITS]
+    options: dict[str, Any] = {"seed": seed, "device": getattr(encoder, "device", "cpu")}
+    results = {}
+    for probe in probes:
+        if probe in PROBES:
+            results[probe] = PROBES[probe](*clip, multi_label=task.multi_label)
+        elif found["train"].tokens is not None:
+            more = {"prototypes": prototypes} if probe == "gated" else {}
+            results[probe] = TRAINED[probe](*every, multi_label=task.multi_label, **options, **more)
+    scores = {probe: result.score for probe, result in results.items()}
+    test = found["test"]
+    row = Row(name, encoder.dim, results, scores, test=Embeddings(np.asarray(test.clip), test.indices, test.skipped))
+    if (gated := results.get("gated")) is not None and gated.gates is not None:
+        row.gates = dict(zip(test.layers, gated.gates, strict=True))
+    return row
+
+
+def _sweep(
+    name: str,
+    found: dict[str, Features],
+    targets: dict[str, np.ndarray],
+    task: Task,
+    probes: Sequence[str],
+    layers: Sequence[int],
+    progress: bool,
+) -> dict[int, dict[str, Result]]:
+    swept = [probe for probe in PROBES if probe in probes] or ["linear"]
+    results = {}
+    for layer in track(sorted(layers), len(layers), label=f"layers of {name}", unit="layers", enabled=progress):
+        at = found["train"].layers.index(layer)
+        splits = [Split(found[split].pooled[:, at], targets[split]) for split in SPLITS]  # type: ignore[index]
+        results[layer] = {probe: PROBES[probe](*splits, multi_label=task.multi_label) for probe in swept}
+    return results
 
 
 def _shared_files(manifests: dict[str, Manifest]) -> list[str]:
@@ -149,7 +244,7 @@ def _shared_files(manifests: dict[str, Manifest]) -> list[str]:
     ]
 
 
-def _notes(task: Task, data: dict[str, Split], found: dict[str, Embeddings]) -> list[str]:
+def _notes(task: Task, data: dict[str, Split], found: dict[str, Features]) -> list[str]:
     notes = []
     for split, embeddings in found.items():
         if embeddings.skipped:
@@ -173,21 +268,48 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 def format_report(report: Report) -> str:
     """The table as text. Scores in percent; in brackets the setting that the validation split chose."""
     probes = list(report.rows[0].scores)
-    titles = {"knn": "kNN", "linear": "linear"}
-    lines = [["features", "width", *(f"{titles[p]} {report.task.metric}" for p in probes)]]
+    lines = [["features", "width", *(f"{TITLES[p]} {report.task.metric}" for p in probes)]]
     for row in report.rows:
-        cells = []
-        for probe in probes:
-            result = row.results.get(probe)
-            chosen = f" ({result.setting})" if result else ""
-            cells.append(f"{100 * row.scores[probe]:.1f} %{chosen}")
+        cells = [_cell(row.scores.get(probe), row.results.get(probe)) for probe in probes]
         lines.append([row.name, str(row.dim or ""), *cells])
-    widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = _aligned(lines)
     counts = ", ".join(f"{split} {count}" for split, count in report.counts.items())
     text.append(f"{len(report.task.classes)} classes; clips: {counts}. Settings chosen on valid, test scored once.")
+    for row in report.rows:
+        text += _layers_as_text(row, report.task)
     return "\n".join(text + report.notes)
+
+
+def _layers_as_text(row: Row, task: Task) -> list[str]:
+    layers = sorted({*row.layers, *row.gates})
+    if not layers:
+        return []
+    swept = list(next(iter(row.layers.values()), {}))
+    lines = [["layer", *(f"{TITLES[probe]} {task.metric}" for probe in swept), *(["gate"] if row.gates else [])]]
+    for layer in layers:
+        results = [row.layers.get(layer, {}).get(probe) for probe in swept]
+        cells = [_cell(result.score if result else None, result) for result in results]
+        lines.append([str(layer), *cells, *([f"{row.gates[layer]:.3f}"] if row.gates else [])])
+    chosen = [f"{TITLES[p]} {_best_on_valid(row, p)}" for p in swept]
+    best = f"; best on valid: {', '.join(chosen)}" if chosen else ""
+    return ["", f"layers of {row.name} (0: what the first block sees{best})", *_aligned(lines)]
+
+
+def _best_on_valid(row: Row, probe: str) -> int:
+    """The layer that valid would choose, the lowest of equals."""
+    return max(row.layers, key=lambda layer: (row.layers[layer][probe].valid_score, -layer))
+
+
+def _cell(score: float | None, result: Result | None) -> str:
+    if score is None:
+        return ""
+    return f"{100 * score:.1f} %" + (f" ({result.setting})" if result else "")
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [text[0], "  ".join("-" * width for width in widths), *text[1:]]
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -202,6 +324,14 @@ def report_json(report: Report) -> dict[str, Any]:
                 "width": row.dim,
                 "scores": row.scores,
                 "probes": {probe: dataclasses.asdict(result) for probe, result in row.results.items()},
+                "layers": [
+                    {
+                        "layer": layer,
+                        "gate": row.gates.get(layer),
+                        "probes": {p: dataclasses.asdict(result) for p, result in row.layers.get(layer, {}).items()},
+                    }
+                    for layer in sorted({*row.layers, *row.gates})
+                ],
                 "skipped_in_test": [dataclasses.asdict(s) for s in (row.test.skipped if row.test else [])],
             }
             for row in report.rows

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from cat.data.dataset import Failure
+from cat.data.batch import Failure
 from cat.data.loader import TooManyFailures
 from cat.training.records import JsonLines, truncate_rows
 

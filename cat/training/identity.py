@@ -9,7 +9,7 @@ from typing import Any
 from cat.config import ConfigError
 from cat.data import Manifest
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
-from cat.training.recipe import PretrainConfig
+from cat.training.recipe import Recipe
 
 
 def data_identity(
@@ -26,7 +26,7 @@ def data_identity(
 
 
 def check_same_data(
-    saved: Mapping[str, Any], now: Mapping[str, Any], config: PretrainConfig, run_dir: Path
+    saved: Mapping[str, Any], now: Mapping[str, Any], config: Recipe, run_dir: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Whether a run may go on with this data. Returns the identity that it keeps, and notes for the user.
 
@@ -40,6 +40,11 @@ def check_same_data(
         raise ConfigError(
             f"{config.data.train} lists other clips ({now['clips']}) than when {run_dir} was started "
             f"({saved.get('clips')}); give the same data, or start another run with run.name=OTHER"
+        )
+    if saved.get("labels") != now.get("labels"):
+        raise ConfigError(
+            f"the clips of {config.data.train} have other labels than when {run_dir} was started: its numbers would "
+            "change. Give the labels of then, or start another run with run.name=OTHER"
         )
     kept = dict(now)
     old, new = saved.get("embeddings", now["embeddings"]), now["embeddings"]

@@ -1,43 +1,35 @@
-"""The pre-training loop: one process, the CPU or one GPU.
+"""The training loop of every task: one process, the CPU or one GPU.
 
-Every random number is a function of the seed and the step (weights of the seed alone; data order, crops and masks in
-`cat.data`; the decoder's noise here), so a checkpoint holds no generator states, and a run that was killed and resumed
-gives the same losses as one that was not: bit for bit on the CPU, with the same number of threads.
+It owns what does not depend on what is trained: records, checkpoints, signals, errors. What does is a `Task`. Every
+random number of a task is a function of the seed and the step, so a checkpoint holds no generator states, and a run
+that was killed and resumed gives the same losses as one that was not: bit for bit on the CPU, with the same number of
+threads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.store import Checkpoint, CheckpointError
 from cat.config import ConfigError, to_mapping, write_yaml
-from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_batches
-from cat.data.masks import inverse_block_masks
-from cat.model import CAT
+from cat.data import Batch
 from cat.parts import part
 from cat.progress import Progress, say
 from cat.signals import StopSignals
 from cat.training.failures import FailureLog
-from cat.training.identity import check_same_data, data_identity
-from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
-from cat.training.recipe import PretrainConfig, check_same_run, pick_device, pick_features, pick_precision
-from cat.training.records import CollapseCheck, Metrics, read_rows
-from cat.training.step import PretrainStep
-
-LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")  # in the order of PretrainOutput
-NOISE_PER_STEP = 1 << 32  # offsets of the decoder's noise that one step may use; a batch of 96 takes 2^25
-EVAL_NOISE = 1 << 62  # where evaluation's offsets begin
+from cat.training.identity import check_same_data
+from cat.training.recipe import check_same_run
+from cat.training.records import Metrics, read_rows
+from cat.training.task import Task
 
 
 class TrainingError(RuntimeError):
@@ -55,56 +47,29 @@ class RunResult:
     last_loss: float  # and of its last
     failed_clips: int
     stopped_by: int | None  # signal number
+    early: bool = False  # the task had enough before the end of its schedule
+
+
+class _Stopped(Exception):
+    """A signal came in the middle of an evaluation."""
 
 
 class Trainer:
-    """One run: model, optimiser, data and records, and the loop over them. `cat.training.pretrain` is the way in."""
+    """One run: a task, its records, and the loop over its updates. `cat.training.pretrain` is a way in."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        run_dir: Path,
-        manifest: Manifest,
-        valid: Manifest | None = None,
-        *,
-        progress: bool = True,
-    ) -> None:
-        self.config, self.run_dir, self.manifest, self.valid = config, run_dir, manifest, valid
-        self.device = pick_device(config.run.device)
-        self.precision = pick_precision(config.run.precision, self.device)
-        self.features = pick_features(config.data.features, self.device)
-        self._embeddings = open_embeddings(manifest) if config.objective.regularisation_weight else None
-        self._data = data_identity(manifest, valid, self._embeddings)
+    def __init__(self, task: Task, run_dir: Path, *, progress: bool = True) -> None:
+        self.task, self.run_dir, self.config = task, run_dir, task.config
+        self.device, self.precision = task.device, task.precision
+        self._data = task.identity
         self.step = self._begun_at = 0
         self.checkpoint: Path | None = None
-        if config.run.cuda_graph and self.device.type != "cuda":
-            raise ConfigError(
-                f"run.cuda_graph=true needs a GPU, but run.device={config.run.device} is {self.device} here; "
-                "use run.cuda_graph=false"
-            )
-        self.model = self._build_model().to(self.device)
-        self.update = PretrainStep(
-            self.model,
-            config.optim,
-            precision=self.precision,
-            compile=config.run.compile,
-            cuda_graph=config.run.cuda_graph,
-        )
-        self._rng = torch.tensor([config.run.seed, 0], device=self.device)
-        self._log = torch.zeros(config.run.log_every, len(LOSSES) + 1, device=self.device)
+        self._log = torch.zeros(self.config.run.log_every, len(task.values), device=self.device)
         self._rows: list[dict[str, Any]] = []  # of the updates whose losses are still on the device
         self._since_checkpoint: list[float] = []
-        self._validated: tuple[int, float] | None = None  # step and loss of the latest evaluation
+        self._validated: tuple[int, float] | None = None  # step and score of the latest evaluation
         self._progress = progress
         self._stop = StopSignals()
         self._saving = False  # True after an error of saving itself
-
-    def _build_model(self) -> CAT:
-        store = self._embeddings
-        with torch.random.fork_rng(devices=[]):
-            run = self.config.run
-            torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
-            return CAT(self.config.model, self.config.objective, embedding_dim=store.dim if store else None)
 
     # ------------------------------------------------------------ resuming
 
@@ -115,7 +80,7 @@ class Trainer:
         not fit.
         """
         check_same_run(saved.state["config"], self.config, self.run_dir)
-        made, now = saved.state.get("made_with", {}), self._made_with()
+        made, now = saved.state.get("made_with", {}), self.task.made_with
         if made.get("precision", self.precision) != self.precision:
             raise ConfigError(
                 f"{self.run_dir} was trained in {made['precision']}, and run.precision={self.config.run.precision} on "
@@ -123,10 +88,10 @@ class Trainer:
                 f"Resume with run.precision={made['precision']}"
             )
         self._data, notes = check_same_data(saved.state.get("data") or {}, self._data, self.config, self.run_dir)
-        checkpoints.load_tensors(self.model, saved.model, str(saved.path))
+        checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
         try:
             if saved.step:
-                restore_optimizer(self.update.optimizer, self.update.parameters, saved.optimizer)
+                self.task.restore_optimizer(saved.optimizer)
         except ValueError as error:
             raise CheckpointError(
                 f"{saved.path / checkpoints.OPTIMIZER}: {error}; {checkpoints.remedy(saved.path)}"
@@ -137,19 +102,6 @@ class Trainer:
             for key, value in now.items()
             if key in made and made[key] != value
         ]
-
-    def _made_with(self) -> dict[str, Any]:
-        """What bit-for-bit equality depends on besides configuration and data."""
-        return {
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "precision": self.precision,
-            "compile": self.config.run.compile,
-            "cuda_graph": self.config.run.cuda_graph,
-            "kernels": self.config.model.kernels,
-            "features": self.features,
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-        }
 
     # ------------------------------------------------------------ the loop
 
@@ -171,12 +123,13 @@ class Trainer:
 
     def _train(self) -> None:
         run, end, stop = self.config.run, self.config.end, self._stop
-        if self.valid is not None and self._validation_due() and self.metrics.last_validation < self.step:
-            self._evaluate(self.valid)  # which a signal or an error kept the run from
-        self.model.train()
+        validates = self.task.valid is not None
+        if validates and self._validation_due(self.step):
+            self._make_up()
+        self.task.train_mode()
         self._restart_clock()
-        batches = self._batches(end, self.progress.say)
-        while self.step < end and not stop.received:
+        batches = self.task.batches(self.step, end - self.step, self.progress.say)
+        while self.step < end and not stop.received and not self._enough():
             batch = stop.wait(lambda: next(batches))
             if batch is None:
                 break
@@ -184,8 +137,8 @@ class Trainer:
             self._update(batch)
             if self.step % run.log_every == 0:
                 self._flush()
-            if self.valid is not None and run.eval_every and self.step % run.eval_every == 0:
-                self._evaluate(self.valid)
+            if validates and run.eval_every and self.step % run.eval_every == 0:
+                self._evaluate()
             asked = stop.save_asked() and self.step < end
             if asked or self.step % run.checkpoint_every == 0:
                 self._save(hurried=self.step % run.checkpoint_every != 0)
@@ -193,31 +146,44 @@ class Trainer:
                     self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
 
-    def _validation_due(self) -> bool:
+    def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
         every = (self.config.run.eval_every, self.config.run.checkpoint_every)
-        return self.step == self.config.end or any(n and self.step and self.step % n == 0 for n in every)
+        return step == self.config.end or any(n and step and step % n == 0 for n in every)
+
+    def _make_up(self) -> None:
+        """For an evaluation that a signal or an error kept the run from, and the score that its checkpoint lacks."""
+        rows = self.metrics.validations
+        done = rows and rows[-1]["step"] == self.step
+        score = self.task.score(rows[-1]) if done else self._evaluate()
+        regular = self.step == self.config.end or self.step % self.config.run.checkpoint_every == 0
+        if self.checkpoint and regular and score is not None and self._data["valid"] is not None:
+            checkpoints.add_score(self.checkpoint, score)
+
+    def _enough(self) -> bool:
+        """Judged by the evaluations that every run of this recipe has: none where one was stopped by hand."""
+        return self.task.enough([row for row in self.metrics.validations if self._validation_due(row["step"])])
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
         if self.step == self._begun_at or isinstance(error, TrainingError) or self._saving:
             return
         try:
-            if not self.update.whole:
+            if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
             self._save(hurried=True)
         except Exception as second:
             last = self.checkpoint or "none"
             error.add_note(f"step {self.step} could not be saved ({second}); the last checkpoint: {last}")
         else:
-            error.add_note(f"step {self.step} is saved; go on with: cat-audio pretrain --resume {self.run_dir}")
+            error.add_note(f"step {self.step} is saved; go on with: {self.task.command} --resume {self.run_dir}")
 
     def unrecorded(self, count: int) -> Iterator[int]:
         """For profiling: ``count`` updates from where the run stands, one a turn, that leave no records. Yields their
         numbers of clips."""
-        self.model.train()
+        self.task.train_mode()
         self._restart_clock()
-        batches = self._batches(self.step + count)
+        batches = self.task.batches(self.step, count, say)
         for _ in range(count):
             with part("data wait"):
                 batch = next(batches)
@@ -236,50 +202,23 @@ class Trainer:
         self.failures = FailureLog(
             self.run_dir / "failures.jsonl",
             max_share=data.max_failed_share,
-            clips=len(self.manifest),
+            clips=len(self.task.manifest),
             batch_size=data.batch_size,
             start_step=self.step,
         )
         records.callback(self.failures.close)
-        self.collapse = CollapseCheck(
-            pred_std=run.collapse_pred_std, target_std=run.collapse_target_std, steps=run.collapse_steps
-        )
-        size = sum(parameter.numel() for parameter in self.update.parameters.values()) / 1e6
+        size = sum(parameter.numel() for parameter in self.task.parameters.values()) / 1e6
         self.progress.say(
-            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.manifest)} clips, {self.device} in "
+            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.task.manifest)} clips, {self.device} in "
             f"{self.precision}"
-        )
-
-    def _batches(self, end: int, warn: Callable[[str], None] = say) -> Iterator[Batch]:
-        config = self.config
-        return pretrain_batches(
-            config.data,
-            config.features,
-            config.masks,
-            patch_size=config.model.patch_size,
-            seed=config.run.seed,
-            start_step=self.step,
-            num_steps=end - self.step,
-            manifest=self.manifest,
-            waveforms=self.features == "gpu",
-            warn=warn,
         )
 
     def _update(self, batch: Batch) -> None:
         """One optimiser step. Nothing here waits for the device."""
-        lr, decay = learning_rate(self.config.optim, self.step), ema_decay(self.config.ema, self.step + 1)
-        tensors = self._inputs(batch, self.step * NOISE_PER_STEP)
-        self._log[len(self._rows)] = self.update(*tensors, lr=lr, decay=decay)
+        self._log[len(self._rows)], rates = self.task.train(batch, self.step)
         self.step += 1
         self._clips += len(batch.clips)
-        self._rows.append({"lr": lr, "ema_decay": decay})
-
-    def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """What the model takes, on its device."""
-        with part("input"):
-            batch = batch.to(self.device).with_features(self.config.features)
-            self._rng[1].fill_(noise_offset)
-        return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng
+        self._rows.append(rates)
 
     # ------------------------------------------------------------ records
 
@@ -293,7 +232,7 @@ class Trainer:
         values = self._log[: len(self._rows)].tolist()
         first = self.step - len(self._rows) + 1
         rows = [
-            {"step": first + i, **dict(zip((*LOSSES, "grad_norm"), line, strict=True)), **row}
+            {"step": first + i, **dict(zip(self.task.values, line, strict=True)), **row}
             for i, (line, row) in enumerate(zip(values, self._rows, strict=True))
         ]
         seconds = time.perf_counter() - self._clock
@@ -303,7 +242,7 @@ class Trainer:
         losses = [row["loss"] for row in rows]
         self._since_checkpoint += losses
         self.progress.advance(self.step, f"loss {sum(losses) / len(losses):.4f}, {self._clips / seconds:.1f} clips/s")
-        for warning in self.collapse.update(rows):
+        for warning in self.task.warnings(rows):
             self.progress.say(f"warning: {warning}")
         self._restart_clock()
 
@@ -311,12 +250,12 @@ class Trainer:
         bad = next((row for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]))), None)
         if bad is None:
             return
-        parts = ", ".join(f"{name} {bad[name]:g}" for name in (*LOSSES[:4], "grad_norm"))
+        parts = ", ".join(f"{name} {bad[name]:g}" for name in self.task.values)
         raise TrainingError(f"the loss or its gradient is not finite at step {bad['step']} ({parts}); {self._remedy()}")
 
     def _check_parameters(self) -> None:
         """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
-        norms = torch.nn.utils.get_total_norm(self.update.parameters.values())
+        norms = torch.nn.utils.get_total_norm(self.task.parameters.values())
         if not math.isfinite(norms.item()):
             raise TrainingError(f"the weights are not finite after step {self.step}; {self._remedy()}")
 
@@ -325,38 +264,29 @@ class Trainer:
         fp32 = ", or run.precision=fp32" if self.precision == "bf16" else ""
         return f"{kept}. Start another run (run.name=OTHER) with a lower optim.lr or a longer optim.warmup_steps{fp32}"
 
-    @torch.no_grad()
-    def _evaluate(self, valid: Manifest) -> float | None:
-        """The validation loss: centre crops, with masks and noise that are the same every time. None when a signal ends
-        it; the run that goes on makes up for it."""
+    def _evaluate(self) -> float | None:
+        """The validation score. None when a signal ends it; the run that goes on makes up for it."""
         self._flush()
-        config, clips = self.config, 0
-        total = torch.zeros(len(LOSSES), device=self.device)
-        self.model.eval()
-        batches = eval_batches(
-            valid,
-            config.features,
-            config.data.batch_size,
-            config.data.num_workers,
-            waveforms=self.features == "gpu",
-            warn=self.progress.say,
-        )
+        try:
+            values = self.task.evaluate(self._heeded(self.task.scoring_batches(self.progress.say)))
+        except _Stopped:
+            return None
+        finally:
+            self.task.train_mode()
+        self.metrics.valid({"step": self.step, **values})
+        self.progress.say(f"step {self.step}: validation {self.task.told(values)}")
+        score = self.task.score(values)
+        self._validated = (self.step, score)
+        self._restart_clock()
+        return score
+
+    def _heeded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches of an evaluation, until a signal."""
         while (batch := self._stop.wait(lambda: next(batches, None))) is not None:
             self.failures.add(batch.failures, self.step, split="valid")
-            visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
-            batch = dataclasses.replace(batch, visible=visible)
-            output = self.update.losses(*self._inputs(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP))
-            total += torch.stack([value.float() for value in output]) * len(batch.clips)
-            clips += len(batch.clips)
-        self.model.train()
+            yield batch
         if self._stop.received:
-            return None
-        means = dict(zip(LOSSES, (total / clips).tolist(), strict=True))
-        self.metrics.valid({"step": self.step, **means})
-        self.progress.say(f"step {self.step}: validation loss {means['loss']:.4f}")
-        self._validated = (self.step, means["loss"])
-        self._restart_clock()
-        return means["loss"]
+            raise _Stopped
 
     def _save(self, *, hurried: bool = False) -> None:
         """Write a checkpoint unless this step has one. ``hurried``: without a score, which may need an evaluation."""
@@ -371,11 +301,11 @@ class Trainer:
         self.checkpoint = checkpoints.save(
             self.run_dir / "checkpoints",
             step=self.step,
-            model=self.model.state_dict(),
-            optimizer=optimizer_tensors(self.update.optimizer, self.update.parameters),
+            model=self.task.model.state_dict(),
+            optimizer=self.task.optimizer_tensors(),
             config=to_mapping(self.config),
             score=score,
-            extra={"made_with": self._made_with(), "data": self._data},
+            extra={"made_with": self.task.made_with, "data": self._data},
         )
         self._saving = False
         checkpoints.prune(
@@ -386,15 +316,15 @@ class Trainer:
         self._restart_clock()
 
     def _score(self) -> float | None:
-        """Validation loss at this step, or the mean training loss since the last checkpoint: of one kind in a run."""
+        """Validation score at this step, or the mean training loss since the last checkpoint: of one kind in a run."""
         if self._data["valid"] is None:
             losses = self._since_checkpoint
             return sum(losses) / len(losses) if losses else None
-        if self.valid is None:
+        if self.task.valid is None:
             return None
         if self._validated is not None and self._validated[0] == self.step:
             return self._validated[1]
-        return self._evaluate(self.valid)
+        return self._evaluate()
 
     def _result(self, stopped_by: int | None) -> RunResult:
         run = self.config.run
@@ -408,4 +338,5 @@ class Trainer:
             sum(last) / max(1, len(last)),
             self.failures.count,
             stopped_by,
+            early=self.step < self.config.end and self._enough(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat.commands import main
+from cat.commands import COMMANDS, GROUPS, main
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -69,6 +70,25 @@ def test_a_device_that_is_not_here(command, capsys):
         assert main([*arguments, "--device", device]) == 1
         assert f"--device is '{device}'" in (told := capsys.readouterr().err)
         assert message in told
+
+
+def test_the_overview_lists_every_command_once_in_a_group(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    told = capsys.readouterr().out
+    listed = re.findall(r"^  (\w+)  +\w", told, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+    for title, names in GROUPS.items():
+        assert f"\n{title}:\n  {names[0]}" in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_a_command_that_is_not_there(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["prerain"])
+    told = capsys.readouterr().err
+    assert "usage: cat-audio [--debug] COMMAND" in told
+    assert "'prerain'" in told
 
 
 def written_to(monkeypatch, stream, text: str = "word\n") -> int:

@@ -19,9 +19,10 @@ from cat.data import (
     log_mel,
     pretrain_batches,
 )
-from cat.data.dataset import PretrainDataset, _generator
+from cat.data.dataset import PretrainDataset
 from cat.data.features import remove_mean
 from cat.data.masks import MaskConfig
+from cat.data.randomness import Purpose, generator
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -175,7 +176,7 @@ def test_crops_roll_and_gain(manifest):
 
 
 def test_gain_is_that_of_the_released_recipe(manifest):
-    gains = np.array([_generator(0, 2, 0, clip).beta(10, 10) + 0.5 for clip in range(2000)])
+    gains = np.array([generator(0, Purpose.WAVEFORM, 0, clip).beta(10, 10) + 0.5 for clip in range(2000)])
     assert gains.mean() == pytest.approx(1.0, abs=0.01)
     assert gains.std() == pytest.approx((1 / 84) ** 0.5, abs=0.01)  # Beta(10, 10): variance 1/84
 
@@ -208,7 +209,7 @@ def test_the_next_readable_clip_takes_the_place(manifest, num_workers):
 
 def test_the_replacement_is_the_next_of_the_order(manifest):
     dataset = PretrainDataset(manifest, DATA, FEATURES, MASKS, patch_size=8, seed=7)
-    order = dataset._permutation(0).tolist()
+    order = dataset._order.epoch(0).tolist()
     batch = batches(with_bad(manifest, order[0], order[1]), 1)[0]
     assert batch.clips.tolist() == [order[2], order[2], order[2]]
     assert [f.path.split("missing ")[1] for f in batch.failures] == [f"{order[i]}.wav" for i in (0, 1, 1)]
@@ -431,11 +432,11 @@ def test_two_million_clips_cost_nothing_per_step():
     """One permutation an epoch, and no more than two of them are kept."""
     many = Manifest(tuple(itertools.repeat(Clip("a.wav"), 2_000_000)), root=None)
     dataset = PretrainDataset(many, DATA, FEATURES, MASKS, patch_size=8, seed=0)
-    first = dataset._permutation(0)
-    assert dataset._permutation(0) is first
+    first = dataset._order.epoch(0)
+    assert dataset._order.epoch(0) is first
     for epoch in range(4):
-        dataset._permutation(epoch)
-    assert len(dataset._permutations) == 2
+        dataset._order.epoch(epoch)
+    assert len(dataset._order._epochs) == 2
 
 
 def test_data_sets_travel_to_workers_that_are_not_forked(manifest):

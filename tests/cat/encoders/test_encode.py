@@ -356,7 +356,7 @@ def test_an_index_is_written_once_and_read_again(pool, checkpoint, tmp_path, cap
         assert main(["encode", str(pool), "--encoder", str(checkpoint), "-o", str(index), "--pooling", "both"]) == 1
         capsys.readouterr()
     before = index.read_bytes()
-    monkeypatch.setattr(reading, "batches", counted := Counted(reading.batches))
+    monkeypatch.setattr(encode, "batches", counted := Counted(reading.batches))
     monkeypatch.chdir(pool.parent)
     assert run_similar("pool", pool / "low.wav", checkpoint, "--index", index, "--piece", 2, "--json") == 0
     assert counted.places == 1  # the query alone

@@ -17,8 +17,8 @@ from cat.data.synth import clip_rng
 from cat.experiments.kernels import AGREEMENT, agreement
 from cat.model import CAT, PRESETS, ObjectiveConfig
 from cat.sounds import CLASSES, make_clip
-from cat.training.loop import LOSSES
 from cat.training.optim import EmaConfig, OptimConfig, ema_decay, learning_rate
+from cat.training.pretraining import LOSSES
 from cat.training.step import PretrainStep
 
 STEPS = 300

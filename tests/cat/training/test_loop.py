@@ -25,7 +25,7 @@ from cat.data.dataset import PretrainDataset
 from cat.data.loader import TooManyFailures
 from cat.data.workers import WorkerDied
 from cat.model import CAT
-from cat.training import loop
+from cat.training import loop, pretraining
 from cat.training.loop import TrainingError
 from cat.training.pretrain import pretrain
 from cat.training.recipe import PretrainConfig, load_recipe
@@ -118,15 +118,15 @@ def batches_until(count, function):
 
 # what fails, and the update after which it does
 POINTS = {
-    "a batch": (loop, "pretrain_batches", lambda f: batches_until(5, f), 5),
+    "a batch": (pretraining, "pretrain_batches", lambda f: batches_until(5, f), 5),
     "the loss": (
-        loop.PretrainStep,
+        pretraining.PretrainStep,
         "losses",
         lambda f: after(11, f),
         5,
     ),  # six of them in the evaluations of steps 3 and 4
     "metrics": (JsonLines, "write", lambda f: after(3, f, OSError, once=True), 4),
-    "validation": (loop, "eval_batches", lambda f: batches_until(1, f), 3),
+    "validation": (pretraining, "eval_batches", lambda f: batches_until(1, f), 3),
     "progress": (loop.Progress, "advance", lambda f: after(2, f), 4),
     "pruning": (checkpoints, "prune", lambda f: after(0, f, OSError), 3),
 }
@@ -145,7 +145,7 @@ def test_an_error_does_not_cost_what_was_trained(tmp_path, recipe, undisturbed, 
 
 
 def test_a_command_tells_the_error_first_and_then_what_was_saved(tmp_path, recipe, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "pretrain_batches", batches_until(2, loop.pretrain_batches))
+    monkeypatch.setattr(pretraining, "pretrain_batches", batches_until(2, pretraining.pretrain_batches))
     assert main(["pretrain", str(recipe), f"run.dir={tmp_path}", "run.name=run", "--quiet"]) == 1
     told = capsys.readouterr().err
     assert 0 < told.index("error: a surprise") < told.index("step 2 is saved")
@@ -167,7 +167,7 @@ def test_when_saving_fails_the_error_stays_the_first(tmp_path, recipe, monkeypat
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(loop, "pretrain_batches", batches_until(2, loop.pretrain_batches))
+    monkeypatch.setattr(pretraining, "pretrain_batches", batches_until(2, pretraining.pretrain_batches))
     monkeypatch.setattr(checkpoints, "save", full)
     with pytest.raises(Trouble, match="a surprise") as error:
         pretrain(load_recipe(recipe), tmp_path / "run", progress=False)
@@ -180,9 +180,11 @@ def test_when_saving_fails_the_error_stays_the_first(tmp_path, recipe, monkeypat
 
 
 def test_bad_weights_are_not_saved(tmp_path, recipe, monkeypatch):
-    rate = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda config, step: float("nan") if step == 3 else rate(config, step))
-    monkeypatch.setattr(loop, "pretrain_batches", batches_until(4, loop.pretrain_batches))
+    rate = pretraining.learning_rate
+    monkeypatch.setattr(
+        pretraining, "learning_rate", lambda config, step: float("nan") if step == 3 else rate(config, step)
+    )
+    monkeypatch.setattr(pretraining, "pretrain_batches", batches_until(4, pretraining.pretrain_batches))
     with pytest.raises((Trouble, TrainingError)):
         pretrain(load_recipe(recipe, ["run.log_every=9"]), tmp_path / "run", progress=False)
     assert steps(tmp_path / "run") == [3]
@@ -208,7 +210,7 @@ def test_too_many_failures_after_updates(tmp_path, recipe, undisturbed):
 
 def taken(config: PretrainConfig, count: int):
     options = {"patch_size": config.model.patch_size, "seed": config.run.seed, "num_steps": count}
-    return loop.pretrain_batches(config.data, config.features, config.masks, **options)
+    return pretraining.pretrain_batches(config.data, config.features, config.masks, **options)
 
 
 def test_a_killed_worker_ends_the_run_with_a_checkpoint(tmp_path, recipe, undisturbed, monkeypatch):
@@ -258,7 +260,7 @@ def signalling(count, function, number=signal.SIGTERM):
 )
 def test_a_signal_wherever_it_comes(tmp_path, recipe, undisturbed, monkeypatch, where, name, count, step, number):
     with monkeypatch.context() as patch:
-        patch.setattr(loop, name, signalling(count, getattr(loop, name), number))
+        patch.setattr(pretraining, name, signalling(count, getattr(pretraining, name), number))
         result = pretrain(load_recipe(recipe), tmp_path / "run", progress=False)
     assert (result.stopped_by, result.step) == (number, step)
     assert steps(tmp_path / "run")[-1] == step
@@ -285,7 +287,7 @@ def test_a_signal_ends_waiting_for_a_batch(tmp_path, recipe, monkeypatch):
 
 
 def test_sigusr1_asks_for_a_checkpoint(tmp_path, recipe, undisturbed, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "pretrain_batches", signalling(3, loop.pretrain_batches, signal.SIGUSR1))
+    monkeypatch.setattr(pretraining, "pretrain_batches", signalling(3, pretraining.pretrain_batches, signal.SIGUSR1))
     saved = []
     save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda *args, **options: saved.append(options) or save(*args, **options))

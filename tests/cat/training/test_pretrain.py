@@ -23,7 +23,7 @@ from cat.commands import main
 from cat.config import ConfigError, from_mapping
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
-from cat.training import directory, loop
+from cat.training import directory, loop, pretraining
 from cat.training.loop import TrainingError
 from cat.training.pretrain import pretrain, profile
 from cat.training.recipe import PretrainConfig, RunConfig, load_recipe
@@ -167,7 +167,7 @@ def test_a_step_with_features_on_the_gpu_waits_for_nothing(tmp_path, recipe, mon
 
     monkeypatch.setattr(loop.Trainer, "_update", watched)
     config = load_recipe(recipe, ["run.device=cuda", "data.valid=null", "run.stop_at=6"])
-    assert loop.Trainer(config, tmp_path, load_manifest(config.data.train)).features == "gpu"
+    assert pretraining.Pretraining(config, load_manifest(config.data.train)).features == "gpu"
     assert pretrain(config, tmp_path / "run", progress=False).step == 6
 
 
@@ -534,8 +534,8 @@ def test_a_name_that_is_no_text(tmp_path, recipe):
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, recipe, monkeypatch):
-    rate = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda config, step: 1e30 if step == 6 else rate(config, step))
+    rate = pretraining.learning_rate
+    monkeypatch.setattr(pretraining, "learning_rate", lambda config, step: 1e30 if step == 6 else rate(config, step))
     with pytest.raises(
         TrainingError, match=r"not finite at step 8 .*last good checkpoint is .*step-00000005.*optim\.lr"
     ):
@@ -548,8 +548,10 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, recipe, mon
 
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path, recipe, monkeypatch):
-    rate = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda config, step: float("nan") if step == 4 else rate(config, step))
+    rate = pretraining.learning_rate
+    monkeypatch.setattr(
+        pretraining, "learning_rate", lambda config, step: float("nan") if step == 4 else rate(config, step)
+    )
     with pytest.raises(TrainingError, match="weights are not finite after step 5; no checkpoint was written yet"):
         pretrain(load_recipe(recipe, ["data.valid=null"]), tmp_path / "run", progress=False)
     assert checkpoints.newest(tmp_path / "run") is None

@@ -1,0 +1,68 @@
+"""``cat-audio export``: a model as ONNX, or as a PyTorch program, for any batch and length."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from cat.export import CHECK_ROWS, QUICK_ROWS, Exportable, check_suffix, export, load_exportable, metadata_of
+from cat.files import format_bytes
+from cat.outputs import Output, claim
+
+EPILOG = """\
+In goes a normalised log-mel spectrogram (batch, 1, frames, mel bins), frames being a multiple of the patch size; with
+--waveform audio (batch, samples) in [-1, 1] at the model's sample rate, 25 ms or more. Out come, of an encoder, clip,
+cls, frames and patches; of a classifier scores, and with a frame head frame_scores. All clips of a batch are of one
+length, which may be any, up to two minutes. The file's metadata tell classes, sample rate, features, patch size and
+version.
+
+Before OUT appears it is run and compared with the model: .onnx in onnxruntime (pip install 'cat-kernels[export]'), .pt2
+in PyTorch. Where they differ by more than a thousandth, nothing is written.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run, a checkpoint or a .safetensors")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write: .onnx or .pt2")
+    parser.add_argument("--waveform", action="store_true", help="take audio: the log-mel features are in the file")
+    parser.add_argument("--quantise", action="store_true", help="int8 weights, a quarter of the size (.onnx)")
+    parser.add_argument("--check", action="store_true", help="compare at ten lengths, to two minutes, and not at three")
+    parser.add_argument("--encoder", action="store_true", help="of a fine-tuned checkpoint the encoder alone")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a pre-trained one")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that export did not write")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_suffix(args.out, quantise=args.quantise)
+    own = Output(args.out, _is_exported, "another name")
+    claim([own], inputs=[args.checkpoint if args.checkpoint.is_file() else None], overwrite=args.overwrite)
+    exportable = load_exportable(args.checkpoint, encoder=args.encoder, weights=args.weights)
+    began = time.monotonic()
+    found = export(
+        exportable,
+        args.out,
+        waveform=args.waveform,
+        quantise=args.quantise,
+        rows=CHECK_ROWS if args.check else QUICK_ROWS,
+    )
+    about = metadata_of(args.out)
+    seconds = [f"{_seconds(exportable, rows):.3g}" for rows in found.rows]
+    print(
+        f"{args.out}: {about['kind']}, {about['input']} in, {', '.join(about['outputs'])} out, "
+        f"{format_bytes(args.out.stat().st_size)}, made in {time.monotonic() - began:.0f} s"
+    )
+    print(
+        f"compared with the model on noise of {', '.join(seconds)} s: largest difference {found.largest:.2e}, mean "
+        f"{found.mean:.2e}, of outputs up to {found.scale:.3g}"
+    )
+    return 0
+
+
+def _is_exported(path: Path) -> bool:
+    return bool(metadata_of(path))
+
+
+def _seconds(exportable: Exportable, rows: int) -> float:
+    return rows * exportable.about["patch_size"] * exportable.features.frame_shift_ms / 1000

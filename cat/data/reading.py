@@ -1,0 +1,114 @@
+"""From a place in an epoch to a waveform: what training on clips, with labels or without, has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from cat.data.audio import AudioError, read_crop
+from cat.data.batch import Cut, Failure, as_float
+from cat.data.features import FeatureConfig
+from cat.data.manifest import Manifest
+from cat.data.randomness import Purpose, generator
+from cat.data.sampling import Order
+
+CROPS = ("random", "center", "start")
+FEATURES = ("auto", "gpu", "cpu")
+_GIVE_UP_AFTER = 100  # unreadable clips in a row
+
+T = TypeVar("T")
+
+
+class ReadingConfig(Protocol):
+    """The fields that every configuration of data has."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def prefetch(self) -> int: ...
+    @property
+    def crop(self) -> str: ...
+    @property
+    def features(self) -> str: ...
+    @property
+    def max_failed_share(self) -> float: ...
+
+
+def check_reading(config: ReadingConfig) -> None:
+    """Raises ValueError for a value that cannot be."""
+    check_choice("crop", config.crop, CROPS)
+    check_choice("features", config.features, FEATURES)
+    for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"data.{name} is {getattr(config, name)}; it must be at least {least}")
+    if not 0.0 <= config.max_failed_share <= 1.0:
+        raise ValueError(f"data.max_failed_share is {config.max_failed_share}; it is a share, from 0 to 1")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"data.{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def first_readable(
+    order: Order, position: int, read: Callable[[int, int], T], failures: list[Failure], source: Path | None
+) -> T:
+    """``read(epoch, clip)`` of the clip at ``position``, or of the epoch's next one that can be read."""
+    tried = 0
+    for epoch, clip in order.following(position, _GIVE_UP_AFTER):
+        try:
+            return read(epoch, clip)
+        except AudioError as error:
+            failures.append(Failure(error.path, error.reason))
+            tried += 1
+    raise RuntimeError(
+        f"{tried} clips in a row could not be used, the last one {failures[-1].path}: {failures[-1].reason}; "
+        f"check the paths of {source}"
+    )
+
+
+def training_cut(
+    manifest: Manifest,
+    clip: int,
+    features: FeatureConfig,
+    *,
+    seed: int,
+    epoch: int,
+    crop: str,
+    roll: bool,
+    gain: bool,
+    min_samples: int,
+) -> Cut:
+    """A clip cropped, rolled and made louder or softer, as (seed, epoch, clip) say."""
+    # All are drawn whether used or not, so that one option does not change another's numbers.
+    random = generator(seed, Purpose.WAVEFORM, epoch, clip)
+    place, turn, factor = random.random(), random.random(), random.beta(10, 10) + 0.5
+    cut = read_cut(manifest, clip, features, crop, place=place, min_samples=min_samples)
+    wave, rolled = cut.wave, 0
+    if roll:
+        rolled = int(turn * len(wave))
+        wave = np.roll(wave, rolled)
+    if gain:
+        wave = as_float(wave) * np.float32(factor)
+    return Cut(clip, wave, epoch, cut.first, rolled)
+
+
+def read_cut(
+    manifest: Manifest, clip: int, features: FeatureConfig, crop: str, *, place: float = 0.5, min_samples: int
+) -> Cut:
+    """A clip, and of one longer than ``features.frames`` the part that ``crop`` says; ``place``: where the random one
+    begins, as a share of the positions there are."""
+    wave, first = read_crop(
+        manifest.path(clip),
+        features.sample_rate,
+        max_samples=features.samples,
+        start={"random": place, "center": 0.5, "start": 0.0}[crop],
+        min_samples=min_samples,
+        allow_int16=True,
+    )
+    return Cut(clip, wave, first=first)

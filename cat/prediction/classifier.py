@@ -1,0 +1,203 @@
+"""A fine-tuned checkpoint as a function: waveforms in, scores of its classes out.
+
+Shapes: B clips, n samples, T frames, H rows of patches, C classes, W windows, S shifts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cat.checkpoints import ClassifierInfo, load_classifier
+from cat.data.features import log_mel
+from cat.device import pick_device
+from cat.encoders.waveforms import as_clips
+from cat.prediction.windows import Plan, Window, Windower
+
+T = TypeVar("T")
+Aggregate = Literal["auto", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """Of one clip. ``times`` (W, 2): seconds at which the windows begin and end; ``windows`` (W, C): their scores."""
+
+    clip: np.ndarray
+    times: np.ndarray
+    windows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``scores`` (B, C) float32 in 0..1, of the labels ``classes``, for people ``names``; ``clips`` has each clip's
+    windows."""
+
+    scores: Tensor
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    clips: list[ClipScores]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Of each clip the ``k`` best (label, score), the best first."""
+        return [best(row, self.classes, k) for row in self.scores.numpy()]
+
+
+def best(scores_C: np.ndarray, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """The ``k`` best (label, score), the best first; of equal ones the first in the classes' order."""
+    order = np.argsort(-scores_C, kind="stable")[:k]
+    return [(classes[c], float(scores_C[c])) for c in order]
+
+
+class CATClassifier:
+    """A classifier that takes waveforms of any length::
+
+        classifier = CATClassifier.from_pretrained("runs/esc50")
+        prediction = classifier(waveforms, sample_rate=44100)  # a waveform, or a list of different lengths
+        prediction.top(3)
+
+    Behind a clip's end it does as the checkpoint was trained ("fill" or "mask"); either way a clip's scores depend on
+    the clip alone, up to rounding.
+    """
+
+    def __init__(self, model: nn.Module, info: ClassifierInfo, *, device: torch.device | str = "cpu") -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.info, self.device = info, torch.device(device)
+        self.classes, self.names, self.features = info.classes, info.class_names, info.features
+        self.patch_size = info.model.patch_size
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: torch.device | str | None = None) -> CATClassifier:
+        """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory or a .safetensors file; on a
+        GPU where there is one. Raises CheckpointError, also for a pre-trained checkpoint, which has no classes."""
+        device = pick_device(None if device is None else str(device), "device")
+        model, info = load_classifier(path, device)
+        return cls(model, info, device=device)
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether it tells where in a clip a class is (a frame head)."""
+        return self.info.head.kind == "frames"
+
+    def plan(
+        self,
+        *,
+        window: float | None = None,
+        hop: float | None = None,
+        lookahead: float | None = None,
+        step: float | None = None,
+        live: bool = False,
+    ) -> Plan:
+        """Windows of ``window`` seconds (default: as long as in training) every ``hop`` seconds (half a window), to the
+        nearest row of patches. For rows of a frame head: ``lookahead`` seconds that a row's window has heard behind it
+        at least (default: as much as before it), and ``step`` seconds from row to row (a row of patches). ``live``: for
+        a stream, hop and lookahead are an eighth of the window by default, which tells sooner and computes more."""
+        row = self.patch_size * self.features.frame_shift / self.features.sample_rate
+        most = -(-self.features.frames // self.patch_size)
+        rows = most if window is None else self._rows("window", window, row)
+        if rows > most:
+            raise ValueError(
+                f"window is {window:g} s; expected at most {most * row:g} s, as long as the clips that the model was "
+                "trained on"
+            )
+        eighth = max(1, rows // 8)
+        hop_rows = (eighth if live else max(1, rows // 2)) if hop is None else self._rows("hop", hop, row)
+        ahead = min(eighth, rows - hop_rows) if live else (rows - hop_rows) // 2
+        ahead = ahead if lookahead is None else self._rows("lookahead", lookahead, row, least=0)
+        if step is not None and not 0 < step <= row:
+            raise ValueError(f"step is {step} s; expected a row of patches, {row:g} s, or a whole part of it")
+        shifts = 1 if step is None else round(row / step)
+        return Plan(self.features, self.patch_size, rows, hop_rows, ahead if self.has_frames else 0, shifts)
+
+    @staticmethod
+    def _rows(name: str, seconds: float, row: float, least: int = 1) -> int:
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"{name} is {seconds} s; expected a positive number of seconds")
+        return max(least, round(seconds / row))
+
+    def __call__(
+        self,
+        waveforms: Any,
+        sample_rate: int,
+        *,
+        plan: Plan | None = None,
+        aggregate: Aggregate = "auto",
+        batch_size: int = 16,
+    ) -> Prediction:
+        """Scores of waveforms in [-1, 1] or int16: one (n,), a batch (B, n), or a list of different lengths.
+
+        A clip longer than a window is heard in windows (`plan`) that cover all of it; its score of a class is their
+        "mean" or "max" ("auto": the mean where classes exclude each other, else the maximum).
+        """
+        plan, least = plan or self.plan(), self.features.frame_length
+        waves = as_clips(waveforms, sample_rate, plan.rate, min_samples=least)
+        pieces = ((clip, window) for clip, wave in enumerate(waves) for window in windows_of([as_float(wave)], plan))
+        found: list[list[tuple[Window, np.ndarray]]] = [[] for _ in waves]
+        for (clip, window), (clip_C, _) in self.hear(pieces, batch_size):
+            found[clip].append((window, clip_C))
+        clips = [self.gather(windows, plan, aggregate) for windows in found]
+        scores = np.stack([clip.clip for clip in clips]) if clips else np.zeros((0, len(self.classes)), np.float32)
+        return Prediction(torch.from_numpy(scores), self.classes, self.names, clips)
+
+    def gather(
+        self, windows: Sequence[tuple[Window, np.ndarray]], plan: Plan, aggregate: Aggregate = "auto"
+    ) -> ClipScores:
+        """A clip's scores from its windows and what each of them got."""
+        starts = np.array([window.start * plan.row for window, _ in windows])
+        ends = starts + [len(window.waves[0]) for window, _ in windows]
+        scores_WC = np.stack([scores for _, scores in windows])
+        if aggregate == "auto":
+            aggregate = "mean" if self.info.task == "single-label" else "max"
+        clip_C = scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0)
+        return ClipScores(clip_C, np.stack([starts, ends], axis=1) / plan.rate, scores_WC)
+
+    def hear(
+        self, windows: Iterable[tuple[T, Window]], batch_size: int = 16
+    ) -> Iterator[tuple[tuple[T, Window], tuple[np.ndarray, np.ndarray | None]]]:
+        """Each window, in order, with what the model says: scores (C,), and of a frame head those of the rows that are
+        taken from it (end - begin, C). ``batch_size`` windows, or the next one alone, go through the model at once."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        windows = iter(windows)
+        while batch := list(itertools.islice(windows, batch_size)):
+            clip_BC, frames_BHC = self._scores([wave for _, window in batch for wave in window.waves])
+            place = 0
+            for item in batch:
+                window, mine = item[1], slice(place, place + len(item[1].waves))
+                rows_RC = None if frames_BHC is None else window.taken(frames_BHC[mine])
+                yield item, (clip_BC[place], rows_RC)
+                place = mine.stop
+
+    @torch.no_grad()
+    def _scores(self, waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """(B, C), and (B, H, C) of a frame head, of waveforms no longer than a window."""
+        P = self.patch_size
+        lengths_B = torch.tensor([len(wave) for wave in waves])
+        wave_Bn = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
+        frames = [1 + (len(wave) - self.features.frame_length) // self.features.frame_shift for wave in waves]
+        rows = [max(1, -(-count // P)) for count in frames] if self.info.padding == "mask" else None
+        features = dataclasses.replace(self.features, frames=max(rows) * P) if rows else self.features
+        spec_B1TF = log_mel(wave_Bn.to(self.device), features, lengths=lengths_B.to(self.device))
+        output = self.model(spec_B1TF, rows=rows)
+        probabilities: Any = self.model.probabilities
+        frames_BHC = None if output.frames is None else probabilities(output.frames).float().cpu().numpy()
+        return probabilities(output.clip).float().cpu().numpy(), frames_BHC
+
+
+def as_float(wave: Tensor) -> np.ndarray:
+    return wave.cpu().numpy().astype(np.float32) / (32768 if wave.dtype == torch.int16 else 1)
+
+
+def windows_of(blocks: Iterable[np.ndarray], plan: Plan) -> Iterator[Window]:
+    """The windows of a clip that comes in pieces (n,)."""
+    windower = Windower(plan)
+    for block in blocks:
+        yield from windower.feed(block)
+    yield from windower.finish()

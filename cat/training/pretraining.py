@@ -1,0 +1,153 @@
+"""The task of pre-training: which batches, which losses, what an evaluation is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cat.config import ConfigError
+from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_batches
+from cat.data.masks import inverse_block_masks
+from cat.model import CAT
+from cat.parts import part
+from cat.training.identity import data_identity
+from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
+from cat.training.recipe import PretrainConfig, made_with, pick_device, pick_features, pick_precision
+from cat.training.records import CollapseCheck
+from cat.training.step import PretrainStep
+from cat.training.task import Warn
+
+LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")  # in the order of PretrainOutput
+NOISE_PER_STEP = 1 << 32  # offsets of the decoder's noise that one step may use; a batch of 96 takes 2^25
+EVAL_NOISE = 1 << 62  # where evaluation's offsets begin
+
+
+class Pretraining:
+    """A `cat.training.task.Task`. Weights depend on the seed alone, data order, crops and masks are `cat.data`'s, the
+    decoder's noise is drawn here."""
+
+    command = "cat-audio pretrain"
+    values = (*LOSSES, "grad_norm")
+
+    def __init__(self, config: PretrainConfig, manifest: Manifest, valid: Manifest | None = None) -> None:
+        self.config, self.manifest, self.valid = config, manifest, valid
+        run = config.run
+        self.device = pick_device(run.device)
+        self.precision = pick_precision(run.precision, self.device)
+        self.features = pick_features(config.data.features, self.device)
+        self._embeddings = open_embeddings(manifest) if config.objective.regularisation_weight else None
+        self.identity = data_identity(manifest, valid, self._embeddings)
+        if run.cuda_graph and self.device.type != "cuda":
+            raise ConfigError(
+                f"run.cuda_graph=true needs a GPU, but run.device={run.device} is {self.device} here; "
+                "use run.cuda_graph=false"
+            )
+        self.model = self._build_model().to(self.device)
+        self.step = PretrainStep(
+            self.model, config.optim, precision=self.precision, compile=run.compile, cuda_graph=run.cuda_graph
+        )
+        self.parameters = self.step.parameters
+        self._rng = torch.tensor([run.seed, 0], device=self.device)
+        self._collapse = CollapseCheck(
+            pred_std=run.collapse_pred_std, target_std=run.collapse_target_std, steps=run.collapse_steps
+        )
+
+    def _build_model(self) -> CAT:
+        store, run = self._embeddings, self.config.run
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
+            return CAT(self.config.model, self.config.objective, embedding_dim=store.dim if store else None)
+
+    @property
+    def whole(self) -> bool:
+        return self.step.whole
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return made_with(self.config.run, self.device, self.precision, self.config.model.kernels, self.features)
+
+    # ------------------------------------------------------------ updates
+
+    def begin(self) -> None:
+        """The weights are those of the seed already."""
+
+    def train_mode(self) -> None:
+        self.model.train()
+
+    def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
+        config = self.config
+        return pretrain_batches(
+            config.data,
+            config.features,
+            config.masks,
+            patch_size=config.model.patch_size,
+            seed=config.run.seed,
+            start_step=start,
+            num_steps=count,
+            manifest=self.manifest,
+            waveforms=self.features == "gpu",
+            warn=warn,
+        )
+
+    def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        lr, decay = learning_rate(self.config.optim, step), ema_decay(self.config.ema, step + 1)
+        values = self.step(*self._inputs(batch, step * NOISE_PER_STEP), lr=lr, decay=decay)
+        return values, {"lr": lr, "ema_decay": decay}
+
+    def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What the model takes, on its device."""
+        with part("input"):
+            batch = batch.to(self.device).with_features(self.config.features)
+            self._rng[1].fill_(noise_offset)
+        return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng
+
+    def warnings(self, rows: list[dict[str, Any]]) -> list[str]:
+        return self._collapse.update(rows)
+
+    # ------------------------------------------------------------ evaluation
+
+    def scoring_batches(self, warn: Warn) -> Iterator[Batch]:
+        data = self.config.data
+        return eval_batches(
+            cast(Manifest, self.valid),
+            self.config.features,
+            data.batch_size,
+            data.num_workers,
+            waveforms=self.features == "gpu",
+            warn=warn,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """The validation losses: centre crops, with masks and noise that are the same every time."""
+        config, clips = self.config, 0
+        total = torch.zeros(len(LOSSES), device=self.device)
+        self.model.eval()
+        for batch in batches:
+            visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
+            batch = dataclasses.replace(batch, visible=visible)
+            output = self.step.losses(*self._inputs(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP))
+            total += torch.stack([value.float() for value in output]) * len(batch.clips)
+            clips += len(batch.clips)
+        return dict(zip(LOSSES, (total / clips).tolist(), strict=True))
+
+    def told(self, values: Mapping[str, float]) -> str:
+        return f"loss {values['loss']:.4f}"
+
+    def score(self, values: Mapping[str, float]) -> float:
+        return values["loss"]
+
+    def enough(self, evaluations: list[dict[str, Any]]) -> bool:
+        return False
+
+    # ------------------------------------------------------------ checkpoints
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self.step.optimizer, self.parameters)
+
+    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        restore_optimizer(self.step.optimizer, self.parameters, tensors)
