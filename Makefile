@@ -82,6 +82,7 @@ clean: ## remove the virtual environment, build leftovers and what quickstart ma
 
 # The stamp is younger than all that decides what is installed, so a second run costs nothing. torchaudio has a folder of
 # its own: the tests read one of its files, and where PyTorch has no CUDA it breaks those that import it (transformers).
+# Of the harnesses the tests run the checkers, which need little of what the packages ask for (tensorflow, torchaudio).
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "cat-kernels needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -92,6 +93,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,test,clap]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps --upgrade \
 	    --target $(VENV)/others torchaudio
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps \
+	    xares hearvalidator loguru || echo "without the harnesses' checkers; the tests that run them are skipped" >&2
 	@touch $@
 
 # The installation has built the extension; a source that changed since then builds it again, in place.

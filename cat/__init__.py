@@ -1,5 +1,9 @@
 """The reference trainer of the Convolutional Audio Transformer (arXiv 2601.21612), on the operators of cat_kernels.
 
+from cat import CATEncoder
+encoder = CATEncoder.from_pretrained("runs/quickstart")  # a run, a checkpoint, a .safetensors file, a hub folder
+out = encoder(waveforms, sample_rate)                    # out.clip (B, D), out.frames (B, H, D), out.times, ...
+
 from cat import load_encoder
 encoder, info = load_encoder("runs/quickstart")        # a run, a checkpoint or a .safetensors file
 tokens = encoder(spec)                                 # (B, 1+L, D): CLS, then one token per patch
@@ -7,13 +11,22 @@ tokens = encoder(spec)                                 # (B, 1+L, D): CLS, then 
 
 from cat_kernels import __version__  # isort: skip
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cat.checkpoints import load_encoder
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig
 
+if TYPE_CHECKING:
+    from cat.encoders import CATEncoder
+
+_LATER = {"CATEncoder": "cat.encoders"}
+
 __all__ = [
     "CAT",
     "PRESETS",
+    "CATEncoder",
     "Encoder",
     "MaskConfig",
     "ModelConfig",
@@ -22,3 +35,10 @@ __all__ = [
     "inverse_block_masks",
     "load_encoder",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What brings more modules along is imported when it is first asked for: not every command needs it."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -79,13 +79,19 @@ def from_mapping(
     presets: Mapping[type, Mapping[str, Any]] | None = None,
 ) -> T:
     """Like `load`, from a mapping already read; ``source`` is its name in messages."""
-    raw = _copy(mapping)
+    raw = with_overrides(mapping, overrides)
+    where = _Source(source, frozenset(parse_override(text)[0] for text in overrides))
+    return _build(cls, raw, "", where, presets or {}, _known_keys(cls, presets or {}))
+
+
+def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe's mapping with the command line's ``key.sub=value`` in it, whose values are still texts."""
+    raw: dict[str, Any] = _copy(mapping)
     parsed = [parse_override(text) for text in overrides]
     # Presets first, so that `model.depth=3 model.preset=small` does not depend on the order.
     for path, value in sorted(parsed, key=lambda item: item[0].rpartition(".")[2] != "preset"):
         _put(raw, path, value)
-    where = _Source(source, frozenset(path for path, _ in parsed))
-    return _build(cls, raw, "", where, presets or {}, _known_keys(cls, presets or {}))
+    return raw
 
 
 def parse_override(text: str) -> tuple[str, str]:

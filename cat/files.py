@@ -25,6 +25,7 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # on the disk, of what the user may have of it
 _OF_WRITING = (*NO_SPACE, errno.EFBIG, errno.EIO)  # what `write` raises, without a file's name
+_MANY = 1000  # files from which on all that is unwritten goes to the disk at once: one by one takes milliseconds each
 _SILENCE = 24 * 3600  # seconds; see `_is_abandoned`
 
 
@@ -59,8 +60,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder = place / target.name
         folder.mkdir()
         yield folder
-        for root, _, names in os.walk(folder):
-            for entry in (*(Path(root, name) for name in names), Path(root)):
+        entries = [path for root, _, names in os.walk(folder) for path in (*(Path(root, n) for n in names), Path(root))]
+        if len(entries) > _MANY:
+            os.sync()
+        else:
+            for entry in entries:
                 flush_to_disk(entry)
         os.rename(folder, target)
         flush_to_disk(target.parent)

@@ -115,16 +115,28 @@ def _blocks(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _joined(body: str) -> Iterator[tuple[int, str]]:
-    """(line, command) of a shell block: lines that end in a backslash are one with the next."""
-    lines = body.splitlines()
-    start = 0
-    for number, line in enumerate(lines):
-        if line.rstrip().endswith("\\"):
-            continue
-        command = " ".join(part.strip().removesuffix("\\").rstrip() for part in lines[start : number + 1])
-        if command and not command.startswith("#"):
-            yield start, command
-        start = number + 1
+    """(line, command) of a shell block: a line that ends in a backslash, or within quotes, is one with the next."""
+    command, start = "", 0
+    for number, line in enumerate(body.splitlines()):
+        command, start = (command + line.lstrip(), start) if command else (line, number)
+        if command.endswith("\\"):
+            command = command[:-1].rstrip() + " "
+        elif not _is_closed(command):
+            command += "\n"
+        else:
+            if command.strip() and not command.lstrip().startswith("#"):
+                yield start, command
+            command = ""
+    if command:
+        raise ValueError(f"a command does not end: {command!r}")
+
+
+def _is_closed(command: str) -> bool:
+    try:
+        shlex.split(command, comments=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _indented(page: str, text: str, indent: str) -> Iterator[Step]:

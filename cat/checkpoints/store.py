@@ -2,7 +2,8 @@
 
 A checkpoint is a directory, ``checkpoints/step-00000200`` of a run::
 
-    model.safetensors       CAT.state_dict(): student.*, teacher.*, decoder.*, regulariser.*
+    model.safetensors       CAT.state_dict(): student.*, teacher.*, decoder.*, regulariser.*; of a fine-tuned model
+                            Classifier.state_dict(): encoder.*, head.*, and the same below average.*
     optimizer.safetensors   exp_avg.*, exp_avg_sq.*, step.* by parameter name
     state.json              format, step, the whole configuration, score, where it was made
 
@@ -80,7 +81,7 @@ def save(
             save_tensors(temporary / MODEL, model, step=step, config=config)
             save_tensors(temporary / OPTIMIZER, optimizer, step=step, config=config)
             state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "config": config}
-            (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            (temporary / STATE).write_text(_state_text(state), encoding="utf-8")
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -95,16 +96,36 @@ def save(
     return final
 
 
+def add_score(path: PathLike, score: float) -> None:
+    """Give a checkpoint the score that it was saved without, in a hurry; one that has a score keeps it."""
+    state = read_state(path)
+    if state.get("score") is None:
+        with replacing(Path(path) / STATE) as temporary:
+            temporary.write_text(_state_text({**state, "score": score}), encoding="utf-8")
+
+
+def _state_text(state: Mapping[str, Any]) -> str:
+    return json.dumps(state, indent=1) + "\n"
+
+
 def size_of(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a state dict in a file, but for the names."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def save_tensors(
-    path: PathLike, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], step: int | None = None
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any],
+    step: int | None = None,
+    file_format: str = str(FORMAT),
 ) -> None:
-    """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata."""
-    metadata = {"format": str(FORMAT), "config": json.dumps(config)}
+    """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata.
+
+    ``file_format`` is what the file says of itself; transformers wants "pt".
+    """
+    metadata = {"format": file_format, "config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -236,7 +257,7 @@ def read_state(path: PathLike) -> dict[str, Any]:
         or not isinstance(state.get("config"), dict)
     ):
         raise CheckpointError(
-            f"{file} lacks 'step' or 'config'; expected what `cat-audio pretrain` writes: {remedy(path)}"
+            f"{file} lacks 'step' or 'config'; expected what `cat-audio` writes: {remedy(path)}"
         )
     if state.get("format") != FORMAT:
         raise CheckpointError(

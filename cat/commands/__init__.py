@@ -23,21 +23,25 @@ from cat_kernels import __version__
 
 COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
+    "finetune": ("cat.commands.finetune", "train a classifier on a pre-trained encoder by a recipe"),
+    "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, attention, all layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
-    "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips"),
-    "export": ("cat.commands.export", "write a model as ONNX, or as a PyTorch program, for other runtimes"),
-    "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
+    "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
+    "export": ("cat.commands.export", "write an encoder or a classifier as ONNX or for torch.export"),
+    "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips, to pre-train with"),
+    "dataset": ("cat.commands.dataset", "turn a public data set into manifests with its official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
+    "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
 }
 
 # How `cat-audio --help` lists them.
 GROUPS = {
-    "train": ("pretrain",),
-    "judge": ("probe", "experiment"),
-    "use": ("embed",),
-    "prepare": ("synth", "convert"),
+    "train": ("pretrain", "finetune"),
+    "judge": ("evaluate", "probe", "experiment"),
+    "use": ("predict", "export"),
+    "prepare": ("dataset", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
 

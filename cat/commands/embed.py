@@ -17,8 +17,8 @@ OUT.npy holds a row a clip, OUT.npy.json says whose they are, OUT.jsonl is the m
 (OUT.embedded.jsonl where OUT.jsonl is MANIFEST itself), and OUT.failures.jsonl names the clips that got none, if any.
 MANIFEST is never replaced, other files only when an earlier embed wrote them; --overwrite replaces these as well.
 
-Of a long clip a checkpoint hears the middle, as much as it was trained on; the others hear all of it, in windows of
-five minutes at the most.
+Of a long clip all is heard: by a checkpoint in overlapping windows as long as it was trained on, by the others in
+windows of five minutes at the most.
 
 Exit code 0 when embeddings were written, also when clips were left out; 1 when nothing was written, as when more than
 --max-failed-share of the clips got no embedding.

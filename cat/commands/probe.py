@@ -132,13 +132,8 @@ def _encoders(args: argparse.Namespace, device: torch.device) -> dict[str, Froze
         if not isinstance(encoder, CatEncoder):
             raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
         encoders["untrained twin"] = encoder.untrained_twin(args.seed)
-    encoders[CONTROL] = (
-        LogMelStatistics(
-            encoder.features, max_samples=encoder.max_samples, device=device
-        )  # hears what the encoder does
-        if isinstance(encoder, CatEncoder)
-        else LogMelStatistics(device=device)
-    )
+    features = encoder.features if isinstance(encoder, CatEncoder) else None
+    encoders[CONTROL] = LogMelStatistics(features, device=device)
     return encoders
 
 

@@ -96,6 +96,12 @@ def read_crop(
         return _cut(sound, sample_rate, first, wanted, allow_int16), first
 
 
+def seconds_of(path: str | os.PathLike[str]) -> float:
+    """How long a file says it is. Raises as `read_audio`."""
+    with _opened(Path(path)) as sound:
+        return sound.length / sound.rate
+
+
 def read_windows(
     path: str | os.PathLike[str], sample_rate: int, max_samples: int, *, min_samples: int = 1
 ) -> Iterator[np.ndarray]:

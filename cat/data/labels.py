@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ class Labels:
         if kept.all():
             return manifest
         first = manifest.columns.paths[int(np.argmin(kept))]
-        note = f"{_name(manifest)}: {len(kept) - int(kept.sum())} clips left out, without a label; the first: {first}"
+        note = f"{manifest.name}: {len(kept) - int(kept.sum())} clips left out, without a label; the first: {first}"
         selected = manifest.take(np.flatnonzero(kept))
         return dataclasses.replace(selected, notes=(*manifest.notes, note))
 
@@ -123,7 +122,7 @@ class Labels:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         affected = len(np.unique(table.clips[np.isin(table.ids, unknown)]))
         raise ManifestError(
-            f"{_name(manifest)}: {_clips(affected)} with labels that are none of the {len(self.classes)} classes: "
+            f"{manifest.name}: {_clips(affected)} with labels that are none of the {len(self.classes)} classes: "
             f"{some}{more}; the classes are {_some(self.classes)}. Mend the labels, remove the clips, or train on data "
             "that has them"
         )
@@ -162,12 +161,12 @@ def labels_of(manifest: Manifest, task: str = "auto", classes: Sequence[str] | N
     if empty:
         listed = "the label_names in its first line" if classes is None else "the list of classes"
         raise ManifestError(
-            f"{_name(manifest)}: {len(empty)} of {len(ordered)} classes have no clip: {_some(empty)}; give them clips, "
+            f"{manifest.name}: {len(empty)} of {len(ordered)} classes have no clip: {_some(empty)}; give them clips, "
             f"or remove them from {listed}"
         )
     if len(ordered) < 2 and (kind == "single-label" or bool((table.counts[table.known] > 0).all())):
         raise ManifestError(
-            f"{_name(manifest)}: a single class, {ordered[0]!r}; there is nothing to tell it from. Add clips of "
+            f"{manifest.name}: a single class, {ordered[0]!r}; there is nothing to tell it from. Add clips of "
             'another class, or, for a task with several labels a clip, clips that have none: "labels": []'
         )
     return labels
@@ -241,7 +240,7 @@ def _check_one_label(manifest: Manifest, table: _Table) -> None:
     if len(several):
         first = manifest.clips[int(several[0])]
         raise ManifestError(
-            f"{_name(manifest)}: {_clips(len(several))} with several labels in a single-label task, the first "
+            f"{manifest.name}: {_clips(len(several))} with several labels in a single-label task, the first "
             f"{first.path}: {_some(clip_labels(first) or ())}; leave one label a clip, or set task=multi-label"
         )
 
@@ -262,13 +261,9 @@ def _check_folders(manifest: Manifest) -> None:
 
 def _unlabelled(manifest: Manifest) -> ManifestError:
     return ManifestError(
-        f'{_name(manifest)}: none of its {len(manifest)} clips has a label; give them a field "labels", or put them '
+        f'{manifest.name}: none of its {len(manifest)} clips has a label; give them a field "labels", or put them '
         "into a folder a class"
     )
-
-
-def _name(manifest: Manifest) -> Path | str:
-    return manifest.source or "the manifest"
 
 
 def _clips(count: int) -> str:

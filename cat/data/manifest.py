@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ from cat.data.text import (
 )
 from cat.files import replacing
 
-__all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "load_manifest", "write_manifest"]
+__all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "is_written", "load_manifest", "write_manifest"]
 
 FORMAT = "cat-audio manifest"
 VERSION = 1
@@ -76,6 +77,11 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return "the manifest" if self.source is None else str(self.source)
 
     def path(self, index: int) -> Path:
         """Where clip ``index`` lies."""
@@ -278,6 +284,18 @@ def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
 def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
     """Write JSON Lines at ``path``, atomically, with every path relative to its folder where that is possible."""
     path = Path(path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(_json_lines(manifest, path))
+
+
+def is_written(manifest: Manifest, path: str | os.PathLike[str]) -> bool:
+    """Whether the file holds what `write_manifest` would write there."""
+    with open(path, "rb") as file:
+        pairs = itertools.zip_longest(file, _json_lines(manifest, Path(path)))
+        return all(there == wanted for there, wanted in pairs)
+
+
+def _json_lines(manifest: Manifest, path: Path) -> Iterator[bytes]:
     relative = _RelativeTo(path.parent)
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     if manifest.embeddings is not None:
@@ -290,15 +308,14 @@ def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
         )
     if manifest.label_names:
         header["label_names"] = manifest.label_names
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(_json_line({**header, **manifest.extra}))
-        for clip in manifest.clips:
-            entry: dict[str, Any] = {"path": relative(manifest.root / clip.path)}
-            for name in CLIP_FIELDS[1:]:
-                value = getattr(clip, name)
-                if value is not None and (value != () or clip.negative):
-                    entry[name] = value
-            file.write(_json_line({**entry, **clip.extra}))
+    yield _json_line({**header, **manifest.extra})
+    for clip in manifest.clips:
+        entry: dict[str, Any] = {"path": relative(manifest.root / clip.path)}
+        for name in CLIP_FIELDS[1:]:
+            value = getattr(clip, name)
+            if value is not None and (value != () or clip.negative):
+                entry[name] = value
+        yield _json_line({**entry, **clip.extra})
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)

@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     NOISE = 6
     FRAME_ROLL = 7
     HOLD_OUT = 8
+    DROP_PATH = 9
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, clip: int = 0) -> np.random.Generator:

@@ -41,12 +41,12 @@ def hold_out(
     if not apart.any():
         what = "clip" if group_by is None else f"{group_by!r}"
         raise ManifestError(
-            f"{manifest.source}: nothing can be held out, because no class has a second {what} that could stay; give "
+            f"{manifest.name}: nothing can be held out, because no class has a second {what} that could stay; give "
             "clips to choose the model by (data.valid)"
         )
     rest, valid = manifest.take(np.flatnonzero(~apart)), manifest.take(np.flatnonzero(apart))
     missing = [label for label, count in zip(labels.classes, labels.counts(valid), strict=True) if count == 0]
-    notes = [f"{len(valid)} of {len(manifest)} clips of {manifest.source} are held out to choose the model by"]
+    notes = [f"{len(valid)} of {len(manifest)} clips of {manifest.name} are held out to choose the model by"]
     if missing:
         notes.append(f"none of them is of the classes {', '.join(missing)}, which have too few clips to part")
     return rest, dataclasses.replace(valid, notes=tuple(notes))
@@ -60,7 +60,7 @@ def fold_split(manifest: Manifest, fold: int) -> tuple[Manifest, Manifest]:
     number = folds(manifest)
     if not (number == fold).any():
         there = ", ".join(map(str, np.unique(number).tolist()))
-        raise ManifestError(f"{manifest.source}: there is no fold {fold}; its folds are {there}")
+        raise ManifestError(f"{manifest.name}: there is no fold {fold}; its folds are {there}")
     return manifest.take(np.flatnonzero(number != fold)), manifest.take(np.flatnonzero(number == fold))
 
 
@@ -73,19 +73,19 @@ def folds(manifest: Manifest) -> np.ndarray:
     wrong = next((i for i, value in enumerate(values) if type(value) is not int), None)
     if wrong is not None:
         raise ManifestError(
-            f'{manifest.source}: the "fold" of {manifest.clips[wrong].path} is {shorten(values[wrong])}; expected a '
+            f'{manifest.name}: the "fold" of {manifest.clips[wrong].path} is {shorten(values[wrong])}; expected a '
             "whole number"
         )
     number = np.array(values, dtype=np.int64)
     if (number == number[0]).all():
-        raise ManifestError(f"{manifest.source}: all clips are in fold {number[0]}; expected two folds or more")
+        raise ManifestError(f"{manifest.name}: all clips are in fold {number[0]}; expected two folds or more")
     files = _files(manifest)
     first = np.zeros(files.max() + 1, dtype=np.int64)
     first[files] = number
     twice = np.flatnonzero(first[files] != number)
     if len(twice):
         raise ManifestError(
-            f"{manifest.source}: {manifest.clips[int(twice[0])].path} is the same file as a clip of another fold; keep "
+            f"{manifest.name}: {manifest.clips[int(twice[0])].path} is the same file as a clip of another fold; keep "
             "one of them"
         )
     return number
@@ -109,18 +109,21 @@ def _stratified(units: np.ndarray, columns: np.ndarray, share: float, seed: int)
     edges = np.searchsorted(class_of_pair[in_turn], np.arange(len(total) + 1))
     held = np.zeros(count, dtype=bool)
     for column in np.argsort(total, kind="stable").tolist():
-        for pair in in_turn[edges[column] : edges[column + 1]].tolist():
-            if have[column] >= wanted[column]:
-                break
-            unit = unit_of_pair[pair]
-            own = slice(begins[unit], begins[unit + 1])
-            classes = class_of_pair[own]
-            nearer = have[column] == 0 or have[column] + clips_of_pair[pair] / 2 <= wanted[column]
-            if held[unit] or not nearer or (left[classes] == 1).any():
-                continue
-            held[unit] = True
-            have[classes] += clips_of_pair[own]
-            left[classes] -= 1
+        mine = in_turn[edges[column] : edges[column + 1]].tolist()
+        for sparing in (True, False):  # first only units of which no class has its share already
+            for pair in mine:
+                if have[column] >= wanted[column]:
+                    break
+                unit = unit_of_pair[pair]
+                own = slice(begins[unit], begins[unit + 1])
+                classes = class_of_pair[own]
+                nearer = have[column] == 0 or have[column] + clips_of_pair[pair] / 2 <= wanted[column]
+                last = (left[classes] == 1).any()
+                if held[unit] or last or not nearer or (sparing and (have[classes] >= wanted[classes]).any()):
+                    continue
+                held[unit] = True
+                have[classes] += clips_of_pair[own]
+                left[classes] -= 1
     return held
 
 
@@ -168,7 +171,7 @@ def _field(manifest: Manifest, name: str) -> list[Any]:
         first = manifest.clips[values.index(None)].path
         missing = values.count(None)
         raise ManifestError(
-            f'{manifest.source}: {missing} of {len(values)} clips have no field "{name}", the first {first}; every '
+            f'{manifest.name}: {missing} of {len(values)} clips have no field "{name}", the first {first}; every '
             "clip needs one"
         )
     return values

@@ -55,18 +55,16 @@ def embed_manifest(
     """Embeds the clips in their order. Yields (indices (k,) int64, embeddings (k, dim) float32 on the CPU, skipped) a
     batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite.
 
-    Memory does not grow with the length of the clips: an encoder that has no limit of its own gets no more than
-    `BATCH_SECONDS` of audio at once, and a clip longer than `WINDOW_SECONDS` in windows (see `FrozenEncoder`). Raises
-    EncoderError, with the clips' names.
+    Memory does not grow with the length of the clips: an encoder gets no more than `BATCH_SECONDS` of audio at once,
+    and a clip longer than `WINDOW_SECONDS` in windows (see `FrozenEncoder`). Raises EncoderError, with the clips'
+    names.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     # Clip by clip, so that a worker holds one at a time and only a few are on their way.
     clips = prefetched(_Waveforms(manifest, encoder), range(len(manifest)), num_workers=num_workers)
     clips = track(clips, len(manifest), label=encoder.name, unit="clips", enabled=progress)
-    limit = getattr(encoder, "max_samples", None)
-    most_samples = batch_size * limit if limit else BATCH_SECONDS * encoder.sample_rate
-    for indices, waves, skipped in _batches(clips, batch_size, most_samples):
+    for indices, waves, skipped in _batches(clips, batch_size, BATCH_SECONDS * encoder.sample_rate):
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
             continue
@@ -108,7 +106,6 @@ class _Waveforms:
     def __init__(self, manifest: Manifest, encoder: FrozenEncoder) -> None:
         self.manifest, self.sample_rate = manifest, encoder.sample_rate
         self.min_samples: int = getattr(encoder, "min_samples", 1)
-        self.max_samples: int | None = getattr(encoder, "max_samples", None)
         self.window = WINDOW_SECONDS * encoder.sample_rate
 
     def __len__(self) -> int:
@@ -119,12 +116,10 @@ class _Waveforms:
             samples = read_audio(
                 self.manifest.path(index),
                 self.sample_rate,
-                max_samples=self.max_samples or self.window + 1,
-                start=0.5 if self.max_samples else 0.0,
+                max_samples=self.window + 1,
                 min_samples=self.min_samples,
             )
-            long = self.max_samples is None and len(samples) > self.window
-            return index, _Long() if long else torch.from_numpy(samples)
+            return index, _Long() if len(samples) > self.window else torch.from_numpy(samples)
         except AudioError as error:
             return index, Skipped(index, error.path, error.reason)
 
@@ -180,8 +175,11 @@ def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], wave
 
 def _encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
     """(1, dim): a clip's windows, made one."""
+    windows = read_windows(manifest.path(index), encoder.sample_rate, WINDOW_SECONDS * encoder.sample_rate)
+    if hasattr(encoder, "of_stream"):
+        return encoder.of_stream(windows)[None].to("cpu", torch.float32)
     rows_WE, lengths = torch.empty(0, encoder.dim), []
-    for wave in read_windows(manifest.path(index), encoder.sample_rate, WINDOW_SECONDS * encoder.sample_rate):
+    for wave in windows:
         row_1E = _encode(encoder, manifest, [index], [torch.from_numpy(wave)])
         # Not a list of rows: small blocks between large ones that come and go made the heap grow by 10 MB a window.
         rows_WE = torch.cat([rows_WE, row_1E])

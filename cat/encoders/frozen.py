@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-# Of a clip, what goes through an encoder without a limit of its own at once. The whole of a 10 h file took 9.8 GB.
+# Of a clip, what goes to an encoder at once. The whole of a 10 h file took 9.8 GB.
 WINDOW_SECONDS = 300
 
 
@@ -23,10 +23,11 @@ class FrozenEncoder(Protocol):
     """What `embed` and `probe` ask of an encoder. Its parameters never change and it draws no random numbers: a clip's
     embedding depends on the clip alone, not on the clips beside it in the batch.
 
-    An encoder may also have ``min_samples`` and ``max_samples`` (at its sample rate): shorter clips are then refused
-    when they are read, and of longer ones only the middle is read. One without ``max_samples`` gets a clip that is
-    longer than `WINDOW_SECONDS` in windows of equal length; what its method ``combine(rows (W, dim), lengths (W,))``
-    makes of theirs is the clip's embedding (dim,), or without such a method their mean, weighted by `lengths`.
+    An encoder may also have ``min_samples`` (at its sample rate): shorter clips are then refused when they are read. A
+    clip that is longer than `WINDOW_SECONDS` comes in windows of equal length: as an iterable of arrays to the method
+    ``of_stream(windows) -> (dim,)`` where there is one. An encoder without it embeds each, and what its method
+    ``combine(rows (W, dim), lengths (W,))`` makes of theirs is the clip's embedding (dim,), or without such a method
+    their mean, weighted by `lengths`.
     """
 
     name: str

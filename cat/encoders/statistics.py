@@ -17,19 +17,13 @@ from cat.encoders.frozen import checked_lengths, mean_direction
 class LogMelStatistics:
     """Mean and standard deviation over time of every log-mel bin: (B, 2 F). No learning at all: the honest floor.
 
-    Over the whole clip, or the middle `max_samples` of it, real frames only. `features`: AudioSet's by default.
+    Over the whole clip, real frames only. `features`: AudioSet's by default.
     """
 
-    def __init__(
-        self,
-        features: FeatureConfig | None = None,
-        *,
-        max_samples: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, features: FeatureConfig | None = None, *, device: torch.device | str = "cpu") -> None:
         self.features, self.device = features or FeatureConfig(), torch.device(device)
         self.name, self.sample_rate, self.dim = "logmel", self.features.sample_rate, 2 * self.features.mel_bins
-        self.min_samples, self.max_samples = self.features.frame_length, max_samples
+        self.min_samples = self.features.frame_length
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

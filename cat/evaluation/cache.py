@@ -67,6 +67,7 @@ class FeatureCache:
     computed: int = 0
     found: int = 0
     size: int = 0  # bytes of the entries in use
+    _known: list[tuple[FrozenEncoder, Any]] = field(default_factory=list)  # encoders and their identities
 
     def __enter__(self) -> FeatureCache:
         self._stack = contextlib.ExitStack()
@@ -93,7 +94,7 @@ class FeatureCache:
             except OSError as error:
                 if not error.filename or not Path(os.fsdecode(error.filename)).is_relative_to(place.parent):
                     raise
-                self.notes.append(f"features were not kept in {place.parent}: {error.strerror}")
+                self._note(f"features were not kept in {place.parent}: {error.strerror}")
                 self.folder = None
         if wanted.tokens:
             temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cat-audio-probe-")))
@@ -111,16 +112,28 @@ class FeatureCache:
         size = format_bytes(self.size)
         return f"features: {self.computed} sets computed, {self.found} from the cache ({size} of it in {self.folder})"
 
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
     def _place(
         self, manifest: Manifest, encoder: FrozenEncoder, wanted: Wanted, options: dict[str, Any]
     ) -> Path | None:
         if self.folder is None:
             return None
         try:
-            return self.folder / key_of(manifest, encoder, wanted, batch_size=options.get("batch_size", 16))
+            who = self._identity(encoder)
         except UnknownIdentity as error:
-            self.notes.append(f"features of {encoder.name} were not kept: {error}")
+            self._note(f"features of {encoder.name} were not kept: {error}")
             return None
+        return self.folder / key_of(manifest, who, wanted, batch_size=options.get("batch_size", 16))
+
+    def _identity(self, encoder: FrozenEncoder) -> Any:
+        for known, found in self._known:
+            if known is encoder:
+                return found
+        self._known.append((encoder, identity(encoder)))  # all of its weights are read
+        return self._known[-1][1]
 
     def _kept(
         self, place: Path, manifest: Manifest, encoder: FrozenEncoder, wanted: Wanted, options: dict[str, Any]
@@ -131,7 +144,7 @@ class FeatureCache:
             arrays, skipped = read_entry(place)
             features = features_of(arrays, wanted, skipped)
         except (DamagedEntry, KeyError, ValueError) as error:
-            self.notes.append(f"{place} was damaged ({error}); its features were computed again")
+            self._note(f"{place} was damaged ({error}); its features were computed again")
             _remove(place)
             return None
         if skipped and _can_be_read_now(manifest, encoder, skipped, options):
@@ -147,7 +160,8 @@ class FeatureCache:
         lost = False
         try:
             with new_folder(place) as folder:
-                write_entry(folder, compute(manifest, encoder, wanted, skipped, **options), skipped)
+                about = {"encoder": encoder.name, "clips": str(manifest.source), **dataclasses.asdict(wanted)}
+                write_entry(folder, compute(manifest, encoder, wanted, skipped, **options), skipped, about)
                 if not any(folder.iterdir()):
                     raise _nothing(manifest, skipped)
         except OSError as error:
@@ -159,7 +173,7 @@ class FeatureCache:
         self.size += _size(place)
         if place.parent == self.folder and self._place(manifest, encoder, wanted, options) != place:
             _remove(place)  # the arrays that are open stay readable
-            self.notes.append(f"features were not kept in {place.parent}: a clip was changed while it was read")
+            self._note(f"features were not kept in {place.parent}: a clip was changed while it was read")
         return features_of(arrays, wanted, skipped)
 
 
@@ -180,8 +194,8 @@ def _can_be_read_now(
 # ---------------------------------------------------------------- entries
 
 
-def write_entry(folder: Path, chunks: Iterable[Arrays], skipped: list[Skipped]) -> None:
-    """The arrays, chunk by chunk, into ``folder``; nothing at all where there is no chunk."""
+def write_entry(folder: Path, chunks: Iterable[Arrays], skipped: list[Skipped], about: dict[str, Any]) -> None:
+    """The arrays, chunk by chunk, into ``folder``; nothing at all where there is no chunk. ``about`` is for people."""
     with contextlib.ExitStack() as stack:
         writers: dict[str, _Writer] = {}
         for chunk in chunks:
@@ -193,7 +207,8 @@ def write_entry(folder: Path, chunks: Iterable[Arrays], skipped: list[Skipped]) 
             writer.complete()
     if writers:
         sums = {name: _sha256(folder / f"{name}.npy") for name in writers}
-        entry = {"format": FORMAT, "sha256": sums, "skipped": [dataclasses.asdict(clip) for clip in skipped]}
+        left_out = [dataclasses.asdict(clip) for clip in skipped]
+        entry = {"format": FORMAT, "about": about, "sha256": sums, "skipped": left_out}
         (folder / ENTRY).write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
 
@@ -206,7 +221,6 @@ def read_entry(folder: Path, *, check: bool = True) -> tuple[Arrays, list[Skippe
         for name, expected in entry["sha256"].items():
             if check and _sha256(folder / f"{name}.npy") != expected:
                 raise DamagedEntry(f"{name}.npy: not what was written")
-        # A map of an array without elements is refused; copies of indices and counts are small.
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in entry["sha256"]}
         return arrays, [Skipped(**clip) for clip in entry["skipped"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -256,13 +270,13 @@ class UnknownIdentity(TypeError):
     """It cannot be said what an encoder's embeddings depend on."""
 
 
-def key_of(manifest: Manifest, encoder: FrozenEncoder, wanted: Wanted, *, batch_size: int) -> str:
-    """Raises UnknownIdentity for an encoder with a part that is not known to be compared by its content."""
+def key_of(manifest: Manifest, who: Any, wanted: Wanted, *, batch_size: int) -> str:
+    """``who``: the encoder's `identity`."""
     parts = {
         "format": FORMAT,
         "code": _code(),
         "torch": str(torch.__version__),
-        "encoder": identity(encoder),
+        "encoder": who,
         "wanted": dataclasses.asdict(wanted),
         "batch_size": batch_size,
         "clips": _clips(manifest),

@@ -1,8 +1,12 @@
 """How sure a score is: intervals by the bootstrap over clips (Efron's percentile method).
 
 Clips are drawn with replacement, as many as there are, and everything is computed again from how often each was drawn.
-A class that has lost its positive clips in a draw is left out of that draw's mean, as it would be of the whole. What
-the interval tells is how much the score would change with other clips of the same kind, not with another training.
+A class that has lost its positive clips in a draw is left out of that draw's mean, as it would be of the whole.
+
+An interval tells how the score would differ on as many other clips of the same kind; not how it would on many more, and
+not after another training. For most metrics the first two are the same, but average precision is higher on few clips,
+and its interval with it. Simulated, 50 classes of 8 clips: 93 % of the intervals hold the mean mAP on so many clips,
+0.611, and 59 % that on very many, 0.585; with 40 clips a class 98 % hold either.
 
 scikit-learn's metrics take such counts as sample weights, but need 5 s a draw for 527 classes and 18,886 clips, for
 they sort every class anew; `_Ranking` sorts it once and needs 0.02 s a draw. The tests compare the two.

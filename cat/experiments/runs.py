@@ -45,9 +45,7 @@ def probe_runs(
     encoders: dict[str, FrozenEncoder] = dict(trained)
     twins = trained if untrained else dict(list(trained.items())[:1])
     encoders |= {f"{name}, untrained" if untrained else "untrained": e.untrained_twin(0) for name, e in twins.items()}
-    encoders["log-mel mean + std"] = LogMelStatistics(
-        config.features, max_samples=config.features.samples, device=device
-    )
+    encoders["log-mel mean + std"] = LogMelStatistics(config.features, device=device)
     manifests = {split: load_manifest(data / f"{split}.jsonl") for split in SPLITS}
     report = run_probe(encoders, manifests, batch_size=32, progress=progress)
     drawn = {r.name: (r.test.rows, r.test_labels) for r in report.rows if r.name in runs and r.test is not None}

@@ -5,6 +5,7 @@ Everything is drawn with matplotlib's Agg canvas, without a display, and written
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **op
 
 
 def save(drawing: Any, path: Path) -> Path:
+    from matplotlib.text import Text
+
+    for axis in drawing.axes:
+        axis.get_xticklabels(), axis.get_yticklabels()  # makes those that are not there yet
+    for text in drawing.findobj(Text):
+        families = {font for character in text.get_text() if (font := _font_with(character)) is not None}
+        if families:
+            text.set_fontfamily([*text.get_fontfamily(), *sorted(families)])
     with replacing(path) as temporary:
         drawing.savefig(temporary, dpi=150, metadata={"Software": SOFTWARE})
     return path
@@ -41,16 +50,54 @@ def is_figure(path: Path) -> bool:
         return SOFTWARE.encode() in file.read(1024)
 
 
-def text_of(name: str) -> str:
+def text_of(name: str, most: int = 1000) -> str:
     """A name of the user's as matplotlib can show it: without bytes that are no text, without mathematics between
-    dollar signs, and in the legend too if it begins with an underscore."""
-    text = name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    dollar signs, in the legend too if it begins with an underscore, with an escape for a character that no font here
+    has, and without its end where it has more characters than ``most``."""
+    text, room = "", most
+    for character in name:
+        drawn = character
+        if _font_with(character) == "":
+            drawn = character.encode("unicode_escape", "backslashreplace").decode()
+        room -= len(drawn)
+        if room < 0:
+            text += "…"
+            break
+        text += drawn
+    text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
-def legend_below(drawing: Any, axis: Any) -> None:
+def legend_below(drawing: Any, axis: Any, columns: int = 6) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if labels:
         drawing.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9
+            handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False, fontsize=9
         )
+
+
+@functools.cache
+def _font_with(character: str) -> str | None:
+    """The family of an installed font that can draw it; None where the default font can, "" where none can."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    if ord(character) in _characters(findfont(FontProperties())) or character == "\n":
+        return None
+    for font in sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", font.weight != 400, font.name)):
+        if ord(character) in _characters(font.fname):
+            return font.name
+    return ""
+
+
+@functools.cache
+def _characters(font: str) -> frozenset[int]:
+    """Those that a font has a picture of, if it can be drawn at any size."""
+    from matplotlib.ft2font import FT2Font
+
+    if "LastResort" in font:  # has a box for every character there is
+        return frozenset()
+    try:
+        face = FT2Font(font)
+        return frozenset(face.get_charmap()) if face.scalable else frozenset()
+    except (OSError, RuntimeError):  # listed, and gone or broken
+        return frozenset()

@@ -27,7 +27,7 @@ Aggregate = Literal["auto", "mean", "max"]
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClipScores:
     """Of one clip. ``times`` (W, 2): seconds at which the windows begin and end; ``windows`` (W, C): their scores."""
 
     clip: np.ndarray
@@ -43,7 +43,7 @@ class Prediction:
     scores: Tensor
     classes: tuple[str, ...]
     names: tuple[str, ...]
-    clips: list[Scores]
+    clips: list[ClipScores]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Of each clip the ``k`` best (label, score), the best first."""
@@ -93,10 +93,12 @@ class CATClassifier:
         hop: float | None = None,
         lookahead: float | None = None,
         step: float | None = None,
+        live: bool = False,
     ) -> Plan:
         """Windows of ``window`` seconds (default: as long as in training) every ``hop`` seconds (half a window), to the
         nearest row of patches. For rows of a frame head: ``lookahead`` seconds that a row's window has heard behind it
-        at least (default: as much as before it), and ``step`` seconds from row to row (a row of patches)."""
+        at least (default: as much as before it), and ``step`` seconds from row to row (a row of patches). ``live``: for
+        a stream, hop and lookahead are an eighth of the window by default, which tells sooner and computes more."""
         row = self.patch_size * self.features.frame_shift / self.features.sample_rate
         most = -(-self.features.frames // self.patch_size)
         rows = most if window is None else self._rows("window", window, row)
@@ -105,8 +107,10 @@ class CATClassifier:
                 f"window is {window:g} s; expected at most {most * row:g} s, as long as the clips that the model was "
                 "trained on"
             )
-        hop_rows = max(1, rows // 2) if hop is None else self._rows("hop", hop, row)
-        ahead = (rows - hop_rows) // 2 if lookahead is None else self._rows("lookahead", lookahead, row, least=0)
+        eighth = max(1, rows // 8)
+        hop_rows = (eighth if live else max(1, rows // 2)) if hop is None else self._rows("hop", hop, row)
+        ahead = min(eighth, rows - hop_rows) if live else (rows - hop_rows) // 2
+        ahead = ahead if lookahead is None else self._rows("lookahead", lookahead, row, least=0)
         if step is not None and not 0 < step <= row:
             raise ValueError(f"step is {step} s; expected a row of patches, {row:g} s, or a whole part of it")
         shifts = 1 if step is None else round(row / step)
@@ -127,7 +131,7 @@ class CATClassifier:
         aggregate: Aggregate = "auto",
         batch_size: int = 16,
     ) -> Prediction:
-        """Scores of waveforms in [-1, 1]: one (n,), a batch (B, n), or a list of different lengths; tensors or arrays.
+        """Scores of waveforms in [-1, 1] or int16: one (n,), a batch (B, n), or a list of different lengths.
 
         A clip longer than a window is heard in windows (`plan`) that cover all of it; its score of a class is their
         "mean" or "max" ("auto": the mean where classes exclude each other, else the maximum).
@@ -142,7 +146,9 @@ class CATClassifier:
         scores = np.stack([clip.clip for clip in clips]) if clips else np.zeros((0, len(self.classes)), np.float32)
         return Prediction(torch.from_numpy(scores), self.classes, self.names, clips)
 
-    def gather(self, windows: Sequence[tuple[Window, np.ndarray]], plan: Plan, aggregate: Aggregate = "auto") -> Scores:
+    def gather(
+        self, windows: Sequence[tuple[Window, np.ndarray]], plan: Plan, aggregate: Aggregate = "auto"
+    ) -> ClipScores:
         """A clip's scores from its windows and what each of them got."""
         starts = np.array([window.start * plan.row for window, _ in windows])
         ends = starts + [len(window.waves[0]) for window, _ in windows]
@@ -150,7 +156,7 @@ class CATClassifier:
         if aggregate == "auto":
             aggregate = "mean" if self.info.task == "single-label" else "max"
         clip_C = scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0)
-        return Scores(clip_C, np.stack([starts, ends], axis=1) / plan.rate, scores_WC)
+        return ClipScores(clip_C, np.stack([starts, ends], axis=1) / plan.rate, scores_WC)
 
     def hear(
         self, windows: Iterable[tuple[T, Window]], batch_size: int = 16

@@ -13,14 +13,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cat.config import from_mapping
 from cat.files import write_json
 from cat.outputs import json_of
-from cat.prediction.windows import Plan
 
 FORMAT = "cat-audio events"
 FILE = "events.json"  # in the directory of a run: the settings chosen on its validation split
@@ -63,10 +62,14 @@ class Event:
 
 
 def find_events(
-    scores_RC: np.ndarray, classes: Sequence[str], settings: Mapping[str, EventSettings], plan: Plan, duration: float
+    scores_RC: np.ndarray,
+    classes: Sequence[str],
+    settings: Mapping[str, EventSettings],
+    timing: Timing,
+    duration: float,
 ) -> list[Event]:
     """The events of a whole file of ``duration`` seconds, by onset."""
-    finder = EventFinder(classes, settings, plan)
+    finder = EventFinder(classes, settings, timing)
     return ended([*finder.feed(scores_RC), *finder.finish(duration)])
 
 
@@ -78,16 +81,27 @@ def ended(events: Iterable[Event]) -> list[Event]:
     )
 
 
+class Timing(Protocol):
+    """When rows begin: a `Plan`, or another that has no windows."""
+
+    @property
+    def step(self) -> float:
+        """Seconds from row to row."""
+
+    def time(self, row: int) -> float:
+        """Seconds at which a row begins."""
+
+
 class EventFinder:
     """Finds events in rows that come piece by piece: each is given once when its onset is certain (``offset`` None) and
     once when it has ended. What it gives, and in which order, does not depend on the pieces."""
 
-    def __init__(self, classes: Sequence[str], settings: Mapping[str, EventSettings], plan: Plan) -> None:
+    def __init__(self, classes: Sequence[str], settings: Mapping[str, EventSettings], timing: Timing) -> None:
         if missing := [label for label in classes if label not in settings]:
             raise ValueError(f"no event settings for {', '.join(missing)}; expected settings for every class")
         chosen = [settings[label] for label in classes]
-        self._plan, self._found = plan, 0
-        self._classes = [_Class(c, label, chosen[c], plan.step) for c, label in enumerate(classes)]
+        self._timing, self._found = timing, 0
+        self._classes = [_Class(c, label, chosen[c], timing.step) for c, label in enumerate(classes)]
         self._filters = [
             _Median(width, [c for c, one in enumerate(chosen) if one.median == width])
             for width in sorted({one.median for one in chosen})
@@ -125,8 +139,8 @@ class EventFinder:
             offset = None
             if one.end is not None:
                 at_end = duration < math.inf and one.end == one.last
-                offset = duration if at_end else min(self._plan.time(one.end), duration)
-            events.append(Event(one.label, self._plan.time(one.run.start), offset, one.peak, one.run.number))
+                offset = duration if at_end else min(self._timing.time(one.end), duration)
+            events.append(Event(one.label, self._timing.time(one.run.start), offset, one.peak, one.run.number))
         return events
 
 

@@ -2,14 +2,14 @@
 
 It holds everything about a run: ``config.yaml`` (every field of the recipe), ``metrics.jsonl`` (see
 `cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``tensorboard/``, ``checkpoints/`` (see
-`cat.checkpoints.store`), ``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, and
-while a process works in it ``.lock``. Other files in it are the user's and are left alone.
+`cat.checkpoints.store`), ``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, after
+`cat-audio evaluate` ``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a
+process works in it ``.lock``. Other files in it are the user's and are left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,13 +19,15 @@ from cat.config import ConfigError, read_yaml
 from cat.files import check_writable, format_bytes, free_space
 from cat.locks import LOCK, sole_user
 from cat.progress import say
-from cat.training.recipe import PretrainConfig, RunConfig
+from cat.training.recipe import RunConfig
 
 # What a run writes besides checkpoints and config.yaml. The latter stays until that of the new run replaces it, so that
 # a deletion that was interrupted leaves what is still known for a run.
 _RECORDS = (
-    *("metrics.jsonl", "failures.jsonl", "tensorboard/events.out.tfevents.*", "probe.json", "profile/trace.json"),
-    *("figures/loss.png", "figures/patches.png", "figures/embeddings.png", "figures/layers.png"),
+    *("metrics.jsonl", "failures.jsonl", "tensorboard/events.out.tfevents.*", "probe.json", "scores.json"),
+    *("profile/trace.json", "figures/loss.png", "figures/patches.png", "figures/embeddings.png", "figures/layers.png"),
+    *(f"evaluation/*/{name}" for name in ("evaluation.json", "classes.csv", "clips.csv")),
+    *(f"evaluation/*/figures/{name}.png" for name in ("classes", "confusion", "curves", "mistakes")),
 )
 
 
@@ -62,9 +64,10 @@ def delete_run(run_dir: Path) -> None:
     checkpoints.remove_all(run_dir / "checkpoints")
     for path in _records(run_dir):
         path.unlink()
-        if path.parent != run_dir and not path.parent.is_symlink():
-            with contextlib.suppress(OSError):  # not empty
-                path.parent.rmdir()
+        for folder in path.relative_to(run_dir).parents[:-1]:
+            if not (run_dir / folder).is_symlink():
+                with contextlib.suppress(OSError):  # not empty
+                    (run_dir / folder).rmdir()
 
 
 def check_disk(run_dir: Path, config: RunConfig, *, needed: int, freed: int) -> None:
@@ -113,4 +116,4 @@ def _is_config_of_a_run(path: Path) -> bool:
         found = read_yaml(path)
     except ConfigError:
         return False
-    return not found or {field.name for field in dataclasses.fields(PretrainConfig)} <= found.keys()
+    return not found or found.keys() >= {"data", "model", "features", "optim", "run"}

@@ -41,6 +41,11 @@ def check_same_data(
             f"{config.data.train} lists other clips ({now['clips']}) than when {run_dir} was started "
             f"({saved.get('clips')}); give the same data, or start another run with run.name=OTHER"
         )
+    if saved.get("labels") != now.get("labels"):
+        raise ConfigError(
+            f"the clips of {config.data.train} have other labels than when {run_dir} was started: its numbers would "
+            "change. Give the labels of then, or start another run with run.name=OTHER"
+        )
     kept = dict(now)
     old, new = saved.get("embeddings", now["embeddings"]), now["embeddings"]
     if old != new:

@@ -47,6 +47,7 @@ class RunResult:
     last_loss: float  # and of its last
     failed_clips: int
     stopped_by: int | None  # signal number
+    early: bool = False  # the task had enough before the end of its schedule
 
 
 class _Stopped(Exception):
@@ -123,12 +124,12 @@ class Trainer:
     def _train(self) -> None:
         run, end, stop = self.config.run, self.config.end, self._stop
         validates = self.task.valid is not None
-        if validates and self._validation_due() and self.metrics.last_validation < self.step:
-            self._evaluate()  # which a signal or an error kept the run from
+        if validates and self._validation_due(self.step):
+            self._make_up()
         self.task.train_mode()
         self._restart_clock()
         batches = self.task.batches(self.step, end - self.step, self.progress.say)
-        while self.step < end and not stop.received:
+        while self.step < end and not stop.received and not self._enough():
             batch = stop.wait(lambda: next(batches))
             if batch is None:
                 break
@@ -145,10 +146,23 @@ class Trainer:
                     self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
 
-    def _validation_due(self) -> bool:
+    def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
         every = (self.config.run.eval_every, self.config.run.checkpoint_every)
-        return self.step == self.config.end or any(n and self.step and self.step % n == 0 for n in every)
+        return step == self.config.end or any(n and step and step % n == 0 for n in every)
+
+    def _make_up(self) -> None:
+        """For an evaluation that a signal or an error kept the run from, and the score that its checkpoint lacks."""
+        rows = self.metrics.validations
+        done = rows and rows[-1]["step"] == self.step
+        score = self.task.score(rows[-1]) if done else self._evaluate()
+        regular = self.step == self.config.end or self.step % self.config.run.checkpoint_every == 0
+        if self.checkpoint and regular and score is not None and self._data["valid"] is not None:
+            checkpoints.add_score(self.checkpoint, score)
+
+    def _enough(self) -> bool:
+        """Judged by the evaluations that every run of this recipe has: none where one was stopped by hand."""
+        return self.task.enough([row for row in self.metrics.validations if self._validation_due(row["step"])])
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
@@ -324,4 +338,5 @@ class Trainer:
             sum(last) / max(1, len(last)),
             self.failures.count,
             stopped_by,
+            early=self.step < self.config.end and self._enough(),
         )

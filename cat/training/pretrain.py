@@ -16,7 +16,7 @@ from cat.training.loop import RunResult
 from cat.training.pretraining import Pretraining
 from cat.training.profiling import STEPS, StepProfile
 from cat.training.recipe import PretrainConfig
-from cat.training.start import profile_task, run_task
+from cat.training.start import profile_task, started
 
 
 def pretrain(
@@ -39,7 +39,8 @@ def pretrain(
     cannot hold a checkpoint.
     """
     make, run_dir = functools.partial(_task, config), Path(run_dir or config.run_dir)
-    return run_task(make, config.run, run_dir, resume=resume, overwrite=overwrite, progress=progress)
+    with started(make, config.run, run_dir, resume=resume, overwrite=overwrite, progress=progress) as trainer:
+        return trainer.run()
 
 
 def profile(

@@ -72,6 +72,9 @@ class Pretraining:
 
     # ------------------------------------------------------------ updates
 
+    def begin(self) -> None:
+        """The weights are those of the seed already."""
+
     def train_mode(self) -> None:
         self.model.train()
 
@@ -137,6 +140,9 @@ class Pretraining:
 
     def score(self, values: Mapping[str, float]) -> float:
         return values["loss"]
+
+    def enough(self, evaluations: list[dict[str, Any]]) -> bool:
+        return False
 
     # ------------------------------------------------------------ checkpoints
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 
@@ -62,6 +62,17 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 2^63 - 1")
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at is {self.stop_at}; expected at least 1, or null")
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        name = self.name
+        if "\0" in name or ".." in Path(name).parts or Path(name).is_absolute() or not Path(name).name:
+            raise ConfigError(
+                f"run.name is {name!r}; expected the name of a folder in run.dir ({self.dir}); for a run elsewhere "
+                "set run.dir"
+            )
+        return self.dir / name
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -125,13 +136,7 @@ class PretrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        name = self.run.name
-        if "\0" in name or ".." in Path(name).parts or Path(name).is_absolute() or not Path(name).name:
-            raise ConfigError(
-                f"run.name is {name!r}; expected the name of a folder in run.dir ({self.run.dir}); for a run elsewhere "
-                "set run.dir"
-            )
-        return self.run.dir / name
+        return self.run.path
 
     @property
     def end(self) -> int:
@@ -144,20 +149,33 @@ class PretrainConfig:
         return self.features.frames // self.model.patch_size, self.model.mel_bins // self.model.patch_size
 
 
+R = TypeVar("R", bound=Recipe)
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> PretrainConfig:
     """Read a recipe; a run without a name gets the file's.
 
     Raises: `ConfigError`.
     """
-    config = load(PretrainConfig, path, overrides, SECTION_PRESETS)
-    if not config.run.name:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
-    return config
+    return named(load(PretrainConfig, path, overrides, SECTION_PRESETS), path)
+
+
+def named(config: R, path: str | os.PathLike[str]) -> R:
+    """With a name for the run: that of the recipe's file, where it has none."""
+    if config.run.name:
+        return config
+    changes: dict[str, Any] = {"run": dataclasses.replace(config.run, name=Path(path).stem)}
+    return dataclasses.replace(cast(Any, config), **changes)
 
 
 def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[PretrainConfig, str | None]:
-    """The configuration of a run, from its config.yaml; where a crash or a copy has damaged that, from its newest
-    checkpoint, with a note that says so.
+    """`read_run` of pre-training."""
+    return read_run(PretrainConfig, run_dir, overrides)
+
+
+def read_run(kind: type[R], run_dir: Path, overrides: Sequence[str] = ()) -> tuple[R, str | None]:
+    """The configuration of a run of this kind, from its config.yaml; where a crash or a copy has damaged that, from its
+    newest checkpoint, with a note that says so.
 
     Raises: `ConfigError`.
     """
@@ -168,19 +186,32 @@ def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[PretrainConf
             f"{run_dir} is a directory without config.yaml; expected a recipe (YAML) or a run directory with --resume"
         )
     try:
-        damage = "" if read_yaml(path) else f"{path} is empty"
+        saved = read_yaml(path)
+        damage = "" if saved else f"{path} is empty"
     except ConfigError as error:
         damage = str(error)
-    if not damage:
-        return load_recipe(path, overrides), None
-    if newest is None:
+    if damage and newest is None:
         raise ConfigError(
             f"{damage}, and {run_dir} has no checkpoint to take the configuration from; expected every field of the "
             "recipe: give the recipe and --resume, or start another run"
         )
-    saved = checkpoints.read_state(newest)["config"]
-    config = from_mapping(PretrainConfig, saved, source=f"{newest / checkpoints.STATE}", overrides=overrides)
-    return config, f"note: {damage}; the configuration is that of {newest}"
+    source, note = str(path), None
+    if damage and newest is not None:
+        saved, source = checkpoints.read_state(newest)["config"], str(newest / checkpoints.STATE)
+        note = f"note: {damage}; the configuration is that of {newest}"
+    _check_kind(saved, kind, run_dir)
+    config = from_mapping(kind, saved, source=source, overrides=overrides, presets=SECTION_PRESETS)
+    return named(config, path), note
+
+
+def _check_kind(saved: Mapping[str, Any], kind: type, run_dir: Path) -> None:
+    """A run goes on with the command that began it."""
+    fine_tuned = "classes" in saved
+    if fine_tuned != ("classes" in {field.name for field in dataclasses.fields(kind)}):
+        command = "finetune" if fine_tuned else "pretrain"
+        raise ConfigError(
+            f"{run_dir} was begun by cat-audio {command}; go on with: cat-audio {command} --resume {run_dir}"
+        )
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -218,6 +249,7 @@ def made_with(run: RunConfig, device: torch.device, precision: str, kernels: str
 _FREE = {
     "data.train",
     "data.valid",
+    "data.test",
     "data.num_workers",
     "data.prefetch",
     "data.features",

@@ -1,6 +1,7 @@
 """What a run reports while it trains: JSON Lines, TensorBoard, the collapse check.
 
-``metrics.jsonl`` has one JSON object a line:
+``metrics.jsonl`` has one JSON object a line. Here are those of pre-training; fine-tuning has loss, gradient norm and
+the head's rate of every update, and in an evaluation the metrics of its task:
 
 - ``{"kind": "train", "step": s, "loss": ..., "regression": ..., "global": ..., "regularisation": ...,
   "pred_std": ..., "target_std": ..., "grad_norm": ..., "lr": ..., "ema_decay": ...}`` for every update; s counts
@@ -100,7 +101,7 @@ class Metrics:
     ) -> None:
         run_dir, self._warn = Path(run_dir), warn
         rows = truncate_rows(run_dir / "metrics.jsonl", start_step)
-        self.last_validation = max((row["step"] for row in rows if row["kind"] == "valid"), default=0)
+        self.validations = [row for row in rows if row["kind"] == "valid"]
         self._file = JsonLines(run_dir / "metrics.jsonl")
         self._board = _board(run_dir / "tensorboard", start_step) if tensorboard else None
 
@@ -113,9 +114,15 @@ class Metrics:
         self._scalars("train", {**means, "clips_per_s": clips_per_s}, step)
 
     def valid(self, row: dict[str, Any]) -> None:
-        self._file.write([{"kind": "valid", **row}])
-        self.last_validation = row["step"]
-        self._scalars("valid", {key: value for key, value in row.items() if key != "step"}, row["step"])
+        row = {"kind": "valid", **row}
+        self._file.write([row])
+        self.validations.append(row)
+        self._scalars("valid", {key: value for key, value in row.items() if key not in ("kind", "step")}, row["step"])
+
+    @property
+    def last_validation(self) -> int:
+        """The step of the latest evaluation, 0 before the first."""
+        return self.validations[-1]["step"] if self.validations else 0
 
     def sync(self) -> None:
         self._file.sync()

@@ -13,7 +13,7 @@ from cat.checkpoints import store as checkpoints
 from cat.device import pick_device
 from cat.progress import say
 from cat.training.directory import check_disk, delete_run, files_of_earlier_run, sole_writer, total_size
-from cat.training.loop import RunResult, Trainer
+from cat.training.loop import Trainer
 from cat.training.profiling import StepProfile, profile_steps
 from cat.training.recipe import RunConfig
 from cat.training.task import Task
@@ -21,34 +21,38 @@ from cat.training.task import Task
 MakeTask = Callable[[], Task]
 
 
-def run_task(
+@contextlib.contextmanager
+def started(
     make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, overwrite: bool, progress: bool
-) -> RunResult:
-    """Train what ``make`` makes, afresh or from the newest checkpoint in ``run_dir``."""
-    with sole_writer(run_dir), trainer_of(make, run, run_dir, resume=resume, progress=progress) as trainer:
+) -> Iterator[Trainer]:
+    """The trainer of what ``make`` makes, ready to `Trainer.run`: afresh, or from the newest checkpoint in ``run_dir``,
+    which is its own while this is entered."""
+    with sole_writer(run_dir), _trainer(make, run, run_dir, resume=resume, progress=progress) as trainer:
         # Only now, when everything else has proved fit: nothing is deleted for a run that cannot start.
         old = [] if resume else files_of_earlier_run(run_dir, overwrite=overwrite)
         if trainer.step < trainer.config.end:
             check_disk(run_dir, run, needed=_checkpoint_size(trainer.task), freed=total_size(old))
         if old:
             delete_run(run_dir)
-        return trainer.run()
+        yield trainer
 
 
 def profile_task(make: MakeTask, run: RunConfig, run_dir: Path, *, steps: int, resume: bool) -> StepProfile:
     """Time ``steps`` updates of what ``make`` makes; nothing else is saved."""
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1")
-    with sole_writer(run_dir), trainer_of(make, run, run_dir, resume=resume, progress=True) as trainer:
+    with sole_writer(run_dir), _trainer(make, run, run_dir, resume=resume, progress=True) as trainer:
         return profile_steps(trainer, steps)
 
 
 @contextlib.contextmanager
-def trainer_of(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> Iterator[Trainer]:
+def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> Iterator[Trainer]:
     """The trainer of a run, at step 0 or where its newest checkpoint left it."""
     newest = checkpoints.newest(run_dir) if resume else None
-    with repeatable(run):
+    with _repeatable(run):
         trainer = Trainer(make(), run_dir, progress=progress)
+        if newest is None:
+            trainer.task.begin()
         notes = trainer.restore(checkpoints.load(newest)) if newest else []
         if resume and progress:
             notes.insert(
@@ -64,7 +68,7 @@ def _checkpoint_size(task: Task) -> int:
 
 
 @contextlib.contextmanager
-def repeatable(run: RunConfig) -> Iterator[None]:
+def _repeatable(run: RunConfig) -> Iterator[None]:
     """With the run's number of threads, and on the CPU sums are taken in a fixed order. (On a GPU that would cost time,
     and some operators cannot.)"""
     memory: Any = torch.utils.deterministic

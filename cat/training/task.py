@@ -58,6 +58,10 @@ class Task(Protocol):
         """What bit-for-bit equality depends on besides configuration and data."""
         ...
 
+    def begin(self) -> None:
+        """Make the model ready for its first update; not called where a checkpoint is taken up."""
+        ...
+
     def train_mode(self) -> None: ...
 
     def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
@@ -88,6 +92,10 @@ class Task(Protocol):
 
     def score(self, values: Mapping[str, float]) -> float:
         """What the best checkpoint is chosen by; lower is better."""
+        ...
+
+    def enough(self, evaluations: list[dict[str, Any]]) -> bool:
+        """Whether the run is to end early, after all these evaluations."""
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

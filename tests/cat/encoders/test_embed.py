@@ -19,7 +19,9 @@ import torch
 from cat.commands import embed as command
 from cat.commands import main
 from cat.data import Clip, Manifest, load_manifest, open_embeddings, read_audio, write_manifest
-from cat.encoders import LogMelStatistics, RandomProjection, embed
+from cat.data.features import FeatureConfig
+from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, embed
+from cat.model import Encoder, ModelConfig
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -298,13 +300,25 @@ def test_batches_are_made_smaller_by_what_they_hold():
     assert [len(skipped) for _, _, skipped in batches] == [0, 0, 1, 0, 0, 0]
 
 
-def test_a_batch_is_as_large_as_asked_for_where_the_encoder_has_a_limit(folder, monkeypatch):
+def test_a_batch_holds_no_more_than_it_may(folder, monkeypatch):
     monkeypatch.setattr(embed, "BATCH_SECONDS", 1)
-    batches = {
-        limit: [len(rows) for _, rows, _ in embed.embed_manifest(load_manifest(folder / "clips.jsonl"), encoder)]
-        for limit, encoder in ((None, LogMelStatistics()), (16000, LogMelStatistics(max_samples=16000)))
-    }
-    assert batches == {None: [1, 1, 1, 1], 16000: [4]}
+    batches = embed.embed_manifest(load_manifest(folder / "clips.jsonl"), LogMelStatistics())
+    assert [len(rows) for _, rows, _ in batches] == [1, 1, 1, 1]
+
+
+def test_a_checkpoint_hears_all_of_a_long_clip(tmp_path, monkeypatch):
+    """In one piece or as a stream: what its `CATEncoder` says of the whole."""
+    wave = noise_wav(tmp_path / "a.wav")
+    torch.manual_seed(0)
+    model = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_dim=16, decoder_layers=1)
+    encoder = CatEncoder(Encoder(model), FeatureConfig(frames=64))
+    expected = encoder.model(soundfile.read(tmp_path / "a.wav", dtype="float32")[0], 16000).clip.numpy()
+    whole = embed.collect_embeddings(load_manifest(tmp_path), encoder).rows
+    monkeypatch.setattr(embed, "WINDOW_SECONDS", 2)
+    assert len(wave) > 2 * 16000
+    pieces = embed.collect_embeddings(load_manifest(tmp_path), encoder).rows
+    np.testing.assert_allclose(whole, expected, atol=1e-6)
+    np.testing.assert_allclose(pieces, expected, atol=1e-6)
 
 
 def test_an_encoder_that_fails_names_its_clips(folder):

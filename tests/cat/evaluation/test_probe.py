@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from cat.commands import main
 from cat.commands import probe as command
 from cat.data import Clip, FeatureConfig, Manifest, write_manifest
 from cat.encoders import CatEncoder, LogMelStatistics
-from cat.evaluation import classifiers, probe
+from cat.evaluation import classifiers, probe, trained
+from cat.evaluation.cache import FeatureCache
 from cat.evaluation.classifiers import Split, chance, knn_probe, linear_probe
 from cat.evaluation.metrics import mean_average_precision
 from cat.model import Encoder, ModelConfig
@@ -88,6 +90,17 @@ def test_mean_average_precision_leaves_out_classes_without_positives():
     assert mean_average_precision(scores, targets) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
     with pytest.raises(ValueError, match="no class has a positive clip"):
         mean_average_precision(scores, np.zeros((3, 3), dtype=bool))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Not the user's."""
+    monkeypatch.setattr(command, "default_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(trained, "MAX_STEPS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +256,157 @@ def test_what_is_replaced(data, tmp_path, capsys):
     assert probe_logmel(data, "--out", tmp_path / "new.json", "--figures", "--overwrite") == 0
     assert probe_logmel(data, "--out", tmp_path / "new.json", "--figures") == 0  # now it is its own
     assert capsys.readouterr().err == ""
+
+
+def test_probes_of_tokens_and_layers_beside_the_plain_ones(data, quick):
+    encoder = tiny()
+    encoders = {"trained": encoder, "twin": encoder.untrained_twin(1), "log-mel": LogMelStatistics()}
+    report = probe.run_probe(encoders, manifests(data), probes=list(probe.TITLES), layers=(), prototypes=16)
+    plain = probe.run_probe(encoders, manifests(data))
+    for name in ("trained", "twin"):
+        row = report.row(name)
+        assert set(row.scores) == {"knn", "linear", "attention", "gated"}
+        assert sorted(row.layers) == sorted(row.gates) == [0, 1, 2]
+        assert sum(row.gates.values()) == pytest.approx(1)
+        for simple in ("knn", "linear"):
+            assert row.layers[2][simple] == row.results[simple]  # the last layer is the embedding
+            assert row.scores[simple] == pytest.approx(plain.row(name).scores[simple], abs=0.1)
+    assert set(report.row("log-mel").scores) == {"knn", "linear"}  # it has no layers
+    assert report.row("log-mel").scores == plain.row("log-mel").scores
+    assert set(report.row("chance").scores) == set(probe.TITLES)
+    text = probe.format_report(report)
+    assert "attention accuracy" in text
+    best = max(report.row("trained").layers, key=lambda y: report.row("trained").layers[y]["knn"].valid_score)
+    assert f"layers of trained (0: what the first block sees; best on valid: kNN {best}, linear" in text
+    assert re.findall(r"^(\d)  ", text, re.MULTILINE) == ["0", "1", "2"] * 2
+
+
+def test_the_sweep_takes_the_layers_that_are_asked_for(data, quick):
+    report = probe.run_probe({"trained": tiny()}, manifests(data), probes=["attention"], layers=[1])
+    row = report.row("trained")
+    assert list(row.layers) == [1]
+    assert list(row.layers[1]) == ["linear"]  # where neither kNN nor linear is asked for
+    assert not row.gates
+    assert "gate" not in probe.format_report(report)
+    report = probe.run_probe({"trained": tiny()}, manifests(data), probes=["gated"], layers=[1], prototypes=16)
+    assert (list(report.row("trained").layers), list(report.row("trained").gates)) == ([1], [0, 1, 2])
+
+
+def test_cls_of_layer_0_is_the_same_for_all_clips_and_no_error(data):
+    torch.manual_seed(0)
+    encoder = CatEncoder(Encoder(TINY), FeatureConfig(frames=48), pooling="cls")
+    report = probe.run_probe({"trained": encoder}, manifests(data), layers=[0])
+    for result in report.row("trained").layers[0].values():
+        assert result.score == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_several_labels_go_through_every_probe(several, data, quick):
+    splits = manifests(data)
+    if several:
+        splits = {
+            name: Manifest(
+                tuple(Clip(c.path, labels=(*c.labels, "odd")[: 1 + i % 2]) for i, c in enumerate(m.clips)), data
+            )
+            for name, m in splits.items()
+        }
+    report = probe.run_probe({"trained": tiny()}, splits, probes=list(probe.TITLES), layers=(), prototypes=16)
+    assert report.task.multi_label == several
+    assert all(0 <= score <= 1 for score in report.row("trained").scores.values())
+
+
+def test_silence_is_probed_like_any_sound(tmp_path, quick):
+    """Every clip alike: no better than chance, and no error."""
+    clips = []
+    for i in range(12):
+        soundfile.write(tmp_path / f"{i}.wav", np.zeros(8000), 16000)
+        clips.append(Clip(f"{i}.wav", labels=("ab"[i % 2],)))
+    silence = dict.fromkeys(probe.SPLITS, Manifest(tuple(clips), tmp_path))
+    report = probe.run_probe({"trained": tiny()}, silence, probes=list(probe.TITLES), layers=(), prototypes=16)
+    assert report.row("trained").scores == dict.fromkeys(probe.TITLES, 0.5)
+
+
+def test_a_report_from_the_cache_is_the_same(data, tmp_path, quick):
+    def report(cache):
+        found = probe.run_probe(
+            {"trained": tiny()}, manifests(data), probes=list(probe.TITLES), layers=(), prototypes=16, cache=cache
+        )
+        return probe.report_json(found)
+
+    first, second = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache")
+    assert report(None) == report(first) == report(second)
+    assert (first.computed, second.found) == (3, 3)
+
+
+BAD = {
+    "a layer too many": ({"layers": [0, 3]}, "layer 3 is asked for; expected 0 .* to 2"),
+    "a negative layer": ({"layers": [-1]}, "layer -1 is asked for; expected 0 .* to 2"),
+    "a layer twice": ({"layers": [1, 1]}, "layers 1, 1: each one once"),
+    "an unknown probe": (
+        {"probes": ["knn", "svm"]},
+        "'svm' is no probe; expected some of knn, linear, attention, gated",
+    ),
+    "no probe": ({"probes": []}, "no probe is asked for"),
+    "no prototypes": ({"probes": ["gated"], "prototypes": 0}, "prototypes is 0; expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_be_probed(bad, data):
+    options, message = BAD[bad]
+    with pytest.raises(ValueError, match=message):
+        probe.run_probe({"trained": tiny()}, manifests(data), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"), [({"probes": ["knn", "gated"]}, "the gated probe"), ({"layers": ()}, "the sweep")]
+)
+def test_an_encoder_without_layers(options, what, data):
+    with pytest.raises(
+        ValueError, match=f"{what} reads the layers of a CAT checkpoint, and there is none among logmel"
+    ):
+        probe.run_probe({"trained": LogMelStatistics()}, manifests(data), **options)
+
+
+def test_command_probes_layers_and_keeps_features(data, tmp_path, capsys, quick):
+    checkpoint = save_checkpoint(tmp_path / "model.safetensors", tiny(5))
+    words = (checkpoint, "--probe", "linear, gated", "--layers", "all", "--figures", "--quiet", "--prototypes", "16")
+    assert command.run(arguments(data, *words)) == 0
+    said = capsys.readouterr().out
+    assert "features: 6 sets computed, 0 from the cache (" in said
+    assert f"written: {tmp_path / 'figures' / 'layers.png'}" in said
+    assert (tmp_path / "figures" / "layers.png").stat().st_size > 10_000
+    first = json.loads((tmp_path / "probe.json").read_text())
+    row = first["rows"][0]
+    assert list(row["probes"]) == list(row["scores"]) == ["linear", "gated"]
+    assert [layer["layer"] for layer in row["layers"]] == [0, 1, 2]
+    assert [layer["gate"] for layer in row["layers"]] == row["probes"]["gated"]["gates"]
+    assert set(row["layers"][0]["probes"]) == {"linear"}
+    assert first["rows"][1]["layers"] == []
+
+    (tmp_path / "moved.safetensors").write_bytes(checkpoint.read_bytes())  # another path, the same weights
+    assert command.run(arguments(data, tmp_path / "moved.safetensors", *words[1:])) == 0
+    assert "features: 0 sets computed, 6 from the cache" in capsys.readouterr().out
+    assert json.loads((tmp_path / "probe.json").read_text())["rows"] == first["rows"]
+
+    assert command.run(arguments(data, checkpoint, "--knn", "--no-cache", "--quiet")) == 0
+    assert "features:" not in capsys.readouterr().out
+
+
+def test_options_of_the_command(data):
+    def asked(*words: str) -> list[str]:
+        return command._probes(arguments(data, "random", *words))
+
+    assert asked() == ["knn", "linear"]
+    assert asked("--knn") == ["knn"]
+    assert asked("--linear", "--knn") == ["knn", "linear"]
+    assert asked("--probe", "gated,attention") == ["attention", "gated"]
+    assert asked("--probe", "gated", "--knn") == ["knn", "gated"]
+    assert asked("--probe", "all") == ["knn", "linear", "attention", "gated"]
+    with pytest.raises(ValueError, match="--probe svm,knn: 'svm' is no probe; expected some of knn, linear"):
+        asked("--probe", "svm,knn")
+    for text in ("", "1,", "first", "0-4"):
+        with pytest.raises(ValueError, match=f"--layers {text}: expected all, or the numbers of layers as in 0,4,8"):
+            command.run(arguments(data, "random", "--layers", text))
+    with pytest.raises(ValueError, match="--no-cache and --cache x were both given; expected one"):
+        command.run(arguments(data, "random", "--no-cache", "--cache", "x"))

@@ -81,9 +81,11 @@ class Tones(nn.Module):
 
 
 @pytest.fixture
-def tones() -> CATClassifier:
-    config = configuration(FRAMES, "mask")
-    info = ClassifierInfo(Path("tones"), 1, "events", CLASSES, NAMES, MODEL, FRAMES, FEATURES, "mask", config)
+def tones(tmp_path: Path) -> CATClassifier:
+    config, path = configuration(FRAMES, "mask"), tmp_path / "tones" / "model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"no weights")
+    info = ClassifierInfo(path, 1, "events", CLASSES, NAMES, MODEL, FRAMES, FEATURES, "mask", config)
     return CATClassifier(Tones(), info)
 
 

@@ -64,7 +64,9 @@ def test_top_is_sorted_and_mean_or_maximum_is_said(save_run, sound):
     prediction = single(wave, RATE)
     scores = [score for _, score in prediction.top(3)[0]]
     assert scores == sorted(scores, reverse=True)
-    assert dict(prediction.top(3)[0]) == pytest.approx(dict(zip(single.classes, prediction.scores[0].tolist())))
+    assert dict(prediction.top(3)[0]) == pytest.approx(
+        dict(zip(single.classes, prediction.scores[0].tolist(), strict=True))
+    )
     np.testing.assert_allclose(prediction.scores[0], prediction.clips[0].windows.mean(0), rtol=1e-6)
     several = CATClassifier.from_pretrained(save_run(loss="bce"))(wave, RATE)
     np.testing.assert_array_equal(several.scores[0], several.clips[0].windows.max(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -41,7 +42,7 @@ def found(text: str, **options) -> list[tuple[int, int, float]]:
             "03973040",
             {"low": 0.3},
             [(1, 5, 0.9)],
-        ),  # hysteresis: from `low` to `low`, and not where 0.5 is never reached
+        ),  # hysteresis: where 0.5 is reached, down to `low`
         ("0900900", {"median": 3}, []),
         ("0990990", {"median": 3}, [(1, 6, 0.9)]),
         ("9000000", {"median": 3}, [(0, 1, 0.9)]),  # the first row goes on before the file
@@ -112,7 +113,7 @@ def test_events_do_not_depend_on_the_pieces(values, chosen, data):
         expected = by_hand(scores_RC[:, c], each[label])
         assert [(round(e.onset / STEP), round(e.offset / STEP)) for e in mine] == expected
         assert all(0 <= e.onset < e.offset <= duration for e in mine)
-        assert all(one.offset < two.onset for one, two in zip(mine, mine[1:], strict=False))
+        assert all(one.offset < two.onset for one, two in itertools.pairwise(mine))
     # Reported once: an onset and, with the same number, an end.
     assert sorted(e.number for e in said if e.offset is None) == list(range(1, len(events) + 1))
     assert sorted(e.number for e in events) == list(range(1, len(events) + 1))

@@ -20,8 +20,17 @@ CONFIG = PretrainConfig(data=DataConfig(train="a", batch_size=7))
 OURS = (
     *("metrics.jsonl", "failures.jsonl", "probe.json", "tensorboard/events.out.tfevents.1", "figures/loss.png"),
     *("figures/patches.png", "figures/embeddings.png", "profile/trace.json", "checkpoints/step-00000002/state.json"),
+    *("evaluation/test/evaluation.json", "evaluation/test/clips.csv", "evaluation/test/figures/curves.png"),
+    "evaluation/other/classes.csv",
 )
-THEIRS = ("notes.txt", "train.jsonl", "figures/mine.png", "checkpoints/mine/model.safetensors", ".hidden")
+THEIRS = (
+    "evaluation/other/notes.txt",
+    "notes.txt",
+    "train.jsonl",
+    "figures/mine.png",
+    "checkpoints/mine/model.safetensors",
+    ".hidden",
+)
 
 
 def make(run_dir: Path, names: tuple[str, ...]) -> Path:
@@ -48,6 +57,7 @@ def test_only_what_a_run_writes_is_deleted(tmp_path):
     directory.delete_run(run_dir)
     assert files(run_dir) == {*THEIRS, "config.yaml"}  # which the new run replaces
     assert not (run_dir / "tensorboard").exists()
+    assert not (run_dir / "evaluation" / "test").exists()
 
 
 def test_links_stay_links(tmp_path):

@@ -1,0 +1,112 @@
+"""``cat-audio finetune``: a classifier on a pre-trained encoder, by a recipe, or go on with a run."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+from cat.config import ConfigError
+from cat.progress import say
+from cat.training.directory import sole_writer
+from cat.training.finetune import FinetuneResult, finetune, profile
+from cat.training.finetune_recipe import FinetuneConfig, load_finetune_recipe
+from cat.training.profiling import STEPS
+from cat.training.recipe import read_run
+from cat.training.repeats import finetune_repeats
+
+EXAMPLES = """\
+examples:
+  cat-audio finetune recipes/finetune.yaml data.train=my/sounds encoder=runs/tiny     a folder with a folder a class
+  cat-audio finetune recipes/finetune.yaml data.train=a.jsonl data.test=b.jsonl encoder=none         from scratch
+  cat-audio finetune recipes/finetune.yaml data.train=a.jsonl encoder=runs/tiny freeze=encoder       the head alone
+  cat-audio finetune recipes/esc50.yaml data.train=esc50.jsonl encoder=runs/base --folds --seeds 3
+  cat-audio finetune --resume runs/finetune                                   go on with a run that was stopped
+
+Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file; with --resume also a run directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="fields of the recipe to change")
+    parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    parser.add_argument(
+        "--folds", action="store_true", help='a run for each fold of the manifest (its field "fold"), which it tests on'
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many runs, with seeds from run.seed on")
+    parser.add_argument(
+        "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.resume and args.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    if args.profile and (args.overwrite or args.folds or args.seeds != 1):
+        raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
+    config, run_dir = _config(Path(args.recipe), args.overrides, resume=args.resume)
+    options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
+    if args.profile:
+        print(profile(config, run_dir, resume=args.resume).table())
+        return 0
+    if args.folds or args.seeds != 1:
+        return _repeats(config, run_dir, args, options)
+    with sole_writer(run_dir):
+        result = finetune(config, run_dir, **options)
+        print(_summary(result, config), flush=True)
+    return 128 + result.run.stopped_by if result.run.stopped_by else 0
+
+
+def _config(recipe: Path, overrides: list[str], *, resume: bool) -> tuple[FinetuneConfig, Path]:
+    if not recipe.is_dir():
+        config = load_finetune_recipe(recipe, overrides)
+        return config, config.run_dir
+    if not resume:
+        raise ConfigError(f"{recipe} is a directory; to go on with a run add --resume, else give a recipe (YAML)")
+    config, note = read_run(FinetuneConfig, recipe, overrides)
+    if note:
+        say(note)
+    return config, recipe
+
+
+def _repeats(config: FinetuneConfig, run_dir: Path, args: argparse.Namespace, options: dict[str, bool]) -> int:
+    result = finetune_repeats(config, run_dir, by_fold=args.folds, seeds=args.seeds, **options)
+    if result.scores:
+        print(result.table())
+    if result.stopped_by:
+        print(f"stopped by {signal.Signals(result.stopped_by).name}; go on with the same command and --resume")
+        return 128 + result.stopped_by
+    print(f"scores: {run_dir / 'scores.json'}")
+    return 0
+
+
+def _summary(result: FinetuneResult, config: FinetuneConfig) -> str:
+    ended, scores, lines = result.run, result.scores, []
+    if ended.stopped_by:
+        lines.append(f"stopped by {signal.Signals(ended.stopped_by).name} after step {ended.step}")
+    elif scores is None:
+        lines.append(f"stopped at step {ended.step} of {config.optim.steps} (run.stop_at)")
+    else:
+        early = f", early: no better in {config.optim.patience} evaluations" if ended.early else ""
+        lines.append(
+            f"trained {ended.step} steps{early}; loss {ended.first_loss:.4f} at first, {ended.last_loss:.4f} at last"
+        )
+    if scores is not None:
+        metric = scores["metric"]
+        for split in ("valid", "test"):
+            if scores[split]:
+                chosen = f", where step {scores['step']} was chosen" if split == "valid" else ""
+                lines.append(f"{split} {metric}: {scores[split][metric]:.4f} ({scores['clips'][split]} clips{chosen})")
+    lines.append(f"checkpoint: {ended.checkpoint}")
+    if ended.failed_clips:
+        lines.append(
+            f"{ended.failed_clips} clips could not be read and were left out; see {ended.run_dir / 'failures.jsonl'}"
+        )
+    if scores is None:
+        stop_at = " run.stop_at=null" if config.run.stop_at is not None and ended.step >= config.run.stop_at else ""
+        lines.append(f"go on with: cat-audio finetune --resume {ended.run_dir}{stop_at}")
+    return "\n".join(lines)

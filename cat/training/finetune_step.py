@@ -1,0 +1,120 @@
+"""One optimiser step of fine-tuning: loss, backward, AdamW by layers, the average of the weights.
+
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from cat.data import Batch
+from cat.model import Classifier, ClassifierOutput
+from cat.parts import part
+from cat.training.layerwise import FinetuneOptimConfig, build_layerwise, set_layer_rates
+from cat.training.losses import LossConfig, binary_cross_entropy, cross_entropy, of_frames, reduced
+from cat.training.optim import clip_gradients, trainable
+from cat.training.step import COMPILER
+
+
+def frozen_parts(model: Classifier, freeze: int | Literal["encoder"]) -> list[nn.Module | nn.Parameter]:
+    """What ``freeze`` leaves as it is: all of the encoder, or its lowest blocks and what lies before them."""
+    encoder = model.encoder
+    if freeze == "encoder":
+        return [encoder]
+    return [encoder.stem, encoder.cls, encoder.norm, *encoder.blocks[:freeze]] if freeze else []
+
+
+class FinetuneStep:
+    """A classifier with its optimiser; a call is one update.
+
+    With ``optim.average`` the model gets a part ``average``, a classifier with the moving average of the weights: in
+    the state dict beside the weights themselves.
+
+    Args:
+        precision: "bf16" runs under autocast.
+        compile: "blocks": torch.compile of stem and blocks; "step": of the whole classifier.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        optim: FinetuneOptimConfig,
+        loss: LossConfig,
+        *,
+        freeze: int | Literal["encoder"] = 0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        compile: Literal["none", "blocks", "step"] = "none",
+    ) -> None:
+        self.model, self.optim, self.loss = model, optim, loss
+        self.device = model.encoder.cls.device
+        self._frozen = frozen_parts(model, freeze)
+        for frozen in self._frozen:
+            frozen.requires_grad_(False)
+        self.parameters = trainable(model)
+        self.optimizer = build_layerwise(self.parameters, len(model.encoder.blocks), optim)
+        self.scored = model  # what is evaluated
+        if optim.average:
+            self.scored = model.average = copy.deepcopy(model).requires_grad_(False)
+            average = dict(self.scored.named_parameters())
+            self._averages: list[Tensor | nn.Parameter] = [average[name].data for name in self.parameters]
+            self._average = get_ema_multi_avg_fn(optim.average)
+        self._bf16 = precision == "bf16"
+        self._forward = torch.compile(model, backend=COMPILER, dynamic=False) if compile == "step" else model
+        if compile == "blocks":
+            for module in (model.encoder.stem, *model.encoder.blocks):
+                module.compile(dynamic=False, backend=COMPILER)
+        self.whole = True  # False after an error between two parts of an update: the weights fit no step
+
+    def train_mode(self) -> None:
+        self.model.train()
+        for frozen in self._frozen:
+            if isinstance(frozen, nn.Module):
+                frozen.eval()
+
+    def outputs(self, batch: Batch, keep: Tensor | None = None, *, scored: bool = False) -> ClassifierOutput:
+        """``scored``: of the weights that are evaluated."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16), part("forward, rest"):
+            return (self.scored if scored else self._forward)(batch.spec, rows=batch.rows, keep=keep)
+
+    def losses(self, output: ClassifierOutput, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """As `cat.training.losses.reduced`."""
+        targets = batch.targets
+        if targets is None:
+            raise ValueError("a batch without targets; expected one of cat.data.finetuning")
+        if self.model.config.loss == "ce":
+            losses = cross_entropy(output.clip, targets, smoothing)
+        elif batch.frame_targets is not None and batch.frame_weights is not None:
+            losses = of_frames(output, targets, batch.frame_targets, batch.frame_weights)
+        else:
+            losses = binary_cross_entropy(output.clip, targets)
+        return reduced(losses, targets, self.loss.over)
+
+    def __call__(self, batch: Batch, keep: Tensor | None, *, step: int) -> Tensor:
+        """The update that follows ``step`` others. Returns loss and gradient norm, (2,) float32."""
+        set_layer_rates(self.optimizer, self.optim, step)
+        output = self.outputs(batch, keep)
+        with part("loss"):
+            total, count = self.losses(output, batch, self.loss.label_smoothing)
+            loss = total / count
+        with part("backward"):
+            loss.backward()
+        with part("optimiser"):
+            grad_norm = clip_gradients(self.parameters.values(), self.optim.clip_norm)
+            self.whole = False
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.optim.average:
+            with part("EMA"):
+                self._average(self._averages, _data(list(self.parameters.values())), 0)
+        self.whole = True
+        return torch.stack([loss.detach().float(), grad_norm.float()])
+
+
+def _data(parameters: Sequence[nn.Parameter]) -> list[Tensor | nn.Parameter]:
+    return [parameter.data for parameter in parameters]

@@ -1,0 +1,236 @@
+"""The task of fine-tuning: a classifier on a pre-trained encoder (or from scratch) and labelled clips."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cat.checkpoints import load_encoder
+from cat.data import Batch, Manifest, load_manifest
+from cat.data.finetuning import finetune_batches, scoring_batches
+from cat.data.labels import Labels, clip_labels, intervals_of, labels_of
+from cat.data.splits import fold_split, hold_out
+from cat.evaluation.metrics import main_metric, scores_of
+from cat.model import Classifier
+from cat.parts import part
+from cat.progress import say
+from cat.training.drop_path import drop_path_factors
+from cat.training.finetune_recipe import NONE, FinetuneConfig, check_model, missing_data
+from cat.training.finetune_step import FinetuneStep
+from cat.training.identity import data_identity
+from cat.training.layerwise import scaled_rate
+from cat.training.optim import optimizer_tensors, restore_optimizer
+from cat.training.recipe import made_with, pick_device, pick_features, pick_precision
+from cat.training.task import Warn
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Labelled clips to train on, to choose the model by, and to score in the end."""
+
+    labels: Labels
+    train: Manifest
+    valid: Manifest
+    test: Manifest | None
+    held_out: bool  # whether valid is a part of the training data
+
+
+def read_splits(config: FinetuneConfig) -> Splits:
+    """The clips that a recipe names.
+
+    Raises: `ConfigError`, `cat.data.ManifestError` for data that cannot be trained on.
+    """
+    data = config.data
+    if not data.train:
+        raise missing_data()
+    train = load_manifest(data.train)
+    labels = labels_of(train, config.task, config.classes or None)
+    train = labels.select(train)
+    test = labels.select(load_manifest(data.test)) if data.test else None
+    if data.fold is not None:
+        train, test = fold_split(train, data.fold)
+    if data.valid:
+        valid = labels.select(load_manifest(data.valid))
+    else:
+        train, valid = hold_out(train, labels, data.valid_share, config.run.seed, group_by=data.group_by)
+    for manifest in filter(None, (train, valid, test)):
+        for note in manifest.notes:
+            say(note)
+    return Splits(labels, train, valid, test, held_out=not data.valid)
+
+
+class Finetuning:
+    """A `cat.training.task.Task`. Weights of the head (and of an encoder from scratch) depend on the seed alone, data
+    order and augmentations are `cat.data`'s, drop path's draws are a function of (seed, step)."""
+
+    command = "cat-audio finetune"
+    values = ("loss", "grad_norm")
+
+    def __init__(self, config: FinetuneConfig, splits: Splits) -> None:
+        self.config = config = config.labelled(splits.labels)
+        self.splits, self.labels = splits, splits.labels
+        self.manifest = splits.train
+        self.valid: Manifest | None = splits.valid
+        self.metric = main_metric(config.task)
+        run = config.run
+        self.device = pick_device(run.device)
+        self.precision = pick_precision(run.precision, self.device)
+        self.features = pick_features(config.data.features, self.device)
+        self.identity = {
+            **data_identity(splits.train, splits.valid, None),
+            "labels": _fingerprint(self.labels, splits.train),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
+            self.model = Classifier(config.model, config.head, len(config.classes)).to(self.device)
+        self.step = FinetuneStep(
+            self.model,
+            config.optim,
+            config.loss,
+            freeze=config.freeze,
+            precision=self.precision,
+            compile=run.compile,
+        )
+        self.parameters = self.step.parameters
+        self._frozen_blocks = config.model.depth if config.freeze == "encoder" else config.freeze
+
+    def begin(self) -> None:
+        """Give the encoder the weights that it begins with."""
+        config = self.config
+        if config.encoder == NONE:
+            return
+        encoder, info = load_encoder(config.encoder, config.weights)
+        check_model(config, info.model)
+        for model in (self.model, self.step.scored):  # one and the same, or the average
+            model.encoder.load_state_dict(encoder.state_dict())
+
+    @property
+    def whole(self) -> bool:
+        return self.step.whole
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return made_with(self.config.run, self.device, self.precision, self.config.model.kernels, self.features)
+
+    # ------------------------------------------------------------ updates
+
+    def train_mode(self) -> None:
+        self.step.train_mode()
+
+    def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
+        config = self.config
+        return finetune_batches(
+            self.manifest,
+            self.labels,
+            config.data,
+            config.augment,
+            config.features,
+            patch_size=config.model.patch_size,
+            seed=config.run.seed,
+            start_step=start,
+            num_steps=count,
+            waveforms=self.features == "gpu",
+            warn=warn,
+        )
+
+    def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        with part("input"):
+            keep = self._keep(len(batch.clips), step)
+            batch = batch.to(self.device).with_features(self.config.features).augmented()
+        values = self.step(batch, keep, step=step)
+        return values, {"lr": scaled_rate(self.config.optim, step)}
+
+    def _keep(self, clips: int, step: int) -> Tensor | None:
+        config = self.config
+        if config.optim.drop_path == 0 or config.freeze == "encoder":
+            return None
+        keep = drop_path_factors(
+            config.optim.drop_path,
+            config.model.depth,
+            clips,
+            seed=config.run.seed,
+            step=step,
+            frozen=config.freeze,
+        )
+        return keep.to(self.device, non_blocking=True)
+
+    def warnings(self, rows: list[dict[str, Any]]) -> list[str]:
+        return []
+
+    # ------------------------------------------------------------ evaluation
+
+    def scoring_batches(self, warn: Warn) -> Iterator[Batch]:
+        return self.batches_of(self.splits.valid, warn)
+
+    def batches_of(self, manifest: Manifest, warn: Warn) -> Iterator[Batch]:
+        data = self.config.data
+        return scoring_batches(
+            manifest,
+            self.labels,
+            self.config.features,
+            patch_size=self.config.model.patch_size,
+            batch_size=data.batch_size,
+            num_workers=data.num_workers,
+            padding=data.padding,
+            crop="center" if data.crop == "random" else data.crop,
+            waveforms=self.features == "gpu",
+            warn=warn,
+        )
+
+    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Loss, without smoothing, and all metrics that `cat.evaluation.metrics` has for the task."""
+        scores, targets, total, count = self.predictions(batches)
+        metrics = scores_of(scores, targets, self.config.task, self.config.classes).metrics
+        if self.metric not in metrics:
+            raise ValueError(
+                f"{self.metric} is undefined: no class has a positive clip in this split; give another (data.valid)"
+            )
+        return {"loss": total / count, **metrics}
+
+    @torch.no_grad()
+    def predictions(self, batches: Iterator[Batch]) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """Probabilities (n, C) and targets (n, C) of all clips, the sum of their losses and what it is divided by."""
+        self.model.eval()
+        scores, targets = [], []
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device).with_features(self.config.features)
+            output = self.step.outputs(batch, scored=True)
+            sums += torch.stack(self.step.losses(output, batch))
+            scores.append(self.model.probabilities(output.clip))
+            targets.append(cast(Tensor, batch.targets))
+        total, count = sums.tolist()
+        return torch.cat(scores).cpu().numpy(), torch.cat(targets).cpu().numpy(), total, count
+
+    def told(self, values: Mapping[str, float]) -> str:
+        return f"loss {values['loss']:.4f}, {self.metric} {values[self.metric]:.4f}"
+
+    def score(self, values: Mapping[str, float]) -> float:
+        return -values[self.metric]
+
+    def enough(self, evaluations: list[dict[str, Any]]) -> bool:
+        """Whether the last ``optim.patience`` evaluations are all no better than the best before them."""
+        patience, values = self.config.optim.patience, [row[self.metric] for row in evaluations]
+        return 0 < patience < len(values) and max(values[-patience:]) <= max(values[:-patience])
+
+    # ------------------------------------------------------------ checkpoints
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self.step.optimizer, self.parameters)
+
+    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        restore_optimizer(self.step.optimizer, self.parameters, tensors)
+
+
+def _fingerprint(labels: Labels, manifest: Manifest) -> str:
+    """SHA-256 of what the clips are taught to be."""
+    digest = hashlib.sha256("\0".join(labels.classes).encode())
+    for clip in manifest.clips:
+        digest.update(repr((clip_labels(clip), intervals_of(clip))).encode())
+    return digest.hexdigest()
