@@ -7,16 +7,16 @@ H = T/P rows of patches in time, W patches in frequency, L = H*W, D embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cat.data.features import frames_in, log_mel
 from cat.data.manifest import Manifest
 from cat.encoders import CatEncoder, FrozenEncoder
+from cat.encoders.audio import Layer
 from cat.encoders.embed import Skipped, embed_manifest
 from cat.encoders.frozen import checked_lengths
 
@@ -102,38 +102,46 @@ def features_of(arrays: Arrays, wanted: Wanted, skipped: list[Skipped]) -> Featu
 
 
 class LayerEncoder:
-    """Layers of a CAT encoder as a frozen encoder: what `parts` takes apart again in one row a clip.
+    """Layers of a CAT encoder as a frozen encoder, in one row a clip that `parts` takes apart again.
 
-    Padding is hidden from the network, as in `CatEncoder`. Raises ValueError for a layer that there is not.
+    Raises ValueError for a layer that there is not.
     """
 
     def __init__(self, encoder: CatEncoder, wanted: Wanted) -> None:
         self.inner, self.wanted = encoder, wanted
         check_layers(wanted.layers, depth_of(encoder))
-        self.name, self.sample_rate = encoder.name, encoder.sample_rate
-        self.min_samples, self.max_samples = encoder.min_samples, encoder.max_samples
+        self.name, self.sample_rate, self.min_samples = encoder.name, encoder.sample_rate, encoder.min_samples
         self.dim = 1 + len(wanted.layers) * encoder.dim
 
-    @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, 1 + Y E [+ (1 + H) Y D]): the count of a clip's rows, its pooled layers, CLS and rows of the layers."""
-        inner, patch = self.inner, self.inner.encoder.config.patch_size
-        lengths_B = checked_lengths(waveform, lengths)
-        spec_B1TF = log_mel(waveform.to(inner.device), inner.features, lengths=lengths_B.to(inner.device))
-        frames_B = frames_in(inner.features, lengths_B).clamp(1, spec_B1TF.shape[2])
-        counts_B = (frames_B + patch - 1) // patch
-        spec_B1TF = spec_B1TF[:, :, : int(counts_B.max()) * patch]
-        every = inner.encoder.layers(spec_B1TF, rows=counts_B.tolist())
-        tokens_BYSD = torch.stack([every[layer] for layer in self.wanted.layers], dim=1).float()
-        cls_BYD, patches_BYLD = tokens_BYSD[:, :, 0], tokens_BYSD[:, :, 1:]
-        rows_BYHD = patches_BYLD.unflatten(2, (int(counts_B.max()), -1)).mean(dim=3)
-        own_BH = torch.arange(rows_BYHD.shape[2], device=inner.device) < counts_B[:, None].to(inner.device)
-        mean_BYD = (rows_BYHD * own_BH[:, None, :, None]).sum(2) / own_BH.sum(1)[:, None, None]
-        pooled = {"cls": [cls_BYD], "mean": [mean_BYD], "both": [cls_BYD, mean_BYD]}[inner.pooling]
-        parts = [counts_B[:, None].to(mean_BYD), torch.cat(pooled, dim=-1).flatten(1)]
+        ends = checked_lengths(waveform, lengths).tolist()
+        clips = [clip[:end] for clip, end in zip(waveform, ends, strict=True)]
+        found = self.inner.model(
+            clips, self.sample_rate, layers=self.wanted.layers, patches=False, batch_size=max(16, len(clips))
+        )
+        return self._flat([found.layers[layer] for layer in self.wanted.layers], found.rows)
+
+    def of_stream(self, chunks: Iterable[np.ndarray]) -> Tensor:
+        """The same, (1 + ...,), of a clip that comes in chunks (n,)."""
+        pieces, rows = [], []
+        for found in self.inner.model.stream(chunks, self.sample_rate, layers=self.wanted.layers):
+            pieces.append([self._kept(found.layers[layer]) for layer in self.wanted.layers])
+            rows.append(found.rows[0])
+        return self._flat([_joined(layer, rows) for layer in zip(*pieces, strict=True)], (sum(rows),))[0]
+
+    def _kept(self, layer: Layer) -> Layer:
+        """Without tokens, there is no need to keep ten hours of frames."""
+        return layer if self.wanted.tokens else replace(layer, frames=layer.frames[:, :0])
+
+    def _flat(self, layers: list[Layer], rows: Sequence[int]) -> Tensor:
+        pooled_BYE = torch.stack([layer.clip for layer in layers], dim=1)
+        parts = [torch.tensor(rows)[:, None].to(pooled_BYE), pooled_BYE.flatten(1)]
         if self.wanted.tokens:
             # As they will be kept: what float16 cannot hold is not finite, and its clip is left out with that reason.
-            parts += [cls_BYD.half().flatten(1), rows_BYHD.transpose(1, 2).half().flatten(1)]
+            cls_BYD = torch.stack([layer.cls for layer in layers], dim=1)
+            rows_BHYD = torch.stack([layer.frames for layer in layers], dim=2)
+            parts += [cls_BYD.half().flatten(1), rows_BHYD.half().flatten(1)]
         return torch.cat([part.float() for part in parts], dim=1)
 
     def parts(self, flat: Tensor) -> Arrays:
@@ -146,6 +154,17 @@ class LayerEncoder:
             own_BH = np.arange(rows_BHYD.shape[1]) < counts_B[:, None]
             arrays |= {"rows": rows_BHYD[own_BH], "cls": cls.reshape(-1, Y, D).astype(np.float16), "counts": counts_B}
         return arrays
+
+
+def _joined(pieces: Sequence[Layer], rows: Sequence[int]) -> Layer:
+    """One layer of a recording, of what its pieces with so many rows have of it."""
+    share_N1 = torch.tensor(rows, dtype=torch.float64)[:, None] / sum(rows)
+
+    def mean(parts: list[Tensor]) -> Tensor:
+        return (share_N1 * torch.cat(parts).cpu().double()).sum(0, keepdim=True).float()
+
+    frames_1HD = torch.cat([piece.frames for piece in pieces], dim=1).cpu()
+    return Layer(mean([piece.clip for piece in pieces]), mean([piece.cls for piece in pieces]), frames_1HD, None)
 
 
 def depth_of(encoder: CatEncoder) -> int:

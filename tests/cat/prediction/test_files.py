@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
 
 from cat.data import load_manifest
 from cat.data.manifest import ManifestError
@@ -16,6 +15,8 @@ from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import read_settings
 from cat.prediction.files import list_files, predict_files
 from cat.prediction.outputs import write_predictions
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 EVENTS = dict.fromkeys(("low", "high", "none"), EventSettings())

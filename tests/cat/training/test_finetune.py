@@ -239,7 +239,9 @@ def test_other_labels_do_not_resume(tmp_path, recipe, folder, capsys):
 
 def test_a_run_goes_on_with_the_command_that_began_it(undisturbed, capsys):
     assert main(["pretrain", "--resume", str(undisturbed)]) == 1
-    assert f"begun by cat-audio finetune; go on with: cat-audio finetune --resume {undisturbed}" in capsys.readouterr().err
+    assert (
+        f"begun by cat-audio finetune; go on with: cat-audio finetune --resume {undisturbed}" in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------- the result
@@ -422,7 +424,9 @@ def listed(path: Path, folder: Path, entry) -> Path:
 
 
 def test_several_labels_a_clip(tmp_path, plain, folder):
-    both = listed(tmp_path / "m.jsonl", folder / "train", lambda c: {"labels": [*c.labels, "tone"][: 1 + ("1" in c.path)]})
+    both = listed(
+        tmp_path / "m.jsonl", folder / "train", lambda c: {"labels": [*c.labels, "tone"][: 1 + ("1" in c.path)]}
+    )
     config = load_finetune_recipe(plain, [f"data.train={both}", "optim.steps=3", "loss.over=positives"])
     assert (config.task, config.head.loss, config.classes) == ("multi-label", "bce", ("high", "low", "middle", "tone"))
     result = finetune(config, tmp_path / "run", progress=False)
@@ -474,7 +478,10 @@ def test_labels_that_training_does_not_know(tmp_path, recipe, folder):
 def test_one_class_only_and_no_labels(tmp_path, recipe, folder, capsys):
     changes = ["data.valid=null", "data.test=null", f"run.dir={tmp_path}"]
     one = listed(tmp_path / "one.jsonl", folder / "train", lambda clip: {"labels": ["tone"]})
-    for train, message in ((one, "a single class, 'tone'"), (folder / "train" / "low", "none of its 8 clips has a label")):
+    for train, message in (
+        (one, "a single class, 'tone'"),
+        (folder / "train" / "low", "none of its 8 clips has a label"),
+    ):
         assert main(["finetune", str(recipe), f"data.train={train}", *changes]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "minute").exists()
