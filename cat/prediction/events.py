@@ -281,7 +281,19 @@ def read_settings(path: Path, classes: Sequence[str]) -> dict[str, EventSettings
     return {label: settings[label] for label in classes}
 
 
+def is_settings(path: Path) -> bool:
+    """Whether a file is what `write_settings` writes."""
+    return json_of(path, format=str, classes=dict)["format"] == FORMAT
+
+
 def settings_file(checkpoint: Path) -> Path | None:
     """The events.json that belongs to a checkpoint's file: beside it, or in the directory of its run."""
-    run = checkpoint.parents[2] if checkpoint.parent.parent.name == "checkpoints" else checkpoint.parent
-    return next((folder / FILE for folder in (checkpoint.parent, run) if (folder / FILE).is_file()), None)
+    return next(
+        (folder / FILE for folder in (checkpoint.parent, run_of(checkpoint)) if (folder / FILE).is_file()), None
+    )
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The directory of the run that a checkpoint's file belongs to, or the folder of a file that is alone."""
+    file = checkpoint if len(checkpoint.parents) > 2 else checkpoint.absolute()
+    return file.parents[2] if file.parent.parent.name == "checkpoints" else checkpoint.parent
