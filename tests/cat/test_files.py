@@ -187,15 +187,17 @@ def test_an_error_about_something_else_stays_as_it_is(tmp_path):
 
 
 def test_a_folder_of_many_files(tmp_path, monkeypatch):
+    def make(name):
+        with new_folder(tmp_path / name) as folder:
+            for i in range(200):
+                (folder / f"{i}").touch()
+
     flushed = []
     flush = files.flush_to_disk
     monkeypatch.setattr(files, "flush_to_disk", lambda path: flushed.append(path.name) or flush(path))
-    with new_folder(tmp_path / "many") as folder:
-        for i in range(200):
-            (folder / f"{i}").touch()
+    make("many")
     assert sorted(flushed) == sorted([*(str(i) for i in range(200)), "many", tmp_path.name])
     monkeypatch.setattr(files, "flush_to_disk", lambda path: os.close(-1) if path.name == "7" else None)
-    with pytest.raises(OSError, match="Bad file"), new_folder(tmp_path / "again") as folder:
-        for i in range(200):
-            (folder / f"{i}").touch()
+    with pytest.raises(OSError, match="Bad file"):
+        make("again")
     assert names(tmp_path) == ["many"]

@@ -148,6 +148,17 @@ def test_a_clip_that_cannot_be_read_gives_its_place_with_its_label(manifest, tmp
         scored(dataclasses.replace(manifest, root=tmp_path / "nowhere"))
 
 
+def test_silence_is_a_clip_and_no_number_is_none(manifest, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(4000), RATE)
+    soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan), RATE, subtype="FLOAT")
+    clips = [Clip("silence.wav", labels=("a",)), Clip("nan.wav", labels=("b",))]
+    odd = Manifest(clips, tmp_path)
+    for batch in batches(odd, 2):
+        assert batch.augmented().spec.isfinite().all()
+        assert batch.clips.tolist() == [0] * 4
+        assert {failure.reason for failure in batch.failures} == {"4000 of 4000 samples are NaN or infinite"}
+
+
 # --- padding ---------------------------------------------------------------------------------------------------------
 
 
