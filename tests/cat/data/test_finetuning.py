@@ -277,6 +277,17 @@ def test_frame_targets_are_mixed_as_their_clips(events):
         assert mixed.frame_weights[known.index(True)].sum() == own[known.index(True)]
 
 
+def test_an_event_that_is_cut_off_is_no_label(tmp_path):
+    """Of the clip that was read; a label without an event stays."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(32000), RATE)
+    entries = [{"onset": 0.1, "offset": 0.2, "label": "a"}, {"onset": 1.5, "offset": 1.6, "label": "b"}]
+    clips = [Clip("long.wav", labels=("b", "c"), extra={"events": entries})]
+    long = Manifest(clips, tmp_path)
+    for batch in (scored(long)[0], batches(long, 1, augment=PLAIN)[0]):
+        assert batch.targets[0].tolist() == [1, 0, 1]
+        assert batch.frame_targets[0].sum(dim=0).tolist() == [1, 0, 0]
+
+
 def test_events_that_are_scored(events):
     batch = scored(events)[0]
     assert batch.frame_weights[3].sum() == 0
