@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.checkpoints import ClassifierInfo, load_classifier
+from cat.checkpoints import ClassifierInfo, hub, load_classifier
 from cat.data.features import log_mel
 from cat.device import pick_device
 from cat.encoders.waveforms import as_clips
@@ -56,7 +56,7 @@ def best(scores_C: np.ndarray, classes: Sequence[str], k: int) -> list[tuple[str
     return [(classes[c], float(scores_C[c])) for c in order]
 
 
-class CATClassifier:
+class CATClassifier(hub.HubModel):
     """A classifier that takes waveforms of any length::
 
         classifier = CATClassifier.from_pretrained("runs/esc50")
@@ -67,19 +67,39 @@ class CATClassifier:
     the clip alone, up to rounding.
     """
 
-    def __init__(self, model: nn.Module, info: ClassifierInfo, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        info: ClassifierInfo,
+        *,
+        device: torch.device | str = "cpu",
+        card: str | None = None,
+    ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
-        self.info, self.device = info, torch.device(device)
+        self.info, self.device, self._card = info, torch.device(device), card
         self.classes, self.names, self.features = info.classes, info.class_names, info.features
         self.patch_size = info.model.patch_size
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: torch.device | str | None = None) -> CATClassifier:
-        """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory or a .safetensors file; on a
-        GPU where there is one. Raises CheckpointError, also for a pre-trained checkpoint, which has no classes."""
+    def from_folder(  # type: ignore[override]
+        cls, path: Path, *, device: torch.device | str | None = None
+    ) -> CATClassifier:
+        """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory, a .safetensors file or a
+        folder of `save_pretrained`; on a GPU where there is one. What `from_pretrained` does with what exists.
+
+        Raises CheckpointError, also for a pre-trained checkpoint, which has no classes."""
         device = pick_device(None if device is None else str(device), "device")
-        model, info = load_classifier(path, device)
-        return cls(model, info, device=device)
+        if not hub.is_folder(path):
+            model, info = load_classifier(path, device)
+            return cls(model, info, device=device)
+        model, info, card = hub.read_classifier(path, device)
+        return cls(model, info, device=device, card=card)
+
+    def hub_parts(self) -> tuple[hub.ClassifierConfig, dict[str, Tensor], hub.Origin | str]:
+        info = self.info
+        names = (field.name for field in dataclasses.fields(hub.ClassifierConfig) if field.name != "format_version")
+        config = hub.ClassifierConfig(**{name: getattr(info, name) for name in names})
+        return config, self.model.state_dict(), self._card or hub.Origin(info.config, info.step, info.path)
 
     @property
     def has_frames(self) -> bool:
