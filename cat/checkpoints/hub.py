@@ -282,8 +282,8 @@ def write_folder(
         )
     if license and isinstance(origin, str):
         raise ValueError(
-            f"license is {license!r}, but the model came with a model card, which is kept; name it in the {CARD} of the "
-            "folder that it came from, or in the new one"
+            f"license is {license!r}, but the model came with a model card, which is kept; name it in the {CARD} of "
+            "the folder that it came from, or in the new one"
         )
     model = dataclasses.replace(config.model, kernels="auto")  # what runs here need not run elsewhere
     own = dataclasses.asdict(dataclasses.replace(config, model=model))

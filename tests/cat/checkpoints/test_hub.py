@@ -216,9 +216,7 @@ def test_nothing_of_the_users_is_written_over(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         build().save_pretrained(tmp_path / "other")
     assert {name for name in contents(tmp_path) if not name.startswith("empty")} == set(before)
-    with pytest.raises(
-        ValueError, match=r"license is 'mit', but the model came with a model card, .* name it in .*README"
-    ):
+    with pytest.raises(ValueError, match=r"license is 'mit', but the model came with a model card, .*README"):
         CATEncoder.from_pretrained(folder).save_pretrained(tmp_path / "other", license="mit")
     with pytest.raises(ValueError, match="config is not the model's own"):
         build().save_pretrained(tmp_path / "other", config={"a": 1})
