@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from cat.data.labels import Interval, Labels, intervals_of
 from cat.data.manifest import Manifest, ManifestError
 from cat.prediction import CATClassifier, Event, EventSettings, Plan, find_events
-from cat.prediction.events import home_of_settings, settings_of, write_settings
+from cat.prediction.events import home_of_settings, write_settings
 from cat.prediction.files import FileResult, predict_files
 from cat.progress import track
 
@@ -196,81 +196,11 @@ def choose_settings(heard: HeardClips) -> dict[str, EventSettings]:
     return {label: one for label, (_, one) in best.items()}
 
 
-@dataclass(frozen=True)
-class EventReport:
-    """``settings`` of each class and the ``scores`` of what they find; ``file``: where they were read from, or written
-    to. ``failed``: clips that could not be read."""
-
-    scores: EventScores
-    settings: dict[str, EventSettings]
-    file: Path | None
-    failed: list[FileResult]
-
-
-def judge_events(
-    classifier: CATClassifier,
-    manifest: Manifest,
-    *,
-    choose: bool = False,
-    plan: Plan | None = None,
-    batch_size: int = 16,
-    progress: bool = False,
-) -> EventReport:
-    """Scores the events of a manifest with strong labels, by the settings that belong to the checkpoint.
-
-    With ``choose`` settings are chosen on this manifest first, and written where `cat-audio predict --events` finds
-    them: events.json in the run, or beside the checkpoint's file. The scores are then those of the set that they were
-    chosen on, and too good: score another set. Raises as `hear_clips`, and ImportError without sed_eval.
-    """
-    _sed_eval()  # before the work
-    heard = hear_clips(classifier, manifest, plan=plan, batch_size=batch_size, progress=progress)
-    if not choose:
-        settings, file = settings_of(classifier.info.path, heard.classes)
-        return EventReport(evaluate_events(heard, settings), settings, file, heard.failed)
-    settings = choose_settings(heard)
-    scores = evaluate_events(heard, settings)
-    chosen = {"on": str(manifest.source), "clips": scores.clips, "step": classifier.info.step, "event F1": scores.main}
-    file = home_of_settings(classifier.info.path)
-    write_settings(file, settings, chosen)
-    return EventReport(scores, settings, file, heard.failed)
-
-
-def format_events(report: EventReport) -> str:
-    """A table for people."""
-    width = max(len("class"), *(len(row.label) for row in report.scores.classes))
-    lines = [f"{'class':<{width}}  events   found  event F1  segment F1  row AP  threshold"]
-    for row in report.scores.classes:
-        one = report.settings[row.label]
-        values = "  ".join(f"{_percent(x):>{w}}" for x, w in ((row.f1, 8), (row.segment_f1, 10), (row.frame_ap, 6)))
-        filters = [
-            f"{one.threshold:g}",
-            f"low {one.low:g}" if one.low else "",
-            f"median {one.median}" * (one.median > 1),
-        ]
-        lines.append(
-            f"{row.label:<{width}}  {row.labelled:6}  {row.found:6}  {values}  {', '.join(filter(None, filters))}"
-        )
-    lines += [
-        f"{name}: {value:.3f}" if "rate" in name else f"{name}: {_percent(value)} %"
-        for name, value in report.scores.metrics.items()
-    ]
-    if report.scores.left_out:
-        lines.append(f"without an event, left out of the means: {', '.join(report.scores.left_out)}")
-    return "\n".join(lines)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def events_json(report: EventReport) -> dict[str, Any]:
-    """Everything, for a file."""
-    return {
-        **asdict(report.scores),
-        "settings": {label: asdict(one) for label, one in report.settings.items()},
-        "settings_file": None if report.file is None else str(report.file),
-        "failed": [{"path": clip.path, "reason": clip.error} for clip in report.failed],
-    }
+def write_chosen(checkpoint: Path, settings: Mapping[str, EventSettings], on: Path | None, scores: EventScores) -> Path:
+    """Writes the settings where `cat-audio predict --events` finds them: events.json in the run, or beside the file."""
+    chosen = {"on": None if on is None else str(on), "clips": scores.clips, "event F1": scores.main}
+    write_settings(home_of_settings(checkpoint), settings, chosen)
+    return home_of_settings(checkpoint)
 
 
 def _frame_ap(heard: HeardClips) -> dict[str, float]:

@@ -281,10 +281,14 @@ def read_settings(path: Path, classes: Sequence[str]) -> dict[str, EventSettings
     return {label: settings[label] for label in classes}
 
 
+def is_settings(path: Path) -> bool:
+    """Whether a file is what `write_settings` writes."""
+    return json_of(path, format=str, classes=dict)["format"] == FORMAT
+
+
 def home_of_settings(checkpoint: Path) -> Path:
     """Where the settings of a checkpoint's file belong: events.json in the directory of its run, or beside the file."""
-    folder = checkpoint.parent
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / FILE
+    return run_of(checkpoint) / FILE
 
 
 def settings_of(checkpoint: Path, classes: Sequence[str]) -> tuple[dict[str, EventSettings], Path | None]:
@@ -293,3 +297,9 @@ def settings_of(checkpoint: Path, classes: Sequence[str]) -> tuple[dict[str, Eve
     if not file.is_file():
         return {label: EventSettings() for label in classes}, None
     return read_settings(file, classes), file
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The directory of the run that a checkpoint's file belongs to, or the folder of a file that is alone."""
+    file = checkpoint if len(checkpoint.parents) > 2 else checkpoint.absolute()
+    return file.parents[2] if file.parent.parent.name == "checkpoints" else checkpoint.parent

@@ -87,6 +87,16 @@ class FinetuneConfig:
             )
         if self.run.cuda_graph:
             raise ValueError("run.cuda_graph=true; expected false: batches of clips of all lengths have no one graph")
+        if self.run.compile == "step" and self.data.padding == "mask":
+            raise ValueError(
+                "run.compile='step' with data.padding='mask'; expected 'blocks', 'none' or data.padding='fill': the "
+                "step has other shapes for clips of other lengths"
+            )
+        if self.data.fold is not None and self.data.test:
+            raise ValueError(
+                f"data.fold is {self.data.fold} and data.test {self.data.test}; expected one of them: a fold is the "
+                "test split"
+            )
         self._check_head()
 
     def _check_head(self) -> None:

@@ -152,6 +152,16 @@ class PretrainConfig:
 R = TypeVar("R", bound=Recipe)
 
 
+RECIPES = Path(__file__).parents[2] / "recipes"  # of a checkout; they are not installed
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe at a path, or one of `RECIPES` by its name: "esc50"."""
+    shipped = RECIPES / f"{name}.yaml"
+    plain = Path(name).name == name and not Path(name).suffix
+    return shipped if plain and not Path(name).exists() and shipped.is_file() else Path(name)
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> PretrainConfig:
     """Read a recipe; a run without a name gets the file's.
 

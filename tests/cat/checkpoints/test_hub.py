@@ -210,6 +210,9 @@ def test_the_card_says_what_the_checkpoint_does(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     scores = {"step": 70, "valid": {"accuracy": 0.5}, "test": {"accuracy": 0.256789, "unreadable": 0}}
     (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
+    evaluated = {"checkpoint": {"step": 70}, "data": {"source": "/home/me/birds.jsonl"}, "metrics": {"mAP": 0.75}}
+    (tmp_path / "run" / "evaluation" / "birds").mkdir(parents=True)
+    (tmp_path / "run" / "evaluation" / "birds" / "evaluation.json").write_text(json.dumps(evaluated))
     cards = {}
     for step in (70, 80):
         origin = Origin(trained, step, tmp_path / "run" / "checkpoints" / f"step-000000{step}" / "model.safetensors")
@@ -226,6 +229,7 @@ def test_the_card_says_what_the_checkpoint_does(tmp_path):
     for row in ("| optim.lr | `0.001` |", "| ema.start | `0.998` |", "| step | `70` |", "| run.seed | `3` |"):
         assert row in card
     assert "| `test` | `accuracy` | 0.2568 |" in card
+    assert "| `birds.jsonl` | `mAP` | 0.75 |" in card
     assert "accuracy" not in cards[80]  # another checkpoint of the run has other scores
     assert "None were found" in cards[80]
 

@@ -7,16 +7,17 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import soundfile
 
 from cat.data import load_manifest
 from cat.data.manifest import ManifestError
-from cat.evaluation.events import events_json, format_events, hear_clips, judge_events
+from cat.evaluation.events import hear_clips, write_chosen
 from cat.outputs import OutputError
 from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import read_settings
 from cat.prediction.files import list_files, predict_files
 from cat.prediction.outputs import write_predictions
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 EVENTS = dict.fromkeys(("low", "high", "none"), EventSettings())
@@ -204,18 +205,11 @@ def test_labels_that_do_not_fit(tones, folder, tmp_path, entry, message):
 
 def test_chosen_settings_are_found_by_predict(tones, folder, tmp_path):
     pytest.importorskip("sed_eval")
+    from cat.evaluation.events import choose_settings, evaluate_events
+
     entry = '{"path": "audio/b.flac", "events": [{"onset": 30.08, "offset": 62.4, "label": "high"}]}'
-    clips = manifest(tmp_path, entry, '{"path": "audio/c.wav", "events": []}')
-    before = judge_events(tones, clips)
-    assert (before.file, before.settings) == (None, EVENTS)
-    chosen = judge_events(tones, clips, choose=True)
-    assert chosen.scores.main == pytest.approx(1)
-    assert chosen.file == tones.info.path.parent / "events.json"
-    assert read_settings(chosen.file, tones.classes) == chosen.settings
-    assert json.loads(chosen.file.read_text())["chosen"]["on"] == str(tmp_path / "valid.jsonl")
-    after = judge_events(tones, clips)
-    assert (after.file, after.settings, after.scores) == (chosen.file, chosen.settings, chosen.scores)
-    table = format_events(after)
-    assert "without an event, left out of the means: low, none" in table
-    assert "event F1: 100.0 %" in table
-    assert json.loads(json.dumps(events_json(after)))["failed"][0]["path"].endswith("c.wav")
+    heard = hear_clips(tones, manifest(tmp_path, entry))
+    settings = choose_settings(heard)
+    path = write_chosen(tones.info.path, settings, tmp_path / "valid.jsonl", evaluate_events(heard, settings))
+    assert read_settings(path, tones.classes) == settings
+    assert json.loads(path.read_text())["chosen"]["event F1"] == pytest.approx(1)

@@ -16,7 +16,6 @@ import time
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,8 @@ from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import ended
 from cat.prediction.files import predict_files
 from cat.prediction.stream import PCM, EventStream, Samples
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 EVENTS = dict.fromkeys(("low", "high", "none"), EventSettings(low=0.2))
