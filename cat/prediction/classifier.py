@@ -24,6 +24,7 @@ from cat.prediction.windows import Plan, Window, Windower
 
 T = TypeVar("T")
 Aggregate = Literal["auto", "mean", "max"]
+Heard = tuple[tuple[float, float], np.ndarray]  # when a window begins and ends, and its scores (C,)
 
 
 @dataclass(frozen=True)
@@ -156,24 +157,20 @@ class CATClassifier(nn.Module, hub.HubModel):
         plan, least = plan or self.plan(), self.features.frame_length
         waves = as_clips(waveforms, sample_rate, plan.rate, min_samples=least)
         pieces = ((clip, window) for clip, wave in enumerate(waves) for window in as_windows([as_float(wave)], plan))
-        found: list[list[tuple[Window, np.ndarray]]] = [[] for _ in waves]
+        found: list[list[Heard]] = [[] for _ in waves]
         for (clip, window), (clip_C, _) in self.hear(pieces, batch_size):
-            found[clip].append((window, clip_C))
-        clips = [self.gather(windows, plan, aggregate) for windows in found]
+            found[clip].append((window.span(plan), clip_C))
+        clips = [self.gather(heard, aggregate) for heard in found]
         scores = np.stack([clip.clip for clip in clips]) if clips else np.zeros((0, len(self.classes)), np.float32)
         return Prediction(torch.from_numpy(scores), self.classes, self.names, clips)
 
-    def gather(
-        self, windows: Sequence[tuple[Window, np.ndarray]], plan: Plan, aggregate: Aggregate = "auto"
-    ) -> ClipScores:
-        """A clip's scores from its windows and what each of them got."""
-        starts = np.array([window.start * plan.row for window, _ in windows])
-        ends = starts + [len(window.waves[0]) for window, _ in windows]
-        scores_WC = np.stack([scores for _, scores in windows])
+    def gather(self, heard: Sequence[Heard], aggregate: Aggregate = "auto") -> ClipScores:
+        """A clip's scores from those of its windows."""
+        times_W2 = np.array([span for span, _ in heard])
+        scores_WC = np.stack([clip_C for _, clip_C in heard])
         if aggregate == "auto":
             aggregate = "mean" if self.info.task == "single-label" else "max"
-        clip_C = scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0)
-        return ClipScores(clip_C, np.stack([starts, ends], axis=1) / plan.rate, scores_WC)
+        return ClipScores(scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0), times_W2, scores_WC)
 
     def hear(
         self, windows: Iterable[tuple[T, Window]], batch_size: int = 16
