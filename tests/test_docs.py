@@ -127,6 +127,7 @@ NEEDS: dict[str, str] = {
     r"CAT_CHECKPOINT=runs/mine python -c .*xares": "xares",
     r"import mteb": "mteb",
     r"cat-audio export .*\.onnx": "onnx",
+    r"import torch\nfrom transformers": "transformers",
 }
 # Commands whose exit code is a verdict that so little training cannot reach.
 VERDICTS = r"cat-audio (experiment|probe .*--require-better)"
