@@ -18,7 +18,7 @@ from cat.evaluation.report import format_report, outputs, write_report
 from cat.figures import is_figure
 from cat.figures.scores import Panel, write_class_scores, write_confusion, write_curves, write_mistakes
 from cat.outputs import Output, claim
-from cat.prediction.events import FILE, is_settings, run_of
+from cat.prediction.events import home_of_settings, is_settings, run_of
 
 PICTURES = ("classes", "confusion", "curves", "mistakes")  # confusion: with one label a clip only
 
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or _default_out(info, manifest)
     drawn = [name for name in PICTURES if name != "confusion" or info.task == "single-label"] if args.figures else []
     pictures = {name: out / "figures" / f"{name}.png" for name in drawn}
-    chosen = [Output(run_of(info.path) / FILE, is_settings, "a copy of the checkpoint")] if args.choose_events else []
+    settings = home_of_settings(info.path)
+    chosen = [Output(settings, is_settings, "a copy of the checkpoint")] if args.choose_events else []
     claim(
         [*outputs(out), *chosen, *(Output(path, is_figure, "another --out") for path in pictures.values())],
         inputs=[info.path, manifest.source],
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     written = write_report(out, evaluation, info, arguments)
     if args.choose_events and evaluation.events is not None:
         events = evaluation.events
-        written.append(write_chosen(run_of(info.path), events.settings, manifest.source, events.scores))
+        written.append(write_chosen(info.path, events.settings, manifest.source, events.scores))
     print(format_report(evaluation, info))
     print(f"written: {', '.join(map(str, written))}")
     if pictures:

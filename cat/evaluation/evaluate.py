@@ -26,7 +26,7 @@ from cat.evaluation.intervals import RESAMPLES, Intervals, bootstrap
 from cat.evaluation.metrics import Scores, scores_of
 from cat.model import Classifier
 from cat.prediction import CATClassifier, EventSettings
-from cat.prediction.events import read_settings, settings_file
+from cat.prediction.events import settings_of
 from cat.progress import Progress, say
 
 MISTAKES = 12  # that are listed and drawn
@@ -149,13 +149,11 @@ def find_events(
     heard = hear_clips(
         CATClassifier(classifier, info, device=device), manifest.take(np.array(strong)), progress=progress
     )
-    file = settings_file(info.path)
     if choose:
         settings, settings_from = choose_settings(heard), "chosen on these clips"
-    elif file is not None:
-        settings, settings_from = read_settings(file, info.classes), str(file)
     else:
-        settings, settings_from = dict.fromkeys(info.classes, EventSettings()), "defaults"
+        settings, file = settings_of(info.path, info.classes)
+        settings_from = "defaults" if file is None else str(file)
     return FoundEvents(evaluate_events(heard, settings), settings, settings_from)
 
 

@@ -286,11 +286,17 @@ def is_settings(path: Path) -> bool:
     return json_of(path, format=str, classes=dict)["format"] == FORMAT
 
 
-def settings_file(checkpoint: Path) -> Path | None:
-    """The events.json that belongs to a checkpoint's file: beside it, or in the directory of its run."""
-    return next(
-        (folder / FILE for folder in (checkpoint.parent, run_of(checkpoint)) if (folder / FILE).is_file()), None
-    )
+def home_of_settings(checkpoint: Path) -> Path:
+    """Where the settings of a checkpoint's file belong: events.json in the directory of its run, or beside the file."""
+    return run_of(checkpoint) / FILE
+
+
+def settings_of(checkpoint: Path, classes: Sequence[str]) -> tuple[dict[str, EventSettings], Path | None]:
+    """The settings that belong to a checkpoint's file, and where they were read; where there are none, the defaults."""
+    file = home_of_settings(checkpoint)
+    if not file.is_file():
+        return {label: EventSettings() for label in classes}, None
+    return read_settings(file, classes), file
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cat.data.audio import AudioError, read_windows
 from cat.data.manifest import load_manifest
-from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, best, windows_of
+from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, as_windows, best
 from cat.prediction.events import Event, EventFinder, EventSettings, ended
 from cat.prediction.windows import Plan, Window
 
@@ -127,7 +127,7 @@ def predict_files(
 def _windows(file: _File, plan: Plan) -> Iterator[tuple[_File, Window]]:
     try:
         blocks = read_windows(file.path, plan.rate, BLOCK_SECONDS * plan.rate, min_samples=plan.features.frame_length)
-        for window in windows_of(file.counted(blocks), plan):
+        for window in as_windows(file.counted(blocks), plan):
             file.expected += 1
             yield file, window
     except AudioError as error:

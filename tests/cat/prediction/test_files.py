@@ -196,6 +196,6 @@ def test_chosen_settings_are_found_by_predict(tones, folder, tmp_path):
     entry = '{"path": "audio/b.flac", "events": [{"onset": 30.08, "offset": 62.4, "label": "high"}]}'
     heard = hear_clips(tones, manifest(tmp_path, entry))
     settings = choose_settings(heard)
-    path = write_chosen(tmp_path, settings, tmp_path / "valid.jsonl", evaluate_events(heard, settings))
+    path = write_chosen(tones.info.path, settings, tmp_path / "valid.jsonl", evaluate_events(heard, settings))
     assert read_settings(path, tones.classes) == settings
     assert json.loads(path.read_text())["chosen"]["event F1"] == pytest.approx(1)
