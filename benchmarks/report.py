@@ -10,7 +10,7 @@ A document asks for a table with a pair of markers, what stands between them is 
     <!-- benchmark:end -->
 
 Names: headline (also where there is no name), stem, step, stem-sweep, kernels, fbank, features, operators,
-inference, multiply-adds. Of every machine the newest file in benchmarks/results
+inference, finetune, multiply-adds. Of every machine the newest file in benchmarks/results
 that has rows for it gives one table.
 """
 

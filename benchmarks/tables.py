@@ -136,6 +136,10 @@ def step_table(data: Data) -> Table:
     return _model_table(data, "step", "Pre-training step", rate=True)
 
 
+def finetune_table(data: Data) -> Table:
+    return _model_table(data, "fine-tuning", "Fine-tuning step (AudioSet-20k)", rate=True)
+
+
 def fbank_table(data: Data) -> Table:
     speedups = _speedups(data)
     header = ["candidate", "result", "precision", "clips", "ms", "20 to 80 %", "speed-up", "GB/s", "of copy bandwidth"]
@@ -258,6 +262,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "features": features_table,
     "operators": operators_table,
     "inference": inference_table,
+    "finetune": finetune_table,
     "multiply-adds": multiply_adds_table,
 }
 

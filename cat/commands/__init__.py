@@ -28,6 +28,8 @@ COMMANDS = {
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
+    "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
+    "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
     "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
@@ -40,7 +42,7 @@ COMMANDS = {
 GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict", "export"),
+    "use": ("predict", "encode", "similar", "export"),
     "prepare": ("dataset", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }

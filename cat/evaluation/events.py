@@ -21,7 +21,7 @@ import numpy as np
 from cat.data.labels import Interval, Labels, intervals_of
 from cat.data.manifest import Manifest, ManifestError
 from cat.prediction import CATClassifier, Event, EventSettings, Plan, find_events
-from cat.prediction.events import FILE, write_settings
+from cat.prediction.events import home_of_settings, write_settings
 from cat.prediction.files import FileResult, predict_files
 from cat.progress import track
 
@@ -196,11 +196,11 @@ def choose_settings(heard: HeardClips) -> dict[str, EventSettings]:
     return {label: one for label, (_, one) in best.items()}
 
 
-def write_chosen(run: Path, settings: Mapping[str, EventSettings], chosen_on: Path | None, scores: EventScores) -> Path:
-    """Writes the settings where `cat-audio predict --events` finds them: RUN/events.json."""
-    chosen = {"on": None if chosen_on is None else str(chosen_on), "clips": scores.clips, "event F1": scores.main}
-    write_settings(run / FILE, settings, chosen)
-    return run / FILE
+def write_chosen(checkpoint: Path, settings: Mapping[str, EventSettings], on: Path | None, scores: EventScores) -> Path:
+    """Writes the settings where `cat-audio predict --events` finds them: events.json in the run, or beside the file."""
+    chosen = {"on": None if on is None else str(on), "clips": scores.clips, "event F1": scores.main}
+    write_settings(home_of_settings(checkpoint), settings, chosen)
+    return home_of_settings(checkpoint)
 
 
 def _frame_ap(heard: HeardClips) -> dict[str, float]:

@@ -7,18 +7,19 @@ H = T/P rows of patches in time, W patches in frequency, L = H*W, D embedding wi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cat.data.audio import AudioError
 from cat.data.manifest import Manifest
 from cat.encoders import CatEncoder, FrozenEncoder
-from cat.encoders.audio import Layer
 from cat.encoders.embed import Skipped, embed_manifest
-from cat.encoders.frozen import checked_lengths
+from cat.encoders.frozen import WINDOW_SECONDS, checked_lengths
 
 Arrays = dict[str, np.ndarray]
 
@@ -88,7 +89,7 @@ def compute(
     ``options`` are those of `embed_manifest`. Memory does not grow with the number of clips."""
     layered = LayerEncoder(encoder, wanted) if wanted.layers and isinstance(encoder, CatEncoder) else None
     for indices, found, failed in embed_manifest(manifest, layered or encoder, **options):  # type: ignore[arg-type]
-        skipped += failed
+        skipped += (dataclasses.replace(clip, path=str(manifest.path(clip.index))) for clip in failed)
         if len(indices):
             yield {"indices": indices, **(layered.parts(found) if layered else {"clip": found.numpy()})}
 
@@ -102,7 +103,7 @@ def features_of(arrays: Arrays, wanted: Wanted, skipped: list[Skipped]) -> Featu
 
 
 class LayerEncoder:
-    """Layers of a CAT encoder as a frozen encoder, in one row a clip that `parts` takes apart again.
+    """Layers of a CAT encoder as a frozen encoder: what `parts` takes apart again in one row a clip.
 
     Raises ValueError for a layer that there is not.
     """
@@ -117,32 +118,27 @@ class LayerEncoder:
         """(B, 1 + Y E [+ (1 + H) Y D]): the count of a clip's rows, its pooled layers, CLS and rows of the layers."""
         ends = checked_lengths(waveform, lengths).tolist()
         clips = [clip[:end] for clip, end in zip(waveform, ends, strict=True)]
-        found = self.inner.model(
+        out = self.inner.model(
             clips, self.sample_rate, layers=self.wanted.layers, patches=False, batch_size=max(16, len(clips))
         )
-        return self._flat([found.layers[layer] for layer in self.wanted.layers], found.rows)
-
-    def of_stream(self, chunks: Iterable[np.ndarray]) -> Tensor:
-        """The same, (1 + ...,), of a clip that comes in chunks (n,)."""
-        pieces, rows = [], []
-        for found in self.inner.model.stream(chunks, self.sample_rate, layers=self.wanted.layers):
-            pieces.append([self._kept(found.layers[layer]) for layer in self.wanted.layers])
-            rows.append(found.rows[0])
-        return self._flat([_joined(layer, rows) for layer in zip(*pieces, strict=True)], (sum(rows),))[0]
-
-    def _kept(self, layer: Layer) -> Layer:
-        """Without tokens, there is no need to keep ten hours of frames."""
-        return layer if self.wanted.tokens else replace(layer, frames=layer.frames[:, :0])
-
-    def _flat(self, layers: list[Layer], rows: Sequence[int]) -> Tensor:
-        pooled_BYE = torch.stack([layer.clip for layer in layers], dim=1)
-        parts = [torch.tensor(rows)[:, None].to(pooled_BYE), pooled_BYE.flatten(1)]
+        every = [out.layers[layer] for layer in self.wanted.layers]
+        counts_B1 = torch.tensor(out.rows, dtype=torch.float32, device=out.clip.device)[:, None]
+        parts = [counts_B1, *(layer.clip for layer in every)]
         if self.wanted.tokens:
             # As they will be kept: what float16 cannot hold is not finite, and its clip is left out with that reason.
-            cls_BYD = torch.stack([layer.cls for layer in layers], dim=1)
-            rows_BHYD = torch.stack([layer.frames for layer in layers], dim=2)
-            parts += [cls_BYD.half().flatten(1), rows_BHYD.half().flatten(1)]
+            parts += [layer.cls.half() for layer in every]
+            parts.append(torch.stack([layer.frames for layer in every], dim=2).half().flatten(1))
         return torch.cat([part.float() for part in parts], dim=1)
+
+    def of_stream(self, chunks: Iterable[np.ndarray]) -> Tensor:
+        """The same of a clip of more than `WINDOW_SECONDS`, (1 + Y E,); not for tokens, whose number has no bound."""
+        if self.wanted.tokens:
+            raise AudioError("", f"longer than {WINDOW_SECONDS} s; too many tokens for a probe to read")
+        total, rows = torch.zeros(self.dim - 1, dtype=torch.float64), 0
+        for out in self.inner.model.stream(chunks, self.sample_rate, layers=self.wanted.layers):
+            pooled = torch.cat([out.layers[layer].clip[0] for layer in self.wanted.layers])
+            total, rows = total + pooled.double().cpu() * out.rows[0], rows + out.rows[0]
+        return torch.cat([torch.tensor([float(rows)]), (total / rows).float()])
 
     def parts(self, flat: Tensor) -> Arrays:
         Y, E, D = len(self.wanted.layers), self.inner.dim, self.inner.encoder.config.embed_dim
@@ -154,17 +150,6 @@ class LayerEncoder:
             own_BH = np.arange(rows_BHYD.shape[1]) < counts_B[:, None]
             arrays |= {"rows": rows_BHYD[own_BH], "cls": cls.reshape(-1, Y, D).astype(np.float16), "counts": counts_B}
         return arrays
-
-
-def _joined(pieces: Sequence[Layer], rows: Sequence[int]) -> Layer:
-    """One layer of a recording, of what its pieces with so many rows have of it."""
-    share_N1 = torch.tensor(rows, dtype=torch.float64)[:, None] / sum(rows)
-
-    def mean(parts: list[Tensor]) -> Tensor:
-        return (share_N1 * torch.cat(parts).cpu().double()).sum(0, keepdim=True).float()
-
-    frames_1HD = torch.cat([piece.frames for piece in pieces], dim=1).cpu()
-    return Layer(mean([piece.clip for piece in pieces]), mean([piece.cls for piece in pieces]), frames_1HD, None)
 
 
 def depth_of(encoder: CatEncoder) -> int:

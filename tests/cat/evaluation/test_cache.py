@@ -95,6 +95,28 @@ def test_the_last_layer_is_the_embedding(sounds):
     torch.testing.assert_close(mean, torch.tensor(every.pooled[..., 16:]), rtol=2e-3, atol=2e-3)
 
 
+def test_a_recording_that_is_heard_as_a_stream(sounds, monkeypatch):
+    """Its layers are those of the whole. Tokens of hours are more than a probe can read: it is left out, by name."""
+    from cat.encoders import embed
+    from cat.evaluation import features as feature_module
+
+    layers = Wanted((0, 2))
+    for index, seconds in ((3, 1.2), (4, 2.5)):
+        wave = 0.1 * np.random.default_rng(index).normal(size=int(16000 * seconds))
+        soundfile.write(sounds.path(index), wave, 16000)
+    whole, _ = features(None, sounds, wanted=layers)
+    for place in (embed, feature_module):
+        monkeypatch.setattr(place, "WINDOW_SECONDS", 1)
+    streamed, _ = features(None, sounds, wanted=layers)
+    torch.testing.assert_close(torch.tensor(streamed.pooled), torch.tensor(whole.pooled), rtol=1e-4, atol=1e-5)
+    found, _ = features(None, sounds)
+    assert list(found.indices) == [0, 1, 2]
+    reason = "longer than 1 s; too many tokens for a probe to read"
+    assert [(clip.path, clip.reason) for clip in found.skipped] == [
+        (str(sounds.path(index)), reason) for index in (3, 4)
+    ]
+
+
 def louder(root: Path) -> None:
     """Another sound under the same name, of the same size and date."""
     path = root / "2.wav"
