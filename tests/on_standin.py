@@ -64,6 +64,38 @@ def steps(waits: dict[str, str]) -> None:
             update(*batch, lr=2e-3, decay=0.91)
 
 
+def fine_tuning_steps(waits: dict[str, str]) -> None:
+    """With all that a batch goes through on the device."""
+    from cat.data import Batch
+    from cat.data.augment import Augmentation
+    from cat.model import PRESETS, Classifier, HeadConfig
+    from cat.training.finetune_step import FinetuneStep
+    from cat.training.layerwise import FinetuneOptimConfig
+    from cat.training.losses import LossConfig
+
+    model = dataclasses.replace(PRESETS["tiny"], depth=1)
+    spans = torch.tensor([[0, 3], [2, 9]])
+    drawn = Augmentation(0, torch.rand(2), torch.tensor([[0, 0], [0, 1]]), spans, torch.tensor(0.3), spans, spans)
+    heads = {
+        "ce": (HeadConfig(), LossConfig(label_smoothing=0.1)),
+        "bce": (HeadConfig(loss="bce"), LossConfig("positives")),
+        "frames": (HeadConfig("frames", "attention", "bce"), LossConfig("mean")),
+    }
+    for name, (head, loss) in heads.items():
+        step = FinetuneStep(
+            Classifier(model, head, 3).to(CUDA), FinetuneOptimConfig(average=0.9), loss, freeze=0, precision="bf16"
+        )
+        frames = torch.rand(2, 2, 3) if name == "frames" else None
+        batch = Batch(
+            *(0, torch.randn(2, 1, 32, 128), None, None, None, torch.arange(2), [(), ()], None, []),
+            *(torch.rand(2, 3), frames, None if frames is None else torch.ones(2, 2), (1, 2), drawn),
+        )
+        step(batch.to(CUDA).augmented(), torch.ones(2, 1, 2).to(CUDA), step=0)
+        with looked_at(f"fine-tuning step, {name}", waits):
+            keep = torch.ones(2, 1, 2).to(CUDA, non_blocking=True)
+            step(batch.to(CUDA).augmented(), keep, step=1)
+
+
 class looked_at:
     """Notes what waits, and goes on."""
 
@@ -101,6 +133,7 @@ def main(what: str) -> None:
             operators(waits)
             seeds(waits)
             steps(waits)
+            fine_tuning_steps(waits)
         else:
             launches()
     print(json.dumps({"waits": waits, "launched": sorted(LAUNCHED)}))
