@@ -143,7 +143,7 @@ def run_probe(
             wanted = _wanted(encoder, probes, layers)
             found = {split: cache.features(manifests[split], encoder, wanted, **options) for split in SPLITS}
             targets = {split: task.targets(manifests[split], f.indices) for split, f in found.items()}
-            training = {"seed": seed, "prototypes": prototypes, "progress": progress}
+            training: dict[str, Any] = {"seed": seed, "prototypes": prototypes, "progress": progress}
             row = _probed(name, encoder, found, targets, task, probes, **training)
             if layers is not None and wanted.layers:
                 row.layers = _sweep(name, found, targets, task, probes, layers or wanted.layers, progress)
