@@ -95,8 +95,8 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.top < 0:
         raise ValueError(f"--top is {args.top}; expected a number of classes, 0 for all")
-    if "-" == args.json == args.csv:
-        raise ValueError("--json - and --csv - would both write to stdout; give one of them a file")
+    if args.json is not None and args.json == args.csv:
+        raise ValueError(f"--json and --csv would both write to {args.json}; give each another name")
     if args.stream:
         return _follow(args)
     if "-" in args.files:

@@ -25,7 +25,7 @@ from cat.evaluation.features import Features, Wanted, check_layers, depth_of
 from cat.evaluation.metrics import classes_without_positives
 from cat.evaluation.trained import PROTOTYPES, TRAINED
 from cat.outputs import json_of
-from cat.progress import track
+from cat.progress import say, track
 
 SPLITS = ("train", "valid", "test")
 TITLES = {"knn": "kNN", "linear": "linear", "attention": "attention", "gated": "gated"}
@@ -142,7 +142,8 @@ def run_probe(
             wanted = _wanted(encoder, probes, layers)
             found = {split: cache.features(manifests[split], encoder, wanted, **options) for split in SPLITS}
             targets = {split: task.targets(manifests[split], f.indices) for split, f in found.items()}
-            row = _probed(name, encoder, found, targets, task, probes, seed=seed, prototypes=prototypes)
+            training = {"seed": seed, "prototypes": prototypes, "progress": progress}
+            row = _probed(name, encoder, found, targets, task, probes, **training)
             if layers is not None and wanted.layers:
                 row.layers = _sweep(name, found, targets, task, probes, layers or wanted.layers, progress)
             row.test_labels = [manifests["test"].clips[i].labels for i in found["test"].indices]
@@ -198,17 +199,20 @@ def _probed(
     *,
     seed: int,
     prototypes: int,
+    progress: bool,
 ) -> Row:
     clip = [Split(found[split].clip, targets[split]) for split in SPLITS]
     every = [Split(found[split], targets[split]) for split in SPLITS]
-    options: dict[str, Any] = {"seed": seed, "device": getattr(encoder, "device", "cpu")}
-    results = {}
+    device, results = getattr(encoder, "device", "cpu"), {}
     for probe in probes:
         if probe in PROBES:
             results[probe] = PROBES[probe](*clip, multi_label=task.multi_label)
         elif found["train"].tokens is not None:
-            more = {"prototypes": prototypes} if probe == "gated" else {}
-            results[probe] = TRAINED[probe](*every, multi_label=task.multi_label, **options, **more)
+            if progress:
+                say(f"{name}: training the {probe} probe")
+            results[probe] = TRAINED[probe](
+                *every, multi_label=task.multi_label, seed=seed, device=device, prototypes=prototypes
+            )
     scores = {probe: result.score for probe, result in results.items()}
     test = found["test"]
     row = Row(name, encoder.dim, results, scores, test=Embeddings(np.asarray(test.clip), test.indices, test.skipped))

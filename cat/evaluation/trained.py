@@ -50,7 +50,7 @@ def attention_probe(
 
     Tokens are standardised with the training split's mean and deviation of each dimension. A row x of a clip weighs
     softmax(q . x / sqrt(D)), and the weighted mean goes through a linear layer; with q = 0 that is the linear probe on
-    the mean. The learning rate is chosen on valid.
+    the mean. The learning rate is chosen on valid. ``prototypes`` is for the gated probe, which is called alike.
     """
     tokens = tokens_of(train)
     mean_D, deviation_D = (moment[-1] for moment in _moments(tokens))

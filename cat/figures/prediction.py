@@ -83,15 +83,15 @@ def _heard(
     classifier: CATClassifier, wave: np.ndarray, plan: Plan, events: Mapping[str, EventSettings] | None
 ) -> tuple[np.ndarray, np.ndarray, list[Event]]:
     """Where the columns begin and end (N + 1,), their scores (N, C), and the events."""
-    heard = list(classifier.hear((None, window) for window in as_windows([wave], plan)))
+    heard = list(classifier.hear((None, window) for window in as_windows([wave], plan)))  # of ten minutes at the most
     seconds = len(wave) / plan.rate
     if classifier.has_frames:
         scores_NC = np.concatenate([rows_RC for _, (_, rows_RC) in heard if rows_RC is not None])
         edges = [plan.time(row) for row in range(len(scores_NC))]
         found = [] if events is None else find_events(scores_NC, classifier.classes, events, plan, seconds)
         return np.array([*edges, seconds]), scores_NC, found
-    times = classifier.gather([(window, clip_C) for (_, window), (clip_C, _) in heard], plan).times
-    middles = times.mean(axis=1)
+    times_N2 = np.array([window.span(plan) for (_, window), _ in heard])
+    middles = times_N2.mean(axis=1)
     edges_N = np.concatenate([[0.0], (middles[1:] + middles[:-1]) / 2, [seconds]])
     return edges_N, np.stack([clip_C for _, (clip_C, _) in heard]), []
 

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.checkpoints import CheckpointError, ClassifierInfo, hub, load_classifier
+from cat.checkpoints import ClassifierInfo, hub, load_classifier
 from cat.checkpoints.hub import ClassifierConfig
-from cat.checkpoints.store import MODEL, load_tensors
 from cat.data.features import log_mel
 from cat.encoders.waveforms import Waveform, as_clips
-from cat.model import Classifier
 from cat.prediction.windows import Plan, Window, Windower
 
 T = TypeVar("T")
 Aggregate = Literal["auto", "mean", "max"]
+Heard = tuple[tuple[float, float], np.ndarray]  # when a window begins and ends, and its scores (C,)
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,8 @@ class CATClassifier(nn.Module, hub.HubModel):
         """
         if not hub.is_folder(path):
             return cls(*load_classifier(path, device))
-        found = hub.read_folder(path, device)
-        if not isinstance(found.config, ClassifierConfig):
-            raise CheckpointError(
-                f"{path} is an encoder and has no classes; expected a fine-tuned model: make one with cat-audio "
-                f"finetune RECIPE encoder={path}"
-            )
-        own = {field.name: getattr(found.config, field.name) for field in dataclasses.fields(ClassifierConfig)}
-        del own["format_version"]
-        info = ClassifierInfo(path=path / MODEL, step=None, config={}, **own)
-        model = Classifier(info.model, info.head, len(info.classes)).to(device)
-        load_tensors(model, found.tensors, str(path))
-        return cls(model, info, card=found.card)
+        model, info, card = hub.read_classifier(path, device)
+        return cls(model, info, card=card)
 
     def hub_parts(self) -> tuple[ClassifierConfig, dict[str, Tensor], hub.Origin | str | None]:
         info = self.info
@@ -168,24 +157,20 @@ class CATClassifier(nn.Module, hub.HubModel):
         plan, least = plan or self.plan(), self.features.frame_length
         waves = as_clips(waveforms, sample_rate, plan.rate, min_samples=least)
         pieces = ((clip, window) for clip, wave in enumerate(waves) for window in as_windows([as_float(wave)], plan))
-        found: list[list[tuple[Window, np.ndarray]]] = [[] for _ in waves]
+        found: list[list[Heard]] = [[] for _ in waves]
         for (clip, window), (clip_C, _) in self.hear(pieces, batch_size):
-            found[clip].append((window, clip_C))
-        clips = [self.gather(windows, plan, aggregate) for windows in found]
+            found[clip].append((window.span(plan), clip_C))
+        clips = [self.gather(heard, aggregate) for heard in found]
         scores = np.stack([clip.clip for clip in clips]) if clips else np.zeros((0, len(self.classes)), np.float32)
         return Prediction(torch.from_numpy(scores), self.classes, self.names, clips)
 
-    def gather(
-        self, windows: Sequence[tuple[Window, np.ndarray]], plan: Plan, aggregate: Aggregate = "auto"
-    ) -> ClipScores:
-        """A clip's scores from its windows and what each of them got."""
-        starts = np.array([window.start * plan.row for window, _ in windows])
-        ends = starts + [len(window.waves[0]) for window, _ in windows]
-        scores_WC = np.stack([scores for _, scores in windows])
+    def gather(self, heard: Sequence[Heard], aggregate: Aggregate = "auto") -> ClipScores:
+        """A clip's scores from those of its windows."""
+        times_W2 = np.array([span for span, _ in heard])
+        scores_WC = np.stack([clip_C for _, clip_C in heard])
         if aggregate == "auto":
             aggregate = "mean" if self.info.task == "single-label" else "max"
-        clip_C = scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0)
-        return ClipScores(clip_C, np.stack([starts, ends], axis=1) / plan.rate, scores_WC)
+        return ClipScores(scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0), times_W2, scores_WC)
 
     def hear(
         self, windows: Iterable[tuple[T, Window]], batch_size: int = 16

@@ -124,7 +124,7 @@ class EventFinder:
         """The classes of one filter through its next rows; nearly all of them nearly always have nothing to say."""
         first, one.next = one.next, one.next + len(rows_RK)
         lows_K = np.array([self._classes[c].settings.lowest for c in one.columns])
-        touched_K = (rows_RK >= lows_K).any(axis=0)
+        touched_K = np.greater_equal(rows_RK, lows_K).any(axis=0).tolist()
         for k, c in enumerate(one.columns):
             if touched_K[k] or self._classes[c].busy:
                 for row, score in enumerate(rows_RK[:, k].tolist(), start=first):

@@ -113,7 +113,7 @@ def test_a_picture_shows_what_is_heard_when(tones, save_run, sound):
     [
         (("-",), "- is stdin, which is read with --stream"),
         (("a.wav", "--top", "-1"), "--top is -1"),
-        (("a.wav", "--json", "-", "--csv", "-"), "would both write to stdout"),
+        (("a.wav", "--json", "-", "--csv", "-"), "would both write to -"),
         (("a.wav", "--hop", "9"), "expected hop and lookahead within the window"),
         (("a.wav", "--batch-size", "0"), "batch_size is 0"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -59,6 +60,18 @@ def test_events_of_long_files_are_neither_cut_nor_doubled(tones, folder):
         assert found[2:] == [[], [], []]
 
 
+def test_of_a_long_file_only_the_scores_are_kept(tones, tmp_path):
+    """It is 9 MB of samples, and its windows are 72 MB."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(140 * RATE, np.float32), RATE)
+    tones.hear = lambda windows, size: ((item, (np.zeros(3), None)) for item in windows)
+    tracemalloc.start()
+    (result,) = predict_files(tones, [tmp_path / "long.wav"], plan=tones.plan(hop=0.16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(result.scores.windows) > 800
+    assert peak < 16e6
+
+
 def test_files_folders_and_manifests_are_listed_once(folder, tmp_path):
     manifest = tmp_path / "list.jsonl"
     manifest.write_text('{"path": "audio/e.wav"}\n{"path": "gone.wav"}\n')
@@ -87,7 +100,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_was_stopped_goes_on(tones, folder, tmp_path):
+def test_what_was_stopped_goes_on(tones, folder, tmp_path, capsys):
     files, out, table = list_files([folder]), tmp_path / "out.jsonl", tmp_path / "out.csv"
     outputs = {out: "json", table: "csv"}
     plain = tmp_path / "plain.jsonl"
@@ -100,6 +113,7 @@ def test_what_was_stopped_goes_on(tones, folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_predictions(tones, files, outputs, plan=tones.plan(), show=stop, batch_size=1)
     assert not out.exists()
+    assert f"2 of 5 files are kept in {out}.part; the same command goes on" in capsys.readouterr().err
     part = tmp_path / "out.jsonl.part" / "rows.jsonl"
     assert len(rows(part)) == 3  # what made them, and two files
     with open(part, "ab") as file:
