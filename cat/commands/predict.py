@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,6 +169,8 @@ def _heard(args: argparse.Namespace, rate: int, stop: StopSignals) -> Iterator[n
     if args.files[0] != "-":
         yield from read_windows(args.files[0], rate, rate)
         return
+    if os.isatty(0):
+        raise ValueError("stdin is a terminal; send sound into it: arecord -f S16_LE -r 16000 | cat-audio predict ...")
     samples = Samples(arriving(0, stop), args.sample_rate, pcm=args.pcm, channels=args.channels)
     for wave in as_chunks(samples, samples.sample_rate, rate):
         yield wave.numpy()
