@@ -18,6 +18,7 @@ import cat_kernels
 from benchmarks import (
     ahead,
     fbank,
+    finetune,
     inference,
     kernels,
     memory,
@@ -306,6 +307,18 @@ def test_features_on_a_gpu():
     assert not results.rejected
     here = {"torch", "torch compiled"} | ({"native", fbank.GRAPH} if fbank.why_not("native", device) is None else set())
     assert {r["provider"] for r in results.rows} - {"torchaudio"} == here
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def test_a_fine_tuning_step_is_compared(monkeypatch):
+    monkeypatch.setitem(finetune.PRESETS, "tiny", dataclasses.replace(finetune.PRESETS["tiny"], depth=1))
+    results = finetune.run(settings(clips=5, frames=32, min_rounds=1))  # more than one piece of the reference
+    assert not results.rejected
+    assert {r["provider"] for r in results.rows} == {"dense", "visible"}
+    assert all(r["parity_error"] < 1e-4 for r in results.rows)
+    assert len(tables.finetune_table(results.as_dict(CPU)).rows) == 2
 
 
 # ---------------------------------------------------------------- inference

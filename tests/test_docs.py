@@ -36,12 +36,14 @@ from tests.lookalikes import (
     clap,
     classifier,
     clip,
+    esc50,
     event_finder,
     events,
     folder_of_folders,
     folds,
     manifest,
     run,
+    speech_commands,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -57,12 +59,24 @@ HELPS = [f"help of {name}" for name in COMMANDS]
 GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "README.md": {
         "path/to/audio": folder_of_folders,
+        "my/sounds": folder_of_folders,
         "data/quickstart/train.jsonl": manifest,
         "runs/quickstart": run,
-        "clip.flac": clip,
         "PATH_OR_HUB_NAME": clap,
     },
     "docs/data.md": {"data/train.jsonl": manifest},
+    "docs/finetuning.md": {
+        "my/sounds": folder_of_folders,
+        "my/test": folder_of_folders,
+        "ESC-50-master.zip": esc50,
+        "speech_commands_v0.02.tar.gz": speech_commands,
+        "events.jsonl": events,
+        "train.jsonl": manifest,
+        "valid.jsonl": manifest,
+        "test.jsonl": manifest,
+        "runs/mine": run,
+        "runs/finetuned": classifier,
+    },
     "docs/harnesses.md": {"runs/mine": run},
     "docs/inference.md": {
         "clip.flac": clip,
@@ -127,6 +141,7 @@ NEEDS: dict[str, str] = {
     r"CAT_CHECKPOINT=runs/mine python -c .*xares": "xares",
     r"import mteb": "mteb",
     r"cat-audio export .*\.onnx": "onnx",
+    r"import torch\nfrom transformers": "transformers",
 }
 # Commands whose exit code is a verdict that so little training cannot reach.
 VERDICTS = r"cat-audio (experiment|probe .*--require-better)"

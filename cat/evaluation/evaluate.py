@@ -210,7 +210,7 @@ def score_clips(
 
 def _crop(info: ClassifierInfo) -> str:
     """What of a longer clip is heard: as in the validation of the checkpoint's training."""
-    crop = str(info.config["data"].get("crop", "start"))
+    crop = str(info.config.get("data", {}).get("crop", "start"))  # a published model has no configuration of its run
     return "center" if crop == "random" else crop
 
 

@@ -9,7 +9,10 @@ Shapes: R rows of a clip, C classes.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
+import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +143,7 @@ def score_events(
     frame_ap: Mapping[str, float] | None = None,
 ) -> EventScores:
     """Scores of each clip's events, ``found`` and true, in clips of so many ``seconds``."""
-    sed_eval = _sed_eval()
+    sed_eval = import_sed_eval()
     segments = sed_eval.sound_event.SegmentBasedMetrics(list(classes), time_resolution=SEGMENT)
     for mine, true, length in zip(found, truth, seconds, strict=True):
         segments.evaluate(_dicts_of_truth(true), _dicts(mine), evaluated_length_seconds=length)
@@ -235,7 +238,7 @@ def _frame_ap(heard: HeardClips) -> dict[str, float]:
 
 
 def _collars(found: Iterable[Sequence[Event]], truth: Iterable[Sequence[Interval]], classes: Sequence[str]) -> Any:
-    metrics = _sed_eval().sound_event.EventBasedMetrics(
+    metrics = import_sed_eval().sound_event.EventBasedMetrics(
         list(classes), t_collar=COLLAR, percentage_of_length=SHARE, empty_system_output_handling="zero_score"
     )
     for mine, true in zip(found, truth, strict=True):
@@ -258,9 +261,17 @@ def _dicts_of_truth(intervals: Sequence[Interval]) -> list[dict[str, Any]]:
     return [{"onset": onset, "offset": offset, "event_label": label} for onset, offset, label in intervals]
 
 
-def _sed_eval() -> Any:
+def import_sed_eval() -> Any:
+    """sed_eval. dcase_util, on which it builds, imports pkg_resources for its examples alone; setuptools 82 and newer
+    have none."""
+    stand_in = "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
+    if stand_in:
+        sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
     try:
         import sed_eval
     except ImportError as error:
         raise ImportError(f"{EXTRA} ({error})") from error
+    finally:
+        if stand_in:
+            del sys.modules["pkg_resources"]
     return sed_eval

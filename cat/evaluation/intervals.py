@@ -86,7 +86,7 @@ def bootstrap(
 
 def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each clip was drawn, (n, R) int16, a block at a time."""
-    random = np.random.Generator(np.random.Philox(key=seed))
+    random = np.random.Generator(np.random.Philox(key=seed & ((1 << 64) - 1)))
     for start in range(0, resamples, _BLOCK):
         size = min(_BLOCK, resamples - start)
         columns = [np.bincount(random.integers(n, size=n), minlength=n) for _ in range(size)]

@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.checkpoints import CheckpointError, ClassifierInfo, hub, load_classifier
+from cat.checkpoints import ClassifierInfo, hub, load_classifier
 from cat.checkpoints.hub import ClassifierConfig
-from cat.checkpoints.store import MODEL, load_tensors
 from cat.data.features import log_mel
 from cat.encoders.waveforms import Waveform, as_clips
-from cat.model import Classifier
 from cat.prediction.windows import Plan, Window, Windower
 
 T = TypeVar("T")
@@ -88,18 +86,8 @@ class CATClassifier(nn.Module, hub.HubModel):
         """
         if not hub.is_folder(path):
             return cls(*load_classifier(path, device))
-        found = hub.read_folder(path, device)
-        if not isinstance(found.config, ClassifierConfig):
-            raise CheckpointError(
-                f"{path} is an encoder and has no classes; expected a fine-tuned model: make one with cat-audio "
-                f"finetune RECIPE encoder={path}"
-            )
-        own = {field.name: getattr(found.config, field.name) for field in dataclasses.fields(ClassifierConfig)}
-        del own["format_version"]
-        info = ClassifierInfo(path=path / MODEL, step=None, config={}, **own)
-        model = Classifier(info.model, info.head, len(info.classes)).to(device)
-        load_tensors(model, found.tensors, str(path))
-        return cls(model, info, card=found.card)
+        model, info, card = hub.read_classifier(path, device)
+        return cls(model, info, card=card)
 
     def hub_parts(self) -> tuple[ClassifierConfig, dict[str, Tensor], hub.Origin | str | None]:
         info = self.info

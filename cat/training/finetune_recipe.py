@@ -25,7 +25,7 @@ from cat.data.labels import TASKS, Labels, labels_of
 from cat.model import HeadConfig, ModelConfig, rows_of
 from cat.training.layerwise import FinetuneOptimConfig
 from cat.training.losses import LossConfig
-from cat.training.recipe import SECTION_PRESETS, RunConfig, named
+from cat.training.recipe import SECTION_PRESETS, RunConfig, check_purpose, named
 
 NONE = "none"  # in place of an encoder
 # Of the encoder; the rest of `ModelConfig` is the decoder's, and what runs the operators.
@@ -138,6 +138,7 @@ def load_finetune_recipe(path: str | os.PathLike[str], overrides: Sequence[str] 
     `cat.data.ManifestError`.
     """
     recipe = read_yaml(path)
+    check_purpose(recipe, path, "finetune")
     given = with_overrides(recipe, overrides)
     encoder, train = given.get("encoder", NONE), _section(given, "data").get("train")
     if not train:

@@ -158,6 +158,7 @@ def test_a_signal_wherever_it_comes(tmp_path, recipe, undisturbed, monkeypatch, 
     assert goes_on(tmp_path / "run", recipe, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_some_moment(tmp_path, recipe, undisturbed):
     command = [sys.executable, "-m", "cat", "finetune", str(recipe), f"run.dir={tmp_path}", "run.name=run"]
     process = subprocess.Popen([*command, "data.num_workers=1"], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
@@ -237,7 +238,7 @@ def test_other_labels_do_not_resume(tmp_path, recipe, folder, capsys):
 def test_a_run_goes_on_with_the_command_that_began_it(undisturbed, capsys):
     assert main(["pretrain", "--resume", str(undisturbed)]) == 1
     told = capsys.readouterr().err
-    assert f"begun by cat-audio finetune; go on with: cat-audio finetune --resume {undisturbed}" in told
+    assert f"so it is a recipe for: cat-audio finetune --resume {undisturbed}" in told
 
 
 # ---------------------------------------------------------------- the result
@@ -468,6 +469,14 @@ def test_events_from_strong_and_from_weak_labels(tmp_path, recipe, folder):
 def test_recipes_that_contradict_themselves(recipe, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_finetune_recipe(recipe, changes)
+
+
+def test_a_recipe_for_pre_training_is_told(recipe, capsys):
+    tiny = REPOSITORY / "recipes" / "tiny.yaml"
+    assert main(["finetune", str(tiny), "data.train=x"]) == 1
+    assert f"so it is a recipe for: cat-audio pretrain {tiny}" in capsys.readouterr().err
+    assert main(["pretrain", str(recipe)]) == 1
+    assert f"so it is a recipe for: cat-audio finetune {recipe}" in capsys.readouterr().err
 
 
 def test_labels_that_training_does_not_know(tmp_path, recipe, folder):
