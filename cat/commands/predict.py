@@ -88,7 +88,7 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
     events.add_argument("--events", action="store_true", help="onset and offset of sounds; needs a frame head")
     events.add_argument("--threshold", type=float, metavar="P", help="for all classes")
     events.add_argument("--low", type=float, metavar="P", help="where an event that reached the threshold ends")
-    events.add_argument("--median", type=int, metavar="ROWS", help="width of the filter; 1 is none")
+    events.add_argument("--median", type=int, metavar="ROWS", help="of patches in the filter (160 ms); 1 is none")
     events.add_argument("--gap", type=float, metavar="S", help="join events that are no further apart")
     events.add_argument("--shortest", type=float, metavar="S", help="drop shorter events")
 
