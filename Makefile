@@ -28,6 +28,8 @@ BUILT := $(VENV)/.built
 SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/fbank/*)
 DATA := data/quickstart
 RUN := runs/quickstart
+CLASSIFIER := runs/quickstart-classifier
+SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -37,11 +39,14 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The steps are the commands a user would type.
-quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it against an untrained twin (minutes)
+quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fine-tune it, use it (minutes)
 	$(BIN)/cat-audio synth $(DATA) --seed 0 --force
 	$(BIN)/cat-audio pretrain recipes/quickstart.yaml --overwrite
 	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
-	    --require-better --figures
+	    --require-better --figures --no-cache
+	$(BIN)/cat-audio finetune recipes/quickstart-classifier.yaml --overwrite
+	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
+	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN)
 
 test: $(BUILT) ## run the tests; those marked gpu only where there is one
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
@@ -75,7 +80,7 @@ docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	@echo "docs/build/index.html"
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
-	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN)
+	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)
 	rm -f cat_kernels/_C*.so cat_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

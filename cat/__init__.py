@@ -4,6 +4,10 @@ from cat import CATEncoder
 encoder = CATEncoder.from_pretrained("runs/quickstart")  # a run, a checkpoint, a .safetensors file, a hub folder
 out = encoder(waveforms, sample_rate)                    # out.clip (B, D), out.frames (B, H, D), out.times, ...
 
+from cat import CATClassifier
+classifier = CATClassifier.from_pretrained("runs/esc50") # fine-tuned
+classifier(waveforms, sample_rate).top(3)                # of each clip, [(label, score), ...]
+
 from cat import load_encoder
 encoder, info = load_encoder("runs/quickstart")        # a run, a checkpoint or a .safetensors file
 tokens = encoder(spec)                                 # (B, 1+L, D): CLS, then one token per patch
@@ -20,12 +24,14 @@ from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from cat.encoders import CATEncoder
+    from cat.prediction import CATClassifier
 
-_LATER = {"CATEncoder": "cat.encoders"}
+_LATER = {"CATClassifier": "cat.prediction", "CATEncoder": "cat.encoders"}
 
 __all__ = [
     "CAT",
     "PRESETS",
+    "CATClassifier",
     "CATEncoder",
     "Encoder",
     "MaskConfig",

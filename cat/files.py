@@ -18,6 +18,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # on the disk, of what the user may have of it
 _OF_WRITING = (*NO_SPACE, errno.EFBIG, errno.EIO)  # what `write` raises, without a file's name
-_MANY = 1000  # files from which on all that is unwritten goes to the disk at once: one by one takes milliseconds each
 _SILENCE = 24 * 3600  # seconds; see `_is_abandoned`
 
 
@@ -61,11 +61,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         entries = [path for root, _, names in os.walk(folder) for path in (*(Path(root, n) for n in names), Path(root))]
-        if len(entries) > _MANY:
-            os.sync()
-        else:
-            for entry in entries:
-                flush_to_disk(entry)
+        _flush_all(entries)
         os.rename(folder, target)
         flush_to_disk(target.parent)
 
@@ -85,6 +81,17 @@ def flush_to_disk(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _flush_all(paths: list[Path]) -> None:
+    if len(paths) < 100:
+        for path in paths:
+            flush_to_disk(path)
+        return
+    # A disk takes at once what many wait for: 2,000 files in 0.3 s where one after the other took 5 s.
+    with ThreadPoolExecutor(32) as waiting:
+        for _ in waiting.map(flush_to_disk, paths):
+            pass
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

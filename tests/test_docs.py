@@ -1,9 +1,10 @@
 """What the documentation promises has a test, by the name it gives; what it tells its readers to type runs.
 
 Every command and Python block of a page runs, in the page's order, in a folder of its own that holds what the page
-takes for granted (`GIVEN`, `NAMES`). Recipes and data sets are made small by what `SMALL` puts in front of a command's
-own arguments. What cannot run in a test is in `NOT_RUN` with a reason. A command that is new in a page needs a line
-here only where it asks for a file that no earlier command made, or takes long.
+takes for granted (`GIVEN`, made by `tests/lookalikes.py`; `NAMES`). Recipes and data sets are made small by what
+`SMALL` puts in front of a command's own arguments. What cannot run in a test is in `NOT_RUN` with a reason, what runs
+only where a package is in `NEEDS`. A command that is new in a page needs a line here only where it asks for a file that
+no earlier command made, or takes long.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,20 @@ from tests.documented import (
     run_in_shell,
     steps_of,
 )
+from tests.lookalikes import (
+    SMALL,
+    clap,
+    classifier,
+    clip,
+    esc50,
+    event_finder,
+    events,
+    folder_of_folders,
+    folds,
+    manifest,
+    run,
+    speech_commands,
+)
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
 TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
@@ -40,81 +55,72 @@ HELPS = [f"help of {name}" for name in COMMANDS]
 
 # ---------------------------------------------------------------- what the pages take for granted
 
-
-def folder_of_folders(path: Path) -> None:
-    """Two kinds of sound, four short clips each, in a subfolder a kind."""
-    import soundfile
-
-    random = np.random.default_rng(0)
-    for label in ("hiss", "hum"):
-        (path / label).mkdir(parents=True)
-        for number in range(4):
-            wave = random.normal(size=9000) if label == "hiss" else np.sin(np.arange(9000) * (0.1 + 0.01 * number))
-            soundfile.write(path / label / f"{number}.wav", 0.1 * wave, 16000)
-
-
-def manifest(path: Path) -> None:
-    """A labelled manifest and, beside it, the folder it lists."""
-    from cat.data import load_manifest, write_manifest
-
-    folder = path.with_suffix("")
-    folder_of_folders(folder)
-    write_manifest(load_manifest(folder), path)
-
-
-def clip(path: Path) -> None:
-    import soundfile
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, 0.1 * np.random.default_rng(0).normal(size=24000), 16000)
-
-
-def run(path: Path) -> None:
-    """A pre-training run of two steps."""
-    audio = path.parent / ".audio"
-    if not audio.exists():
-        folder_of_folders(audio)
-    recipe = str(ROOT / "recipes" / "tiny.yaml")
-    own = [f"data.train={audio}", f"run.dir={path.parent}", f"run.name={path.name}", "run.figures=false"]
-    assert main(["pretrain", recipe, *SMALL["pretrain"], *own, "--quiet"]) == 0
-
-
-def clap(path: Path) -> None:
-    from tests.cat.encoders.test_frozen import save_clap
-
-    save_clap(path, mel_bins=16, truncation="rand_trunc")
-
-
 # page -> {name in its commands: what makes it}, before the page's first command.
 GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "README.md": {
         "path/to/audio": folder_of_folders,
+        "my/sounds": folder_of_folders,
         "data/quickstart/train.jsonl": manifest,
         "runs/quickstart": run,
-        "clip.flac": clip,
         "PATH_OR_HUB_NAME": clap,
     },
     "docs/data.md": {"data/train.jsonl": manifest},
+    "docs/finetuning.md": {
+        "my/sounds": folder_of_folders,
+        "my/test": folder_of_folders,
+        "ESC-50-master.zip": esc50,
+        "speech_commands_v0.02.tar.gz": speech_commands,
+        "events.jsonl": events,
+        "train.jsonl": manifest,
+        "valid.jsonl": manifest,
+        "test.jsonl": manifest,
+        "runs/mine": run,
+        "runs/finetuned": classifier,
+    },
     "docs/harnesses.md": {"runs/mine": run},
+    "docs/inference.md": {
+        "clip.flac": clip,
+        "path/to/audio": folder_of_folders,
+        "runs/mine": run,
+        "runs/sounds": classifier,
+        "runs/events": event_finder,
+    },
     "docs/training.md": {"my/audio": folder_of_folders},
+    "help of finetune": {
+        "my/sounds": folder_of_folders,
+        "a.jsonl": manifest,
+        "b.jsonl": manifest,
+        "esc50.jsonl": folds,
+        "runs/tiny": run,
+        "runs/base": run,
+    },
     "help of pretrain": {"my/audio": folder_of_folders},
+    "recipes/as20k-released.yaml": {"balanced.jsonl": manifest, "eval.jsonl": manifest, "runs/base": run},
+    "recipes/as20k.yaml": {"balanced.jsonl": manifest, "eval.jsonl": manifest, "runs/base": run},
+    "recipes/as2m-released.yaml": {"unbalanced.jsonl": manifest, "eval.jsonl": manifest, "runs/base": run},
+    "recipes/as2m.yaml": {"unbalanced.jsonl": manifest, "eval.jsonl": manifest, "runs/base": run},
     "recipes/base.yaml": {"data/audioset/train.jsonl": manifest},
-    "recipes/quickstart.yaml": {},
+    "recipes/esc50-released.yaml": {"esc50.jsonl": folds, "runs/base": run},
+    "recipes/esc50.yaml": {"esc50.jsonl": folds, "runs/base": run},
+    "recipes/events.yaml": {"train.jsonl": events, "valid.jsonl": events, "runs/tiny": run},
+    "recipes/finetune.yaml": {
+        "my/sounds": folder_of_folders,
+        "train.jsonl": manifest,
+        "test.jsonl": manifest,
+        "runs/tiny": run,
+    },
+    "recipes/spcv2-released.yaml": {"train-and-valid.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
+    "recipes/spcv2.yaml": {
+        "train.jsonl": manifest,
+        "valid.jsonl": manifest,
+        "test.jsonl": manifest,
+        "runs/base": run,
+    },
     "recipes/tiny.yaml": {"my/folder": folder_of_folders},
 }
 # page -> names that its Python blocks use and do not define.
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/training.md": lambda: {"spec": torch.randn(1, 1, 64, 128)},
-}
-MODEL = "channels=[8,8] embed_dim=16 depth=1 num_heads=2 decoder_dim=16 decoder_layers=1 decoder_groups=2"
-# command -> arguments in front of its own; the page's, which come later, win.
-SMALL: dict[str, list[str]] = {
-    "synth": ["--clips-per-class", "2", "--eval-clips-per-class", "2", "--classes", "bell", "rain", "siren"],
-    "pretrain": [
-        *(f"model.{field}" for field in MODEL.split()),
-        *("masks.num_masks=2", "features.frames=64", "data.batch_size=4", "data.num_workers=0"),
-        *("optim.steps=2", "optim.warmup_steps=1", "ema.steps=2", "run.checkpoint_every=2", "run.threads=1"),
-    ],
 }
 # What cannot run here, by how it begins, and why. Of ours at least the arguments are checked.
 NOT_RUN: dict[str, str] = {
@@ -134,11 +140,17 @@ NOT_RUN: dict[str, str] = {
 NEEDS: dict[str, str] = {
     r"CAT_CHECKPOINT=runs/mine python -c .*xares": "xares",
     r"import mteb": "mteb",
+    r"cat-audio export .*\.onnx": "onnx",
+    r"import torch\nfrom transformers": "transformers",
 }
 # Commands whose exit code is a verdict that so little training cannot reach.
 VERDICTS = r"cat-audio (experiment|probe .*--require-better)"
 # Programs that a pipe may begin or end with: scripts that stand in for them.
-PROGRAMS: dict[str, str] = {}
+PROGRAMS: dict[str, str] = {
+    "arecord": "head -c 48000 /dev/zero",
+    "ffmpeg": f"exec {sys.executable} -c 'import soundfile, sys; "
+    'soundfile.write(sys.stdout.buffer, *soundfile.read("clip.flac"), format="WAV")\'',
+}
 
 
 # ---------------------------------------------------------------- what it promises
@@ -159,7 +171,14 @@ def test_every_row_of_robustness_names_a_test_that_exists() -> None:
 # ---------------------------------------------------------------- what it tells to type
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES + OTHERS + HELPS if steps_of(page)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if len(steps_of(page)) > 4 else [])
+        for page in PAGES + OTHERS + HELPS
+        if steps_of(page)
+    ],
+)
 def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("soundfile", "yaml", "sklearn", "matplotlib"):
         pytest.importorskip(module)
@@ -205,11 +224,10 @@ def run_step(step: Step, folder: Path, names: dict[str, Any]) -> None:
 
 def made_small(words: list[str]) -> list[str]:
     """`SMALL` goes behind the recipe, where there is one; a run that is resumed has its settings."""
-    small = SMALL.get(words[0], [])
     if "--resume" in words:
         return words
-    after = 2 if len(words) > 1 and not words[1].startswith("-") else 1
-    return [*words[:after], *small, *words[after:]]
+    after = 2 if len(words) > 1 and words[1].endswith(".yaml") else 1
+    return [*words[:after], *SMALL.get(words[0], []), *words[after:]]
 
 
 def why_not_run(step: Step) -> str | None:
@@ -228,9 +246,8 @@ def is_here(package: str) -> bool:
 def test_the_tables_hold_nothing_that_no_page_needs() -> None:
     steps = [step for page in PAGES + OTHERS + HELPS for step in steps_of(page)]
     assert len(steps) > 30
-    texts = [step.text for step in steps]
     assert [begin for begin in (*NOT_RUN, *NEEDS) if not any(begins(step, begin) for step in steps)] == []
-    assert [command for command in SMALL if not any(f"cat-audio {command} " in text for text in texts)] == []
+    assert set(SMALL) <= set(COMMANDS)
     for page, given in GIVEN.items():
         text = "\n".join(step.text for step in steps if step.page == page)
         assert [name for name in given if name not in text] == [], page
@@ -243,7 +260,7 @@ def test_commands_in_running_text_exist(page: str) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for step in make_targets(page):
         assert step.text.split()[1] in targets, f"{step}: the Makefile has no such target"
-    for module in re.findall(r"python -m ([\w.]+)", (ROOT / page).read_text(encoding="utf-8")):
+    for module in re.findall(r"python -m ((?:cat|benchmarks)\b[\w.]*)", (ROOT / page).read_text(encoding="utf-8")):
         assert importlib.util.find_spec(module), f"{page}: python -m {module}: there is no such module"
 
 

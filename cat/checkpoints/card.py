@@ -5,6 +5,7 @@ Of paths, which are somebody's own, only the last name is shown. What is not kno
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -13,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 _RECIPE = ("optim", "objective", "masks", "ema", "loss", "head", "augment")  # sections that say how it was trained
-_SCORES = "scores.json"  # beside a checkpoint or in its run, as `finetune` and `evaluate` write it
+# Beside a checkpoint or in its run: what `finetune` and `evaluate` write.
+_SCORES = ("scores.json", "evaluation/*/evaluation.json")
 
 
 def model_card(
@@ -126,14 +128,14 @@ def _scores(file: Path | None, step: int | None) -> str:
     """Of the very step only: a run has other checkpoints, with other scores."""
     if file is None or step is None:
         return "The checkpoint has none."
-    for folder in (file.parent, file.parent.parent.parent):
-        try:
-            rows = list(_rows(json.loads((folder / _SCORES).read_text(encoding="utf-8")), step))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing that can be told
-            continue
-        if rows:
-            return "\n".join(["| data | metric | value |", "|---|---|---|", *rows])
-    return "None were found beside the checkpoint."
+    folders = [file.parent, *([file.parents[2]] if file.parent.parent.name == "checkpoints" else [])]
+    rows: list[str] = []
+    for written in (path for folder in folders for name in _SCORES for path in sorted(folder.glob(name))):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing to be told
+            rows += list(_rows(json.loads(written.read_text(encoding="utf-8")), step))
+    if not rows:
+        return "None were found beside the checkpoint."
+    return "\n".join(["| data | metric | value |", "|---|---|---|", *dict.fromkeys(rows)])
 
 
 def _rows(found: Mapping[str, Any], step: int) -> Iterator[str]:

@@ -36,7 +36,7 @@ class ClassifierInfo:
 
 
 def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> tuple[Classifier, ClassifierInfo]:
-    """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory or a .safetensors file, in eval
+    """The classifier of a fine-tuning run (its best checkpoint), a checkpoint directory or a .safetensors file, in eval
     mode; the average of its weights, where the run kept one.
 
     Raises: `CheckpointError`, also for a pre-trained checkpoint, which has no head.

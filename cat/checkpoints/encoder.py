@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat.checkpoints.store import MODEL, STATE, CheckpointError, PathLike, load_tensors, newest, read_tensors
+from cat.checkpoints.store import (
+    MODEL,
+    STATE,
+    CheckpointError,
+    PathLike,
+    best,
+    load_tensors,
+    newest,
+    read_state,
+    read_tensors,
+)
 from cat.config import from_mapping
 from cat.data.features import FeatureConfig
 from cat.model import Encoder, ModelConfig
@@ -33,7 +43,8 @@ class EncoderInfo:
 def load_encoder(
     path: PathLike, weights: str = "student", device: torch.device | str = "cpu"
 ) -> tuple[Encoder, EncoderInfo]:
-    """The encoder of a run directory (newest checkpoint), a checkpoint directory or a .safetensors file, in eval mode.
+    """The encoder of a run directory (its `chosen` checkpoint), a checkpoint directory or a .safetensors file, in eval
+    mode.
 
     ``weights``: "student" (what the released recipe fine-tunes) or "teacher" (its moving average); of a fine-tuned
     checkpoint the one encoder that it has is the student. Names may have the
@@ -64,7 +75,8 @@ class ModelFile:
 
 
 def read_model(path: PathLike, device: torch.device | str = "cpu") -> ModelFile:
-    """The file with the weights of a run directory (newest checkpoint), a checkpoint directory or a .safetensors file.
+    """The file with the weights of a run directory (of its `chosen` checkpoint), a checkpoint directory or a
+    .safetensors file.
 
     Raises: `CheckpointError`.
     """
@@ -120,6 +132,14 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
+def chosen(run_dir: PathLike) -> Path | None:
+    """The checkpoint that a run offers: of fine-tuning the best on its validation split, of pre-training the newest."""
+    last = newest(run_dir)
+    if last is None or "classes" not in read_state(last)["config"]:
+        return last
+    return best(run_dir) or last
+
+
 def _model_file(path: Path) -> Path:
     if path.is_file():
         return path
@@ -129,7 +149,7 @@ def _model_file(path: Path) -> Path:
         )
     if (path / MODEL).exists() or (path / STATE).exists():
         return path / MODEL
-    checkpoint = newest(path)
+    checkpoint = chosen(path)
     if checkpoint is None:
         raise CheckpointError(
             f"{path} holds no checkpoint; expected a run directory with checkpoints/step-*, a checkpoint directory or "

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from cat.checkpoints.card import model_card
-from cat.checkpoints.store import MODEL, CheckpointError, PathLike, read_tensors, save_tensors
+from cat.checkpoints.classifier import TASKS, ClassifierInfo
+from cat.checkpoints.store import MODEL, CheckpointError, PathLike, load_tensors, read_tensors, save_tensors
 from cat.config import ConfigError, from_mapping
 from cat.data.features import FeatureConfig
 from cat.files import new_folder
-from cat.model import HeadConfig, ModelConfig
+from cat.model import Classifier, HeadConfig, ModelConfig
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -96,6 +97,8 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if not self.classes or len(self.classes) != len(self.class_names):
             raise ValueError(f"{len(self.classes)} classes with {len(self.class_names)} names; expected one name each")
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
         _check_version(self.format_version)
 
 
@@ -247,6 +250,19 @@ def read_folder(path: PathLike, device: torch.device | str = "cpu") -> Folder:
     return Folder(config, tensors, card.read_text(encoding="utf-8") if card.is_file() else None)
 
 
+def read_classifier(path: Path, device: torch.device | str = "cpu") -> tuple[Classifier, ClassifierInfo, str | None]:
+    """As `load_classifier`, of a folder, with its model card. Raises as `read_folder`."""
+    found = read_folder(path, device)
+    config = found.config
+    if not isinstance(config, ClassifierConfig):
+        raise CheckpointError(f"{path} is an encoder and has no classes; expected the folder of a classifier")
+    model = Classifier(config.model, config.head, len(config.classes)).to(device)
+    load_tensors(model, found.tensors, str(path))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del values["format_version"]
+    return model.eval(), ClassifierInfo(path=path / MODEL, step=None, config={}, **values), found.card
+
+
 def write_folder(
     path: PathLike,
     config: EncoderConfig | ClassifierConfig,
@@ -263,6 +279,11 @@ def write_folder(
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(
             f"{path} exists and has something in it; expected a new or empty folder: delete it, or name another"
+        )
+    if license and isinstance(origin, str):
+        raise ValueError(
+            f"license is {license!r}, but the model came with a model card, which is kept; name it in the {CARD} of "
+            "the folder that it came from, or in the new one"
         )
     model = dataclasses.replace(config.model, kernels="auto")  # what runs here need not run elsewhere
     own = dataclasses.asdict(dataclasses.replace(config, model=model))

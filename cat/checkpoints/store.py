@@ -256,9 +256,7 @@ def read_state(path: PathLike) -> dict[str, Any]:
         or not isinstance(state.get("step"), int)
         or not isinstance(state.get("config"), dict)
     ):
-        raise CheckpointError(
-            f"{file} lacks 'step' or 'config'; expected what `cat-audio` writes: {remedy(path)}"
-        )
+        raise CheckpointError(f"{file} lacks 'step' or 'config'; expected what `cat-audio` writes: {remedy(path)}")
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} is of format {state.get('format')!r}; expected {FORMAT}: use the version that wrote it"

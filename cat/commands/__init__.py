@@ -25,12 +25,14 @@ COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
     "finetune": ("cat.commands.finetune", "train a classifier on a pre-trained encoder by a recipe"),
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
-    "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, attention, all layers"),
+    "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
-    "export": ("cat.commands.export", "write an encoder or a classifier as ONNX or for torch.export"),
-    "embed": ("cat.commands.embed", "write an encoder's embeddings of a data set's clips, to pre-train with"),
-    "dataset": ("cat.commands.dataset", "turn a public data set into manifests with its official splits"),
+    "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
+    "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
+    "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
+    "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
@@ -40,7 +42,7 @@ COMMANDS = {
 GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict", "export"),
+    "use": ("predict", "encode", "similar", "export"),
     "prepare": ("dataset", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
@@ -53,7 +55,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cat-audio",
         usage="cat-audio [--debug] COMMAND ...",
-        description="Convolutional Audio Transformer: pre-train, embed and probe.",
+        description="Convolutional Audio Transformer: train it, judge it, use it.",
         epilog=_overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

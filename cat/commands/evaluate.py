@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from cat.checkpoints import ClassifierInfo, load_classifier
+from cat.checkpoints import ClassifierInfo
 from cat.checkpoints.store import step_name
 from cat.data.manifest import Manifest, load_manifest
 from cat.device import pick_device
 from cat.evaluation.evaluate import Evaluation, evaluate, spectrograms
+from cat.evaluation.events import write_chosen
 from cat.evaluation.intervals import RESAMPLES
 from cat.evaluation.report import format_report, outputs, write_report
 from cat.figures import is_figure
 from cat.figures.scores import Panel, write_class_scores, write_confusion, write_curves, write_mistakes
+from cat.model import Classifier
 from cat.outputs import Output, claim
+from cat.prediction import CATClassifier
+from cat.prediction.events import home_of_settings, is_settings, run_of
 
 PICTURES = ("classes", "confusion", "curves", "mistakes")  # confusion: with one label a clip only
 
@@ -30,6 +35,10 @@ Clips are heard as in the validation of fine-tuning: of one that is longer than 
 that data.crop says (the centre for "random"). Intervals come from drawing the clips with replacement; they do not tell
 how much another training would differ. Classes without a clip, and clips without a label, are left out and named.
 
+A checkpoint that finds events is also judged by these, where DATA says when they are (the field "events"): they are
+found by the settings in events.json beside the checkpoint or in its run, else by the default ones. With --choose-events
+DATA, a validation split, chooses the settings, and events.json is written for the next evaluate and for predict.
+
 Exit code 0 when scores were written, also when clips could not be read; 1 when nothing was written, as when more than
 --max-failed-share of the clips could not be read.
 """
@@ -39,13 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "Score a fine-tuned checkpoint on labelled clips: mAP, accuracy and others, with intervals."
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run directory of a fine-tuning, checkpoint directory or .safetensors"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="fine-tuning run, checkpoint, .safetensors, or a published model's folder",
     )
     parser.add_argument("data", metavar="DATA", help="labelled clips: folder of folders, .jsonl, .tsv or .json")
     parser.add_argument(
         "-o", "--out", type=Path, default=None, help="default: evaluation/DATA-STEP in the run directory"
     )
     parser.add_argument("--figures", action="store_true", help="draw pictures into OUT/figures/")
+    parser.add_argument(
+        "--choose-events", action="store_true", help="choose the settings of events on DATA: events.json"
+    )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-workers", type=int, default=0)
@@ -71,17 +85,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device, "--device")
     manifest = load_manifest(args.data)
-    classifier, info = load_classifier(args.checkpoint, device)
+    classifier = CATClassifier.from_folder(Path(args.checkpoint), device=device)
+    info = classifier.info
     out = args.out or _default_out(info, manifest)
     drawn = [name for name in PICTURES if name != "confusion" or info.task == "single-label"] if args.figures else []
     pictures = {name: out / "figures" / f"{name}.png" for name in drawn}
+    settings = home_of_settings(info.path)
+    chosen = [Output(settings, is_settings, "a copy of the checkpoint")] if args.choose_events else []
     claim(
-        [*outputs(out), *(Output(path, is_figure, "another --out") for path in pictures.values())],
+        [*outputs(out), *chosen, *(Output(path, is_figure, "another --out") for path in pictures.values())],
         inputs=[info.path, manifest.source],
         overwrite=args.overwrite,
     )
     evaluation = evaluate(
-        classifier,
+        cast(Classifier, classifier.model),
         info,
         manifest,
         batch_size=args.batch_size,
@@ -89,10 +106,14 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         seed=args.seed,
         max_failed_share=args.max_failed_share,
+        choose_events=args.choose_events,
         progress=not args.quiet,
     )
     arguments = {name: value for name, value in vars(args).items() if not callable(value)}
     written = write_report(out, evaluation, info, arguments)
+    if args.choose_events and evaluation.events is not None:
+        events = evaluation.events
+        written.append(write_chosen(info.path, events.settings, manifest.source, events.scores))
     print(format_report(evaluation, info))
     print(f"written: {', '.join(map(str, written))}")
     if pictures:
@@ -103,17 +124,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _default_out(info: ClassifierInfo, manifest: Manifest) -> Path:
     """evaluation/DATA-STEP in the run directory of a checkpoint, or beside a .safetensors file."""
-    file = info.path.absolute()
-    run = next((folder for folder in file.parents[:3] if (folder / "config.yaml").is_file()), file.parent)
     data = (manifest.source or manifest.root).absolute()
     name = data.name if data.is_dir() else data.stem
-    return run / "evaluation" / (name if info.step is None else f"{name}-{step_name(info.step)}")
+    return run_of(info.path) / "evaluation" / (name if info.step is None else f"{name}-{step_name(info.step)}")
 
 
 def _draw(pictures: dict[str, Path], evaluation: Evaluation, info: ClassifierInfo) -> None:
     scored, scores, intervals = evaluation.scored, evaluation.scores, evaluation.intervals
     names = info.class_names
-    title = f"{info.path.parent.name}, {scores.clips} clips"
+    file = info.path.absolute()
+    step = "" if info.step is None else f", step {info.step}"
+    title = f"{file.name if run_of(file) == file.parent else run_of(file).name}{step}, {scores.clips} clips"
     values = np.array([np.nan if one.ap is None else one.ap for one in scores.classes])
     counts = [one.clips for one in scores.classes]
     write_class_scores(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 from pathlib import Path
 
 from cat.config import ConfigError
+from cat.figures import write_finetune_figure
 from cat.progress import say
 from cat.training.directory import sole_writer
 from cat.training.finetune import FinetuneResult, finetune, profile
 from cat.training.finetune_recipe import FinetuneConfig, load_finetune_recipe
 from cat.training.profiling import STEPS
-from cat.training.recipe import read_run
+from cat.training.recipe import find_recipe, read_run
 from cat.training.repeats import finetune_repeats
 
 EXAMPLES = """\
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and (args.overwrite or args.folds or args.seeds != 1):
         raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
-    config, run_dir = _config(Path(args.recipe), args.overrides, resume=args.resume)
+    config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
         print(profile(config, run_dir, resume=args.resume).table())
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     with sole_writer(run_dir):
         result = finetune(config, run_dir, **options)
         print(_summary(result, config), flush=True)
+        if config.run.figures and result.scores is not None and importlib.util.find_spec("matplotlib"):
+            write_finetune_figure(run_dir, result.scores["metric"])
     return 128 + result.run.stopped_by if result.run.stopped_by else 0
 
 

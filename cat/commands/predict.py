@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from cat.data.audio import read_windows
+from cat.device import pick_device
 from cat.encoders.waveforms import as_chunks
+from cat.figures import is_figure, write_prediction
+from cat.outputs import Output, claim
 from cat.prediction import CATClassifier, Event, EventSettings
-from cat.prediction.events import read_settings, settings_file
+from cat.prediction.events import settings_of
 from cat.prediction.files import event_row, list_files, require_frames
 from cat.prediction.outputs import Row, write_predictions, writer
 from cat.prediction.stream import PCM, EventStream, Samples, arriving
@@ -36,8 +39,10 @@ Exit code 0 when all files are done, 1 when some could not be read.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "The classes, or the sound events, that a fine-tuned model hears in audio."
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="fine-tuning run, checkpoint or .safetensors")
-    parser.add_argument("files", metavar="FILES", nargs="*", help="audio files, folders of them, manifests")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="fine-tuning run, checkpoint, .safetensors, hub folder or name"
+    )
+    parser.add_argument("files", metavar="FILES", nargs="+", help="audio files, folders of them, manifests")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to tell (default 5; 0: all)")
     parser.add_argument("--json", metavar="FILE", help="JSON Lines, a file a line; - for stdout")
     parser.add_argument("--csv", metavar="FILE", help="a line a class, or an event; - for stdout")
@@ -69,7 +74,7 @@ def _add_stream(parser: argparse.ArgumentParser) -> None:
         "Tells an event when its onset is certain, and once more when it has ended. The windows' hop and lookahead are "
         "an eighth of a window by default: an onset is told after the lookahead, and the hop at most.",
     )
-    stream.add_argument("--stream", metavar="FILE", help="a file of any length, or - for stdin: WAV, or raw samples")
+    stream.add_argument("--stream", action="store_true", help="FILES is one of any length, or - for stdin (WAV, raw)")
     stream.add_argument("--sample-rate", type=int, metavar="HZ", help="of raw samples on stdin")
     stream.add_argument("--pcm", choices=list(PCM), default="s16", help="of raw samples, little-endian (default s16)")
     stream.add_argument("--channels", type=int, default=1, metavar="N", help="of raw samples, interleaved (default 1)")
@@ -90,17 +95,19 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.top < 0:
         raise ValueError(f"--top is {args.top}; expected a number of classes, 0 for all")
-    if "-" == args.json == args.csv:
-        raise ValueError("--json - and --csv - would both write to stdout; give one of them a file")
-    if args.stream is not None:
+    if args.json is not None and args.json == args.csv:
+        raise ValueError(f"--json and --csv would both write to {args.json}; give each another name")
+    if args.stream:
         return _follow(args)
+    if "-" in args.files:
+        raise ValueError("- is stdin, which is read with --stream; name files")
     files = list_files(args.files)
-    if not files:
-        raise ValueError("no audio files were named; give files, folders or manifests")
-    classifier = CATClassifier.from_pretrained(args.checkpoint, device=args.device)
+    classifier = CATClassifier.from_pretrained(args.checkpoint, device=pick_device(args.device, "--device"))
     plan = classifier.plan(window=args.window, hop=args.hop, lookahead=args.lookahead, step=args.step)
     if args.events:
         require_frames(classifier)
+    if args.picture is not None:
+        _check_picture(args.picture, files, args.overwrite)
     settings = _settings(classifier, args) if args.events else None
     written = {Path(out): form for form, out in (("json", args.json), ("csv", args.csv)) if out not in (None, "-")}
     failed = write_predictions(
@@ -119,16 +126,30 @@ def run(args: argparse.Namespace) -> int:
     )
     for out in written:
         print(f"written: {out}")
+    if args.picture is not None and not failed:
+        shown = plan if classifier.has_frames or args.window or args.hop else None
+        write_prediction(args.picture, classifier, files[0], plan=shown, events=settings, top=args.top or 20)
+        print(f"written: {args.picture}")
     if failed:
         say(f"{len(failed)} of {len(files)} files failed. The first: {failed[0].path}: {failed[0].error}")
     return 1 if failed else 0
 
 
+def _check_picture(picture: Path, files: list[Path], overwrite: bool) -> None:
+    if len(files) != 1:
+        raise ValueError(f"--picture shows one file, and {len(files)} were named; name the one that it is to show")
+    if picture.suffix.lower() != ".png":
+        raise ValueError(f"--picture is {picture}; expected a name that ends in .png")
+    claim([Output(picture, is_figure, "another --picture")], inputs=files, overwrite=overwrite)
+
+
 def _follow(args: argparse.Namespace) -> int:
     """Tells the events of a stream on stdout, as they come."""
-    if args.files or args.csv or args.picture or args.json not in (None, "-"):
-        raise ValueError("--stream reads one stream and writes to stdout, as text or with --json -; leave out the rest")
-    classifier = CATClassifier.from_pretrained(args.checkpoint, device=args.device)
+    if len(args.files) != 1 or args.csv or args.picture or args.json not in (None, "-"):
+        raise ValueError(
+            "--stream reads one file, or - for stdin, and writes to stdout, as text or --json -; leave out the rest"
+        )
+    classifier = CATClassifier.from_pretrained(args.checkpoint, device=pick_device(args.device, "--device"))
     plan = classifier.plan(window=args.window, hop=args.hop, lookahead=args.lookahead, step=args.step, live=True)
     stream = EventStream(classifier, _settings(classifier, args), plan)
     names = dict(zip(classifier.classes, classifier.names, strict=True))
@@ -144,8 +165,8 @@ def _follow(args: argparse.Namespace) -> int:
 
 def _heard(args: argparse.Namespace, rate: int, stop: StopSignals) -> Iterator[np.ndarray]:
     """The sound in pieces (n,) at the model's rate."""
-    if args.stream != "-":
-        yield from read_windows(args.stream, rate, rate)
+    if args.files[0] != "-":
+        yield from read_windows(args.files[0], rate, rate)
         return
     samples = Samples(arriving(0, stop), args.sample_rate, pcm=args.pcm, channels=args.channels)
     for wave in as_chunks(samples, samples.sample_rate, rate):
@@ -168,10 +189,7 @@ def _tell(events: list[Event], names: dict[str, str], form: str | None) -> None:
 
 def _settings(classifier: CATClassifier, args: argparse.Namespace) -> dict[str, EventSettings]:
     """Those that belong to the checkpoint, with what was said on the command line."""
-    file = settings_file(classifier.info.path)
-    found = {label: EventSettings() for label in classifier.classes}
-    if file is not None:
-        found = read_settings(file, classifier.classes)
+    found, _ = settings_of(classifier.info.path, classifier.classes)
     said = {name: getattr(args, name) for name in ("threshold", "low", "median", "gap", "shortest")}
     said = {name: value for name, value in said.items() if value is not None}
     if "threshold" in said and "low" not in said:

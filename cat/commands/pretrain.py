@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import signal
-from pathlib import Path
 
 from cat.config import ConfigError
 from cat.figures import write_run_figures
@@ -14,7 +13,7 @@ from cat.training.directory import sole_writer
 from cat.training.loop import RunResult
 from cat.training.pretrain import pretrain, profile
 from cat.training.profiling import STEPS
-from cat.training.recipe import PretrainConfig, load_recipe, load_run
+from cat.training.recipe import PretrainConfig, find_recipe, load_recipe, load_run
 
 EXAMPLES = """\
 examples:
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = Path(args.recipe)
+    recipe = find_recipe(args.recipe)
     if args.resume and args.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and args.overwrite:

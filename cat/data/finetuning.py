@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cat.data.audio import AudioError
 from cat.data.augment import Augmentation, AugmentConfig, draw
@@ -168,10 +169,15 @@ class _Labelled:
         batch = dataclasses.replace(batch, augmentation=augmentation)
         if self.labels is None:
             return batch
-        batch = dataclasses.replace(batch, targets=self.labels.targets(self.manifest, [cut.clip for cut in cuts]))
-        return self._with_frame_targets(batch, self.labels, cuts, frames) if self.labels.kind == "events" else batch
+        clip_targets = self.labels.targets(self.manifest, [cut.clip for cut in cuts])
+        if self.labels.kind == "events":
+            return self._with_events(batch, self.labels, clip_targets, cuts, frames)
+        return dataclasses.replace(batch, targets=clip_targets)
 
-    def _with_frame_targets(self, batch: Batch, labels: Labels, cuts: list[Cut], frames: list[int]) -> Batch:
+    def _with_events(
+        self, batch: Batch, labels: Labels, clip_targets: Tensor, cuts: list[Cut], frames: list[int]
+    ) -> Batch:
+        """With targets of the rows; and the clip's own without the events that are not in what was read of it."""
         targets = torch.zeros(len(cuts), self.grid_rows, len(labels.classes))
         known = torch.ones(len(cuts), self.grid_rows)
         augmentation = batch.augmentation
@@ -184,13 +190,15 @@ class _Labelled:
                 known[row] = 0
             else:
                 shift = self.features.frame_shift / self.features.sample_rate
-                intervals = self._moved(intervals, cut, roll * shift, count * shift)
-                targets[row] = labels.frame_targets(intervals, self.grid_rows, self.patch_size * shift)
+                heard = self._moved(intervals, cut, roll * shift, count * shift)
+                targets[row] = labels.frame_targets(heard, self.grid_rows, self.patch_size * shift)
+                lost = {label for *_, label in intervals} - {label for *_, label in heard}
+                clip_targets[row, [labels.column[label] for label in lost]] = 0
         if augmentation is not None and augmentation.mix is not None:
             known = known * known.flip(0)
         for row, seen in enumerate(batch.rows or ()):
             known[row, seen:] = 0
-        return dataclasses.replace(batch, frame_targets=targets, frame_weights=known)
+        return dataclasses.replace(batch, targets=clip_targets, frame_targets=targets, frame_weights=known)
 
     def _moved(self, intervals: list[Interval], cut: Cut, roll: float, length: float) -> list[Interval]:
         """Where the events are after the crop, the roll of the waveform, and that of the frames, all in seconds."""

@@ -167,7 +167,7 @@ class CATEncoder(nn.Module, hub.HubModel):
             finite, of another shape or type.
         """
         clips = as_clips(waveforms, sample_rate, self.sample_rate, min_samples=self.min_samples)
-        windows, numbers = self._windows(window, overlap), self._layer_numbers(layers)
+        windows, numbers = self.windows(window, overlap), self.layer_numbers(layers)
         rows = [self._rows(len(clip)) for clip in clips]
         jobs = [(b, start) for b, count in enumerate(rows) for start in windows.starts(count)]
         jobs.sort(key=lambda job: min(rows[job[0]], windows.rows))  # alike lengths go together; each clip's in order
@@ -205,9 +205,9 @@ class CATEncoder(nn.Module, hub.HubModel):
         those that `forward` gives of the whole, to rounding. ``clip`` and ``cls`` of an output are those of its frames:
         the recording's are their mean, weighted by ``rows`` (`mean_of`). Arguments and errors as in `forward`.
         """
-        windows, numbers = self._windows(window, overlap), self._layer_numbers(layers)
+        windows, numbers = self.windows(window, overlap), self.layer_numbers(layers)
         blend, given = Blend(windows), 0  # rows given
-        for batch in _batched(self._stream_windows(chunks, sample_rate, windows), batch_size):
+        for batch in _batched(self._windows_of(chunks, sample_rate, windows), batch_size):
             tokens = self._tokens([wave for _, wave in batch], numbers, patches)
             for (start, _), rows in zip(batch, tokens, strict=True):
                 blend.add(start, rows)
@@ -218,7 +218,7 @@ class CATEncoder(nn.Module, hub.HubModel):
         if len(rest):
             yield self._output([rest], numbers, patches, first=given)
 
-    def _stream_windows(
+    def _windows_of(
         self, chunks: Iterable[Waveform], sample_rate: int, windows: Windows
     ) -> Iterator[tuple[int, Tensor] | None]:
         """(first row, samples) of each window of `Windows.starts`; None where a chunk has given no more."""
@@ -248,7 +248,8 @@ class CATEncoder(nn.Module, hub.HubModel):
     def _rows(self, samples: int) -> int:
         return rows_of(1 + (samples - self.features.frame_length) // self.features.frame_shift, self.patch_size)
 
-    def _windows(self, window: float | None, overlap: float | None) -> Windows:
+    def windows(self, window: float | None = None, overlap: float | None = None) -> Windows:
+        """Of so many seconds; see `forward`. Raises: ValueError."""
         seconds = self.seconds_per_frame
         rows = max(1, self.features.frames // self.patch_size) if window is None else round(window / seconds)
         shared = rows // 4 if overlap is None else round(overlap / seconds)
@@ -259,7 +260,7 @@ class CATEncoder(nn.Module, hub.HubModel):
             )
         return Windows(rows, shared)
 
-    def _layer_numbers(self, layers: Sequence[int] | str) -> list[int]:
+    def layer_numbers(self, layers: Sequence[int] | str) -> list[int]:
         """Those asked for, without doubles, and the last one behind them."""
         depth = self.config.model.depth
         wanted = range(depth + 1) if layers == "all" else layers
@@ -322,15 +323,16 @@ def frame_times(features: FeatureConfig, patch_size: int, rows: int, *, first: i
     return twice.double() / (2 * features.sample_rate)
 
 
-def mean_of(outputs: Iterable[EncoderOutput]) -> Tensor:
-    """(E,): the clip embedding of a recording, of what `CATEncoder.stream` gives of it."""
-    total, rows = None, 0
-    for output in outputs:
-        part = output.clip[0].double() * output.rows[0]
-        total, rows, dtype = part if total is None else total + part, rows + output.rows[0], output.clip.dtype
+def mean_of(pieces: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """(E,): the mean of embeddings (E,), each with the weight of its frames. Of ``output.clip[0], output.rows[0]`` of
+    all that `CATEncoder.stream` gives of a recording it is the recording's."""
+    total, frames, dtype = None, 0, torch.float32
+    for clip_E, rows in pieces:
+        part = clip_E.double() * rows
+        total, frames, dtype = part if total is None else total + part, frames + rows, clip_E.dtype
     if total is None:
-        raise ValueError("there are no outputs; expected those of a stream")
-    return (total / rows).to(dtype)
+        raise ValueError("there are no embeddings; expected those of a stream")
+    return (total / frames).to(dtype)
 
 
 def _mean(rows_HD: Tensor) -> Tensor:

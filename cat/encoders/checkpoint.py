@@ -61,4 +61,5 @@ class CatEncoder:
 
     def of_stream(self, chunks: Iterable[np.ndarray]) -> Tensor:
         """(dim,): of a clip that comes in chunks (n,)."""
-        return mean_of(self.model.stream(chunks, self.sample_rate)).float()
+        outputs = self.model.stream(chunks, self.sample_rate)
+        return mean_of((output.clip[0], output.rows[0]) for output in outputs).float()

@@ -7,7 +7,7 @@ manifest, so that clip and embedding never part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,24 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cat.data.audio import AudioError, read_audio, read_windows
+from cat.data.audio import AudioError
 from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
-from cat.data.workers import prefetched
-from cat.encoders.frozen import WINDOW_SECONDS, FrozenEncoder, weighted_mean
+from cat.encoders.frozen import FrozenEncoder, weighted_mean
 from cat.encoders.outputs import claim_outputs, record_failures, sign
-from cat.progress import track
-
-BATCH_SECONDS = 600  # of audio that go through an encoder at once, padding counted
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A clip that got no embedding, and why."""
-
-    index: int  # place in the manifest
-    path: str
-    reason: str
+from cat.encoders.reading import Skipped, batches, read_long
 
 
 @dataclass
@@ -55,16 +43,22 @@ def embed_manifest(
     """Embeds the clips in their order. Yields (indices (k,) int64, embeddings (k, dim) float32 on the CPU, skipped) a
     batch; k may be 0. A clip is skipped when it cannot be read or its embedding is not finite.
 
-    Memory does not grow with the length of the clips: an encoder gets no more than `BATCH_SECONDS` of audio at once,
+    Memory does not grow with the length of the clips: an encoder gets no more than ten minutes of audio at once,
     and a clip longer than `WINDOW_SECONDS` in windows (see `FrozenEncoder`). Raises EncoderError, with the clips'
     names.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    # Clip by clip, so that a worker holds one at a time and only a few are on their way.
-    clips = prefetched(_Waveforms(manifest, encoder), range(len(manifest)), num_workers=num_workers)
-    clips = track(clips, len(manifest), label=encoder.name, unit="clips", enabled=progress)
-    for indices, waves, skipped in _batches(clips, batch_size, BATCH_SECONDS * encoder.sample_rate):
+    loaded = batches(
+        manifest,
+        range(len(manifest)),
+        label=encoder.name,
+        sample_rate=encoder.sample_rate,
+        min_samples=getattr(encoder, "min_samples", 1),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    for batch in loaded:
+        indices, waves, skipped = batch.indices, batch.waves, batch.skipped
         if not indices:
             yield np.empty(0, dtype=np.int64), torch.empty(0, encoder.dim), skipped
             continue
@@ -98,64 +92,6 @@ def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: ob
     )
 
 
-class _Long:
-    """In place of a clip that goes through the encoder in windows."""
-
-
-class _Waveforms:
-    def __init__(self, manifest: Manifest, encoder: FrozenEncoder) -> None:
-        self.manifest, self.sample_rate = manifest, encoder.sample_rate
-        self.min_samples: int = getattr(encoder, "min_samples", 1)
-        self.window = WINDOW_SECONDS * encoder.sample_rate
-
-    def __len__(self) -> int:
-        return len(self.manifest)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | _Long | Skipped]:
-        try:
-            samples = read_audio(
-                self.manifest.path(index),
-                self.sample_rate,
-                max_samples=self.window + 1,
-                min_samples=self.min_samples,
-            )
-            return index, _Long() if len(samples) > self.window else torch.from_numpy(samples)
-        except AudioError as error:
-            return index, Skipped(index, error.path, error.reason)
-
-
-def _batches(
-    clips: Iterable[tuple[int, Tensor | _Long | Skipped]], batch_size: int, most_samples: int
-) -> Iterator[tuple[list[int], list[Tensor], list[Skipped]]]:
-    """`batch_size` places of the manifest at a time, or fewer, so that padded to the longest of them they have no more
-    than `most_samples`: beside a long clip short ones would take as much memory as it does. A clip that comes in
-    windows has a batch to itself, without waveforms."""
-    indices: list[int] = []
-    waves: list[Tensor] = []
-    skipped: list[Skipped] = []
-    for place, (index, wave) in enumerate(clips, start=1):
-        if isinstance(wave, Skipped):
-            skipped.append(wave)
-        elif isinstance(wave, _Long):
-            if indices:
-                yield indices, waves, skipped
-                indices, waves, skipped = [], [], []
-            yield [index], [], skipped
-            skipped = []
-        else:
-            longest = max(len(wave), *(len(other) for other in waves), 0)
-            if waves and (len(waves) + 1) * longest > most_samples:
-                yield indices, waves, skipped
-                indices, waves, skipped = [], [], []
-            indices.append(index)
-            waves.append(wave)
-        if place % batch_size == 0:
-            yield indices, waves, skipped
-            indices, waves, skipped = [], [], []
-    if indices or skipped:
-        yield indices, waves, skipped
-
-
 def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], waves: list[Tensor]) -> Tensor:
     """(B, dim) float32 on the CPU."""
     waveform_Bn = torch.zeros(len(waves), max(map(len, waves)))
@@ -175,7 +111,7 @@ def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], wave
 
 def _encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
     """(1, dim): a clip's windows, made one."""
-    windows = read_windows(manifest.path(index), encoder.sample_rate, WINDOW_SECONDS * encoder.sample_rate)
+    windows = read_long(manifest, index, encoder.sample_rate)
     if hasattr(encoder, "of_stream"):
         return encoder.of_stream(windows)[None].to("cpu", torch.float32)
     rows_WE, lengths = torch.empty(0, encoder.dim), []

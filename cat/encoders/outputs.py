@@ -48,7 +48,7 @@ def claim_outputs(
             Output(out, lambda path: EmbeddingStore(path).is_as_written(), "another -o"),
             Output(sidecar, lambda path: bool(read_sidecar(path)), "another -o"),
             Output(linked, lambda path: _is_linked(path, out), "another -o or --manifest-out"),
-            Output(failures, _is_record, "another -o"),
+            Output(failures, is_record, "another -o"),
         ],
         inputs=[manifest.source, manifest.embeddings, *(_named_alike(manifest, out) if out.exists() else ())],
         overwrite=overwrite,
@@ -71,7 +71,7 @@ def record_failures(path: Path, failures: Sequence[tuple[str, str]]) -> None:
         with replacing(path) as temporary:
             lines = [json.dumps({"path": clip, "reason": reason}) for clip, reason in failures]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    elif is_own(path, _is_record):
+    elif is_own(path, is_record):
         path.unlink()
 
 
@@ -94,7 +94,8 @@ def _is_linked(path: Path, out: Path) -> bool:
     return written is None or written["sha256"] == _digest(path)
 
 
-def _is_record(path: Path) -> bool:
+def is_record(path: Path) -> bool:
+    """Whether a file is what `record_failures` writes."""
     with open(path, encoding="utf-8") as file:
         return all(set(json.loads(line)) == {"path", "reason"} for line in file)
 

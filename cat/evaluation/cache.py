@@ -356,5 +356,5 @@ def _described(value: Any) -> Any:
 
 def _identity_of_array(tensor: Tensor) -> list[Any]:
     plain = tensor.detach().cpu().contiguous()
-    content = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
-    return [str(plain.dtype), list(plain.shape), hashlib.sha256(content).hexdigest()]
+    content = plain.reshape(-1).view(torch.uint8).numpy()
+    return [str(plain.dtype), list(plain.shape), hashlib.sha256(content.data).hexdigest()]

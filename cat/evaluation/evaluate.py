@@ -8,6 +8,7 @@ Shapes: n clips, B clips of a batch, C classes.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +18,15 @@ import torch
 from cat.checkpoints.classifier import ClassifierInfo
 from cat.data.batch import Batch, Failure
 from cat.data.finetuning import scoring_batches
-from cat.data.labels import Labels
+from cat.data.labels import Labels, intervals_of
 from cat.data.loader import TooManyFailures
 from cat.data.manifest import Manifest
+from cat.evaluation.events import EXTRA, EventScores, choose_settings, evaluate_events, hear_clips
 from cat.evaluation.intervals import RESAMPLES, Intervals, bootstrap
 from cat.evaluation.metrics import Scores, scores_of
 from cat.model import Classifier
+from cat.prediction import CATClassifier, EventSettings
+from cat.prediction.events import settings_of
 from cat.progress import Progress, say
 
 MISTAKES = 12  # that are listed and drawn
@@ -58,6 +62,15 @@ class Mistake:
 
 
 @dataclass(frozen=True)
+class FoundEvents:
+    """Scores of sound events, and the settings by which they were found."""
+
+    scores: EventScores
+    settings: dict[str, EventSettings]
+    settings_from: str  # "chosen on these clips", "defaults", or the file
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found."""
 
@@ -65,6 +78,7 @@ class Evaluation:
     scores: Scores
     intervals: Intervals | None
     mistakes: tuple[Mistake, ...]
+    events: FoundEvents | None  # of a frame head, from strong labels
     notes: tuple[str, ...]
 
 
@@ -83,10 +97,12 @@ def evaluate(
     resamples: int = RESAMPLES,
     seed: int = 0,
     max_failed_share: float = 0.5,
+    choose_events: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Scores every clip of ``manifest`` that has a label and judges the scores; intervals by ``resamples`` draws, 0 for
-    none.
+    none. Of a frame head also the events, where the labels say when they are: found by the settings that belong to the
+    checkpoint, or with ``choose_events`` by those that suit these clips best.
 
     Raises ManifestError for labels that the checkpoint does not know, for several labels a clip where it knows one, and
     for a manifest without labels; TooManyFailures when more than ``max_failed_share`` of the clips cannot be read;
@@ -111,8 +127,40 @@ def evaluate(
     )
     arguments = (scored.scores, scored.targets, info.task, info.classes)
     scores = scores_of(*arguments)
-    intervals = bootstrap(*arguments, resamples=resamples, seed=seed) if resamples else None
-    return Evaluation(scored, scores, intervals, mistakes_of(scored, info.classes), _notes(scored, scores))
+    intervals = bootstrap(*arguments, resamples=resamples, seed=seed, progress=progress) if resamples else None
+    notes = _notes(scored, scores)
+    events = None
+    if info.head.kind == "frames" or choose_events:
+        without = _without_events(info, selected)
+        if without and choose_events:
+            raise ValueError(f"the settings of events cannot be chosen: {without}")
+        notes = (*notes, f"events are judged by clip only: {without}") if without else notes
+        if not without:
+            events = find_events(classifier, info, selected, choose=choose_events, progress=progress)
+    return Evaluation(scored, scores, intervals, mistakes_of(scored, info.classes), events, notes)
+
+
+def find_events(
+    classifier: Classifier, info: ClassifierInfo, manifest: Manifest, *, choose: bool = False, progress: bool = False
+) -> FoundEvents:
+    """The scores of the events in the clips that have strong labels. Long clips are heard whole, in windows."""
+    strong = [index for index, clip in enumerate(manifest.clips) if intervals_of(clip) is not None]
+    heard = hear_clips(CATClassifier(classifier, info), manifest.take(np.array(strong)), progress=progress)
+    if choose:
+        settings, settings_from = choose_settings(heard), "chosen on these clips"
+    else:
+        settings, file = settings_of(info.path, info.classes)
+        settings_from = "defaults" if file is None else str(file)
+    return FoundEvents(evaluate_events(heard, settings), settings, settings_from)
+
+
+def _without_events(info: ClassifierInfo, manifest: Manifest) -> str:
+    """Why events cannot be scored; empty when they can."""
+    if info.head.kind != "frames":
+        return f"{info.path} has no frame head; it is of task {info.task!r}"
+    if not any(intervals_of(clip) for clip in manifest.clips):
+        return f'no clip of {manifest.source} says when its sounds are, in a field "events"'
+    return EXTRA if importlib.util.find_spec("sed_eval") is None else ""
 
 
 def score_clips(
@@ -162,7 +210,7 @@ def score_clips(
 
 def _crop(info: ClassifierInfo) -> str:
     """What of a longer clip is heard: as in the validation of the checkpoint's training."""
-    crop = str(info.config["data"].get("crop", "start"))
+    crop = str(info.config.get("data", {}).get("crop", "start"))  # a published model has no configuration of its run
     return "center" if crop == "random" else crop
 
 

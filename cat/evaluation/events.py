@@ -9,7 +9,10 @@ Shapes: R rows of a clip, C classes.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
+import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ import numpy as np
 from cat.data.labels import Interval, Labels, intervals_of
 from cat.data.manifest import Manifest, ManifestError
 from cat.prediction import CATClassifier, Event, EventSettings, Plan, find_events
-from cat.prediction.events import FILE, write_settings
+from cat.prediction.events import home_of_settings, write_settings
 from cat.prediction.files import FileResult, predict_files
 from cat.progress import track
 
@@ -139,7 +142,7 @@ def score_events(
     frame_ap: Mapping[str, float] | None = None,
 ) -> EventScores:
     """Scores of each clip's events, ``found`` and true, in clips of so many ``seconds``."""
-    sed_eval = _sed_eval()
+    sed_eval = import_sed_eval()
     segments = sed_eval.sound_event.SegmentBasedMetrics(list(classes), time_resolution=SEGMENT)
     for mine, true, length in zip(found, truth, seconds, strict=True):
         segments.evaluate(_dicts_of_truth(true), _dicts(mine), evaluated_length_seconds=length)
@@ -196,11 +199,11 @@ def choose_settings(heard: HeardClips) -> dict[str, EventSettings]:
     return {label: one for label, (_, one) in best.items()}
 
 
-def write_chosen(run: Path, settings: Mapping[str, EventSettings], chosen_on: Path | None, scores: EventScores) -> Path:
-    """Writes the settings where `cat-audio predict --events` finds them: RUN/events.json."""
-    chosen = {"on": None if chosen_on is None else str(chosen_on), "clips": scores.clips, "event F1": scores.main}
-    write_settings(run / FILE, settings, chosen)
-    return run / FILE
+def write_chosen(checkpoint: Path, settings: Mapping[str, EventSettings], on: Path | None, scores: EventScores) -> Path:
+    """Writes the settings where `cat-audio predict --events` finds them: events.json in the run, or beside the file."""
+    chosen = {"on": None if on is None else str(on), "clips": scores.clips, "event F1": scores.main}
+    write_settings(home_of_settings(checkpoint), settings, chosen)
+    return home_of_settings(checkpoint)
 
 
 def _frame_ap(heard: HeardClips) -> dict[str, float]:
@@ -225,7 +228,7 @@ def _frame_ap(heard: HeardClips) -> dict[str, float]:
 
 
 def _collars(found: Iterable[Sequence[Event]], truth: Iterable[Sequence[Interval]], classes: Sequence[str]) -> Any:
-    metrics = _sed_eval().sound_event.EventBasedMetrics(
+    metrics = import_sed_eval().sound_event.EventBasedMetrics(
         list(classes), t_collar=COLLAR, percentage_of_length=SHARE, empty_system_output_handling="zero_score"
     )
     for mine, true in zip(found, truth, strict=True):
@@ -248,9 +251,17 @@ def _dicts_of_truth(intervals: Sequence[Interval]) -> list[dict[str, Any]]:
     return [{"onset": onset, "offset": offset, "event_label": label} for onset, offset, label in intervals]
 
 
-def _sed_eval() -> Any:
+def import_sed_eval() -> Any:
+    """sed_eval. dcase_util, on which it builds, imports pkg_resources for its examples alone; setuptools 82 and newer
+    have none."""
+    stand_in = "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
+    if stand_in:
+        sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
     try:
         import sed_eval
     except ImportError as error:
         raise ImportError(f"{EXTRA} ({error})") from error
+    finally:
+        if stand_in:
+            del sys.modules["pkg_resources"]
     return sed_eval

@@ -7,18 +7,19 @@ H = T/P rows of patches in time, W patches in frequency, L = H*W, D embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cat.data.features import frames_in, log_mel
+from cat.data.audio import AudioError
 from cat.data.manifest import Manifest
 from cat.encoders import CatEncoder, FrozenEncoder
 from cat.encoders.embed import Skipped, embed_manifest
-from cat.encoders.frozen import checked_lengths
+from cat.encoders.frozen import WINDOW_SECONDS, checked_lengths
 
 Arrays = dict[str, np.ndarray]
 
@@ -88,7 +89,7 @@ def compute(
     ``options`` are those of `embed_manifest`. Memory does not grow with the number of clips."""
     layered = LayerEncoder(encoder, wanted) if wanted.layers and isinstance(encoder, CatEncoder) else None
     for indices, found, failed in embed_manifest(manifest, layered or encoder, **options):  # type: ignore[arg-type]
-        skipped += failed
+        skipped += (dataclasses.replace(clip, path=str(manifest.path(clip.index))) for clip in failed)
         if len(indices):
             yield {"indices": indices, **(layered.parts(found) if layered else {"clip": found.numpy()})}
 
@@ -104,37 +105,40 @@ def features_of(arrays: Arrays, wanted: Wanted, skipped: list[Skipped]) -> Featu
 class LayerEncoder:
     """Layers of a CAT encoder as a frozen encoder: what `parts` takes apart again in one row a clip.
 
-    Padding is hidden from the network, as in `CatEncoder`. Raises ValueError for a layer that there is not.
+    Raises ValueError for a layer that there is not.
     """
 
     def __init__(self, encoder: CatEncoder, wanted: Wanted) -> None:
         self.inner, self.wanted = encoder, wanted
         check_layers(wanted.layers, depth_of(encoder))
-        self.name, self.sample_rate = encoder.name, encoder.sample_rate
-        self.min_samples, self.max_samples = encoder.min_samples, encoder.max_samples
+        self.name, self.sample_rate, self.min_samples = encoder.name, encoder.sample_rate, encoder.min_samples
         self.dim = 1 + len(wanted.layers) * encoder.dim
 
-    @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, 1 + Y E [+ (1 + H) Y D]): the count of a clip's rows, its pooled layers, CLS and rows of the layers."""
-        inner, patch = self.inner, self.inner.encoder.config.patch_size
-        lengths_B = checked_lengths(waveform, lengths)
-        spec_B1TF = log_mel(waveform.to(inner.device), inner.features, lengths=lengths_B.to(inner.device))
-        frames_B = frames_in(inner.features, lengths_B).clamp(1, spec_B1TF.shape[2])
-        counts_B = (frames_B + patch - 1) // patch
-        spec_B1TF = spec_B1TF[:, :, : int(counts_B.max()) * patch]
-        every = inner.encoder.layers(spec_B1TF, rows=counts_B.tolist())
-        tokens_BYSD = torch.stack([every[layer] for layer in self.wanted.layers], dim=1).float()
-        cls_BYD, patches_BYLD = tokens_BYSD[:, :, 0], tokens_BYSD[:, :, 1:]
-        rows_BYHD = patches_BYLD.unflatten(2, (int(counts_B.max()), -1)).mean(dim=3)
-        own_BH = torch.arange(rows_BYHD.shape[2], device=inner.device) < counts_B[:, None].to(inner.device)
-        mean_BYD = (rows_BYHD * own_BH[:, None, :, None]).sum(2) / own_BH.sum(1)[:, None, None]
-        pooled = {"cls": [cls_BYD], "mean": [mean_BYD], "both": [cls_BYD, mean_BYD]}[inner.pooling]
-        parts = [counts_B[:, None].to(mean_BYD), torch.cat(pooled, dim=-1).flatten(1)]
+        ends = checked_lengths(waveform, lengths).tolist()
+        clips = [clip[:end] for clip, end in zip(waveform, ends, strict=True)]
+        out = self.inner.model(
+            clips, self.sample_rate, layers=self.wanted.layers, patches=False, batch_size=max(16, len(clips))
+        )
+        every = [out.layers[layer] for layer in self.wanted.layers]
+        counts_B1 = torch.tensor(out.rows, dtype=torch.float32, device=out.clip.device)[:, None]
+        parts = [counts_B1, *(layer.clip for layer in every)]
         if self.wanted.tokens:
             # As they will be kept: what float16 cannot hold is not finite, and its clip is left out with that reason.
-            parts += [cls_BYD.half().flatten(1), rows_BYHD.transpose(1, 2).half().flatten(1)]
+            parts += [layer.cls.half() for layer in every]
+            parts.append(torch.stack([layer.frames for layer in every], dim=2).half().flatten(1))
         return torch.cat([part.float() for part in parts], dim=1)
+
+    def of_stream(self, chunks: Iterable[np.ndarray]) -> Tensor:
+        """The same of a clip of more than `WINDOW_SECONDS`, (1 + Y E,); not for tokens, whose number has no bound."""
+        if self.wanted.tokens:
+            raise AudioError("", f"longer than {WINDOW_SECONDS} s; too many tokens for a probe to read")
+        total, rows = torch.zeros(self.dim - 1, dtype=torch.float64), 0
+        for out in self.inner.model.stream(chunks, self.sample_rate, layers=self.wanted.layers):
+            pooled = torch.cat([out.layers[layer].clip[0] for layer in self.wanted.layers])
+            total, rows = total + pooled.double().cpu() * out.rows[0], rows + out.rows[0]
+        return torch.cat([torch.tensor([float(rows)]), (total / rows).float()])
 
     def parts(self, flat: Tensor) -> Arrays:
         Y, E, D = len(self.wanted.layers), self.inner.dim, self.inner.encoder.config.embed_dim

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cat.evaluation.metrics import TOP, checked
+from cat.progress import track
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -48,6 +49,7 @@ def bootstrap(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    progress: bool = False,
 ) -> Intervals:
     """Intervals of what `scores_of` gives, with the same arguments. A pure function of them, `resamples` and `seed`.
 
@@ -61,7 +63,14 @@ def bootstrap(
     statistics = _Statistics(scores, targets, task)
     drawn: dict[str, list[np.ndarray]] = {}
     per_class: list[np.ndarray] = []
-    for counts_nR in _draws(len(scores), resamples, seed):
+    blocks = track(
+        _draws(len(scores), resamples, seed),
+        -(-resamples // _BLOCK),
+        label="intervals",
+        unit="blocks",
+        enabled=progress,
+    )
+    for counts_nR in blocks:
         metrics, ap_CR = statistics(counts_nR)
         per_class.append(ap_CR)
         for name, values in metrics.items():
@@ -77,7 +86,7 @@ def bootstrap(
 
 def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each clip was drawn, (n, R) int16, a block at a time."""
-    random = np.random.Generator(np.random.Philox(key=seed))
+    random = np.random.Generator(np.random.Philox(key=seed & ((1 << 64) - 1)))
     for start in range(0, resamples, _BLOCK):
         size = min(_BLOCK, resamples - start)
         columns = [np.bincount(random.integers(n, size=n), minlength=n) for _ in range(size)]

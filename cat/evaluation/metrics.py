@@ -86,7 +86,9 @@ def scores_of(scores: np.ndarray, targets: np.ndarray, task: str, classes: Seque
         len(scores),
         metrics,
         tuple(
-            ClassScores(label, int(targets[:, c].sum()), *map(_known, (ap[c], auc[c], d_prime[c])), **of_highest[c])
+            ClassScores(
+                label, int(targets[:, c].sum()), _known(ap[c]), _known(auc[c]), _known(d_prime[c]), **of_highest[c]
+            )
             for c, label in enumerate(classes)
         ),
         {metric: tuple(classes[c] for c in np.flatnonzero(missing)) for metric, missing in without.items()},

@@ -23,9 +23,9 @@ from cat.evaluation.cache import FeatureCache
 from cat.evaluation.classifiers import PROBES, Result, Split, chance
 from cat.evaluation.features import Features, Wanted, check_layers, depth_of
 from cat.evaluation.metrics import classes_without_positives
-from cat.evaluation.trained import PROTOTYPES, TRAINED
+from cat.evaluation.trained import PROTOTYPES, TRAINED, check_prototypes
 from cat.outputs import json_of
-from cat.progress import track
+from cat.progress import say, track
 
 SPLITS = ("train", "valid", "test")
 TITLES = {"knn": "kNN", "linear": "linear", "attention": "attention", "gated": "gated"}
@@ -132,6 +132,7 @@ def run_probe(
     Raises ValueError for labels that make no task, an unknown probe, a layer that there is not.
     """
     _check_asked(encoders, probes, layers)
+    check_prototypes(prototypes)
     task = labelled_task(manifests)
     manifests, notes = _labelled(manifests)
     notes += _shared_files(manifests)
@@ -142,7 +143,8 @@ def run_probe(
             wanted = _wanted(encoder, probes, layers)
             found = {split: cache.features(manifests[split], encoder, wanted, **options) for split in SPLITS}
             targets = {split: task.targets(manifests[split], f.indices) for split, f in found.items()}
-            row = _probed(name, encoder, found, targets, task, probes, seed=seed, prototypes=prototypes)
+            training: dict[str, Any] = {"seed": seed, "prototypes": prototypes, "progress": progress}
+            row = _probed(name, encoder, found, targets, task, probes, **training)
             if layers is not None and wanted.layers:
                 row.layers = _sweep(name, found, targets, task, probes, layers or wanted.layers, progress)
             row.test_labels = [manifests["test"].clips[i].labels for i in found["test"].indices]
@@ -172,7 +174,7 @@ def _check_asked(encoders: dict[str, FrozenEncoder], probes: Sequence[str], laye
         *(["the sweep"] if layers is not None else []),
     ]
     if asked and not cats:
-        named = ", ".join(encoder.name for encoder in encoders.values())
+        named = ", ".join(dict.fromkeys(encoder.name for encoder in encoders.values()))
         raise ValueError(f"{asked[0]} reads the layers of a CAT checkpoint, and there is none among {named}")
     for encoder in cats:
         check_layers(layers or (), depth_of(encoder))
@@ -198,17 +200,20 @@ def _probed(
     *,
     seed: int,
     prototypes: int,
+    progress: bool,
 ) -> Row:
     clip = [Split(found[split].clip, targets[split]) for split in SPLITS]
     every = [Split(found[split], targets[split]) for split in SPLITS]
-    options: dict[str, Any] = {"seed": seed, "device": getattr(encoder, "device", "cpu")}
-    results = {}
+    device, results = getattr(encoder, "device", "cpu"), {}
     for probe in probes:
         if probe in PROBES:
             results[probe] = PROBES[probe](*clip, multi_label=task.multi_label)
         elif found["train"].tokens is not None:
-            more = {"prototypes": prototypes} if probe == "gated" else {}
-            results[probe] = TRAINED[probe](*every, multi_label=task.multi_label, **options, **more)
+            if progress:
+                say(f"{name}: training the {probe} probe")
+            results[probe] = TRAINED[probe](
+                *every, multi_label=task.multi_label, seed=seed, device=device, prototypes=prototypes
+            )
     scores = {probe: result.score for probe, result in results.items()}
     test = found["test"]
     row = Row(name, encoder.dim, results, scores, test=Embeddings(np.asarray(test.clip), test.indices, test.skipped))

@@ -109,8 +109,23 @@ def report_json(evaluation: Evaluation, info: ClassifierInfo, arguments: Mapping
             for i, row in enumerate(confused)
             if sum(row)
         },
+        "events": _events_json(evaluation),
         "mistakes": [dataclasses.asdict(mistake) for mistake in evaluation.mistakes],
         "versions": {"cat-kernels": __version__, "torch": torch.__version__},
+    }
+
+
+def _events_json(evaluation: Evaluation) -> dict[str, Any] | None:
+    events = evaluation.events
+    if events is None:
+        return None
+    return {
+        "clips": events.scores.clips,
+        "metrics": events.scores.metrics,
+        "classes": [dataclasses.asdict(one) for one in events.scores.classes],
+        "left_out": list(events.scores.left_out),
+        "settings_from": events.settings_from,
+        "settings": {label: dataclasses.asdict(one) for label, one in events.settings.items()},
     }
 
 
@@ -161,6 +176,7 @@ def format_report(evaluation: Evaluation, info: ClassifierInfo) -> str:
         rows.append([name, _number(name, value), _between(name, interval)])
     lines += [*_table(rows), ""]
     lines += _class_table(evaluation, info)
+    lines += _event_table(evaluation, info)
     if intervals is not None:
         lines.append(f"intervals: {intervals.resamples} draws of the clips with replacement, seed {intervals.seed}")
     return "\n".join([*lines, *evaluation.notes])
@@ -181,6 +197,23 @@ def _class_table(evaluation: Evaluation, info: ClassifierInfo) -> list[str]:
         cells = ["" if value is None else _number(metric, value) for metric, value in values]
         rows.append([name, str(one.clips), *cells])
     return [*lines, *_table(rows), ""]
+
+
+def _event_table(evaluation: Evaluation, info: ClassifierInfo) -> list[str]:
+    if evaluation.events is None:
+        return []
+    scores, names = evaluation.events.scores, dict(zip(info.classes, info.class_names, strict=True))
+    rows = [["events", "value"]]
+    rows += [[name, f"{v:.2f}" if name.endswith("rate") else _number(name, v)] for name, v in scores.metrics.items()]
+    lines = [*_table(rows), ""]
+    found = sorted((one for one in scores.classes if one.f1 is not None), key=lambda one: one.f1 or 0.0)[:_SHOWN]
+    rows = [["class", "events", "found", "event F1", "precision", "recall", "segment F1"]]
+    for one in found:
+        values = (one.f1, one.precision, one.recall, one.segment_f1)
+        cells = ["" if value is None or math.isnan(value) else _number("F1", value) for value in values]
+        rows.append([names[one.label], str(one.labelled), str(one.found), *cells])
+    told = f"events in {scores.clips} clips; settings: {evaluation.events.settings_from}"
+    return [*lines, *_table(rows), "", told]
 
 
 def _between(metric: str, interval: tuple[float, float] | None) -> str:

@@ -3,16 +3,19 @@
 from cat.figures.canvas import is_figure
 from cat.figures.embeddings import write_projection
 from cat.figures.layers import write_layers
-from cat.figures.runs import smoothed, write_agreement, write_loss_curves, write_run_figures
+from cat.figures.prediction import write_prediction
+from cat.figures.runs import smoothed, write_agreement, write_finetune_figure, write_loss_curves, write_run_figures
 from cat.figures.spectrograms import write_patches
 
 __all__ = [
     "is_figure",
     "smoothed",
     "write_agreement",
+    "write_finetune_figure",
     "write_layers",
     "write_loss_curves",
     "write_patches",
+    "write_prediction",
     "write_projection",
     "write_run_figures",
 ]

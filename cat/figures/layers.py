@@ -55,6 +55,7 @@ def write_layers(
         axis.set_xlabel("layer (0: what the first block sees)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     legend_below(drawing, axes[0, 0])
     return save(drawing, path)

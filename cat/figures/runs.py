@@ -40,6 +40,24 @@ def write_run_figures(run_dir: str | Path) -> list[Path]:
     ]
 
 
+def write_finetune_figure(run_dir: str | Path, metric: str) -> Path:
+    """Draws ``figures/loss.png`` of a fine-tuning run: the loss in training and validation, and the validation metric.
+    Returns its path."""
+    run_dir = Path(run_dir)
+    train, valid = (read_rows(run_dir / "metrics.jsonl", kind) for kind in ("train", "valid"))
+    drawing, (left, right) = figure(9.2, 3.4, columns=2)
+    _curve(left, train, "loss", COLOURS[0], label="training", raw=True)
+    for axis, key, name in ((left, "loss", "loss"), (right, metric, f"validation {metric}")):
+        known = [row for row in valid if row.get(key) is not None]
+        axis.plot(_values(known, "step"), _values(known, key), "o-", color=COLOURS[1], markersize=3, label="validation")
+        axis.set_ylabel(name)
+        axis.set_xlabel("step (updates)")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    return save(drawing, run_dir / "figures" / "loss.png")
+
+
 def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
     """Total loss, its parts, and the deviation of predictions and targets, against the step.
 

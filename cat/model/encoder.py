@@ -280,7 +280,7 @@ class Encoder(nn.Module):
         keep: Tensor | None,
         outputs: list[Tensor] | None,
     ) -> Tensor:
-        rows = self._checked_rows(spec, visible, rows)
+        spec, rows, behind = self._within_rows(spec, visible, rows)
         x = self.embed(spec, visible, rows=rows)
         if keep is not None and keep.shape != (x.shape[0], len(self.blocks), 2):
             raise ValueError(
@@ -292,13 +292,13 @@ class Encoder(nn.Module):
             inside_BS1 = self._inside(rows, x)
             x, seen_B11S = torch.where(inside_BS1, x, 0), inside_BS1.transpose(1, 2)[:, None]
         if outputs is not None:
-            outputs.append(x)
+            outputs.append(F.pad(x, (0, 0, 0, behind)))
         for number, block in enumerate(self.blocks):
             x, _ = block(x, seen_B11S, None if keep is None else keep[:, number])
             x = x if inside_BS1 is None else torch.where(inside_BS1, x, 0)
             if outputs is not None:
-                outputs.append(x)
-        return x
+                outputs.append(F.pad(x, (0, 0, 0, behind)))
+        return F.pad(x, (0, 0, 0, behind)) if behind else x
 
     def _inside(self, rows: Sequence[int], x_BSD: Tensor) -> Tensor:
         """(B, S, 1) bool: the CLS token and the patches of each clip's own rows."""
@@ -306,12 +306,16 @@ class Encoder(nn.Module):
         ends_B = _on([1 + count * per_row for count in rows], x_BSD.device)
         return (torch.arange(x_BSD.shape[1], device=x_BSD.device) < ends_B[:, None])[:, :, None]
 
-    def _checked_rows(self, spec: Tensor, visible: Tensor | None, rows: Sequence[int] | None) -> Sequence[int] | None:
-        """``rows``, or None where every clip is as long as the spectrogram."""
+    def _within_rows(
+        self, spec: Tensor, visible: Tensor | None, rows: Sequence[int] | None
+    ) -> tuple[Tensor, Sequence[int] | None, int]:
+        """The spectrogram as far as the longest clip goes, ``rows``, None where all clips are as long as that, and the
+        number of patches left off."""
         if rows is None:
-            return None
+            return spec, None, 0
         self._check_spec(spec)
-        most = spec.shape[2] // self.config.patch_size
+        P = self.config.patch_size
+        most = spec.shape[2] // P
         if visible is not None:
             raise ValueError("visible and rows were both given; expected one: list the patches of a clip's own rows")
         if len(rows) != spec.shape[0] or not all(1 <= count <= most for count in rows):
@@ -319,7 +323,10 @@ class Encoder(nn.Module):
                 f"rows is {list(rows)}; expected a number from 1 to {most}, the rows of patches of this spectrogram, "
                 f"for each of the {spec.shape[0]} clips"
             )
-        return None if all(count == most for count in rows) else [int(count) for count in rows]
+        longest = max(rows, default=most)
+        behind = (most - longest) * (self.config.mel_bins // P)
+        same = all(count == longest for count in rows)
+        return spec[:, :, : longest * P], None if same else [int(count) for count in rows], behind
 
     def _check_spec(self, spec: Tensor) -> None:
         P, n_mels = self.config.patch_size, self.config.mel_bins

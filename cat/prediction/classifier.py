@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.checkpoints import ClassifierInfo, load_classifier
+from cat.checkpoints import ClassifierInfo, hub, load_classifier
+from cat.checkpoints.hub import ClassifierConfig
 from cat.data.features import log_mel
-from cat.device import pick_device
-from cat.encoders.waveforms import as_clips
+from cat.encoders.waveforms import Waveform, as_clips
 from cat.prediction.windows import Plan, Window, Windower
 
 T = TypeVar("T")
 Aggregate = Literal["auto", "mean", "max"]
+Heard = tuple[tuple[float, float], np.ndarray]  # when a window begins and ends, and its scores (C,)
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def best(scores_C: np.ndarray, classes: Sequence[str], k: int) -> list[tuple[str
     return [(classes[c], float(scores_C[c])) for c in order]
 
 
-class CATClassifier:
+class CATClassifier(nn.Module, hub.HubModel):
     """A classifier that takes waveforms of any length::
 
-        classifier = CATClassifier.from_pretrained("runs/esc50")
+        classifier = CATClassifier.from_pretrained("runs/esc50")  # a run, a checkpoint, a .safetensors, a hub folder
         prediction = classifier(waveforms, sample_rate=44100)  # a waveform, or a list of different lengths
         prediction.top(3)
 
@@ -67,19 +68,36 @@ class CATClassifier:
     the clip alone, up to rounding.
     """
 
-    def __init__(self, model: nn.Module, info: ClassifierInfo, *, device: torch.device | str = "cpu") -> None:
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.info, self.device = info, torch.device(device)
+    def __init__(self, model: nn.Module, info: ClassifierInfo, *, card: str | None = None) -> None:
+        super().__init__()
+        self.model, self.info, self._card = model, info, card
         self.classes, self.names, self.features = info.classes, info.class_names, info.features
         self.patch_size = info.model.patch_size
+        self.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: torch.device | str | None = None) -> CATClassifier:
-        """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory or a .safetensors file; on a
-        GPU where there is one. Raises CheckpointError, also for a pre-trained checkpoint, which has no classes."""
-        device = pick_device(None if device is None else str(device), "device")
-        model, info = load_classifier(path, device)
-        return cls(model, info, device=device)
+    def from_folder(cls, path: Path, *, device: torch.device | str = "cpu") -> CATClassifier:
+        """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory, a .safetensors file or a
+        folder of `save_pretrained`; what `from_pretrained` does with what exists.
+
+        Raises: `CheckpointError`, also for a pre-trained checkpoint, which has no classes; `ConfigError`.
+        """
+        if not hub.is_folder(path):
+            return cls(*load_classifier(path, device))
+        model, info, card = hub.read_classifier(path, device)
+        return cls(model, info, card=card)
+
+    def hub_parts(self) -> tuple[ClassifierConfig, dict[str, Tensor], hub.Origin | str | None]:
+        info = self.info
+        config = ClassifierConfig(
+            info.model, info.features, info.head, info.task, info.classes, info.class_names, info.padding
+        )
+        origin = self._card or hub.Origin(info.config, info.step, info.path)
+        return config, self.model.state_dict(), origin
+
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     @property
     def has_frames(self) -> bool:
@@ -122,9 +140,9 @@ class CATClassifier:
             raise ValueError(f"{name} is {seconds} s; expected a positive number of seconds")
         return max(least, round(seconds / row))
 
-    def __call__(
+    def forward(
         self,
-        waveforms: Any,
+        waveforms: Waveform | Sequence[Waveform],
         sample_rate: int,
         *,
         plan: Plan | None = None,
@@ -138,25 +156,21 @@ class CATClassifier:
         """
         plan, least = plan or self.plan(), self.features.frame_length
         waves = as_clips(waveforms, sample_rate, plan.rate, min_samples=least)
-        pieces = ((clip, window) for clip, wave in enumerate(waves) for window in windows_of([as_float(wave)], plan))
-        found: list[list[tuple[Window, np.ndarray]]] = [[] for _ in waves]
+        pieces = ((clip, window) for clip, wave in enumerate(waves) for window in as_windows([as_float(wave)], plan))
+        found: list[list[Heard]] = [[] for _ in waves]
         for (clip, window), (clip_C, _) in self.hear(pieces, batch_size):
-            found[clip].append((window, clip_C))
-        clips = [self.gather(windows, plan, aggregate) for windows in found]
+            found[clip].append((window.span(plan), clip_C))
+        clips = [self.gather(heard, aggregate) for heard in found]
         scores = np.stack([clip.clip for clip in clips]) if clips else np.zeros((0, len(self.classes)), np.float32)
         return Prediction(torch.from_numpy(scores), self.classes, self.names, clips)
 
-    def gather(
-        self, windows: Sequence[tuple[Window, np.ndarray]], plan: Plan, aggregate: Aggregate = "auto"
-    ) -> ClipScores:
-        """A clip's scores from its windows and what each of them got."""
-        starts = np.array([window.start * plan.row for window, _ in windows])
-        ends = starts + [len(window.waves[0]) for window, _ in windows]
-        scores_WC = np.stack([scores for _, scores in windows])
+    def gather(self, heard: Sequence[Heard], aggregate: Aggregate = "auto") -> ClipScores:
+        """A clip's scores from those of its windows."""
+        times_W2 = np.array([span for span, _ in heard])
+        scores_WC = np.stack([clip_C for _, clip_C in heard])
         if aggregate == "auto":
             aggregate = "mean" if self.info.task == "single-label" else "max"
-        clip_C = scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0)
-        return ClipScores(clip_C, np.stack([starts, ends], axis=1) / plan.rate, scores_WC)
+        return ClipScores(scores_WC.mean(0) if aggregate == "mean" else scores_WC.max(0), times_W2, scores_WC)
 
     def hear(
         self, windows: Iterable[tuple[T, Window]], batch_size: int = 16
@@ -195,7 +209,7 @@ def as_float(wave: Tensor) -> np.ndarray:
     return wave.cpu().numpy().astype(np.float32) / (32768 if wave.dtype == torch.int16 else 1)
 
 
-def windows_of(blocks: Iterable[np.ndarray], plan: Plan) -> Iterator[Window]:
+def as_windows(blocks: Iterable[np.ndarray], plan: Plan) -> Iterator[Window]:
     """The windows of a clip that comes in pieces (n,)."""
     windower = Windower(plan)
     for block in blocks:

@@ -124,7 +124,7 @@ class EventFinder:
         """The classes of one filter through its next rows; nearly all of them nearly always have nothing to say."""
         first, one.next = one.next, one.next + len(rows_RK)
         lows_K = np.array([self._classes[c].settings.lowest for c in one.columns])
-        touched_K = (rows_RK >= lows_K).any(axis=0)
+        touched_K = np.greater_equal(rows_RK, lows_K).any(axis=0).tolist()
         for k, c in enumerate(one.columns):
             if touched_K[k] or self._classes[c].busy:
                 for row, score in enumerate(rows_RK[:, k].tolist(), start=first):
@@ -281,7 +281,25 @@ def read_settings(path: Path, classes: Sequence[str]) -> dict[str, EventSettings
     return {label: settings[label] for label in classes}
 
 
-def settings_file(checkpoint: Path) -> Path | None:
-    """The events.json that belongs to a checkpoint's file: beside it, or in the directory of its run."""
-    run = checkpoint.parents[2] if checkpoint.parent.parent.name == "checkpoints" else checkpoint.parent
-    return next((folder / FILE for folder in (checkpoint.parent, run) if (folder / FILE).is_file()), None)
+def is_settings(path: Path) -> bool:
+    """Whether a file is what `write_settings` writes."""
+    return json_of(path, format=str, classes=dict)["format"] == FORMAT
+
+
+def home_of_settings(checkpoint: Path) -> Path:
+    """Where the settings of a checkpoint's file belong: events.json in the directory of its run, or beside the file."""
+    return run_of(checkpoint) / FILE
+
+
+def settings_of(checkpoint: Path, classes: Sequence[str]) -> tuple[dict[str, EventSettings], Path | None]:
+    """The settings that belong to a checkpoint's file, and where they were read; where there are none, the defaults."""
+    file = home_of_settings(checkpoint)
+    if not file.is_file():
+        return {label: EventSettings() for label in classes}, None
+    return read_settings(file, classes), file
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The directory of the run that a checkpoint's file belongs to, or the folder of a file that is alone."""
+    file = checkpoint if len(checkpoint.parents) > 2 else checkpoint.absolute()
+    return file.parents[2] if file.parent.parent.name == "checkpoints" else checkpoint.parent

@@ -13,7 +13,7 @@ import numpy as np
 
 from cat.data.audio import AudioError, read_windows
 from cat.data.manifest import load_manifest
-from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, best, windows_of
+from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, Heard, as_windows, best
 from cat.prediction.events import Event, EventFinder, EventSettings, ended
 from cat.prediction.windows import Plan, Window
 
@@ -117,7 +117,7 @@ def predict_files(
             yield from _windows(begun[-1], plan)
 
     for (file, window), (clip_C, rows_RC) in classifier.hear(windows(), batch_size):
-        file.take(window, clip_C, rows_RC)
+        file.take(window, plan, clip_C, rows_RC)
         while begun and begun[0].complete:
             yield begun.popleft().result(classifier, plan, aggregate)
     while begun:
@@ -127,7 +127,7 @@ def predict_files(
 def _windows(file: _File, plan: Plan) -> Iterator[tuple[_File, Window]]:
     try:
         blocks = read_windows(file.path, plan.rate, BLOCK_SECONDS * plan.rate, min_samples=plan.features.frame_length)
-        for window in windows_of(file.counted(blocks), plan):
+        for window in as_windows(file.counted(blocks), plan):
             file.expected += 1
             yield file, window
     except AudioError as error:
@@ -147,7 +147,7 @@ class _File:
     expected: int = 0
     heard: int = 0
     error: str | None = None
-    windows: list[tuple[Window, np.ndarray]] = field(default_factory=list)
+    windows: list[Heard] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def counted(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -159,7 +159,7 @@ class _File:
     def complete(self) -> bool:
         return self.read and (self.heard == self.expected or self.error is not None)
 
-    def take(self, window: Window, clip_C: np.ndarray, rows_RC: np.ndarray | None) -> None:
+    def take(self, window: Window, plan: Plan, clip_C: np.ndarray, rows_RC: np.ndarray | None) -> None:
         self.heard += 1
         if not np.isfinite(clip_C).all() or not (rows_RC is None or np.isfinite(rows_RC).all()):
             self.error = self.error or "the model gave scores that are not finite"
@@ -169,7 +169,7 @@ class _File:
         if rows_RC is not None and self.finder is not None:
             self.events += ended(self.finder.feed(rows_RC))
         elif self.finder is None:
-            self.windows.append((window, clip_C))
+            self.windows.append((window.span(plan), clip_C))
 
     def result(self, classifier: CATClassifier, plan: Plan, aggregate: Aggregate) -> FileResult:
         seconds = self.samples / plan.rate
@@ -177,7 +177,7 @@ class _File:
             return FileResult(self.path, seconds, error=self.error)
         rows_RC = None if self.rows is None else np.concatenate(self.rows)
         if self.finder is None:
-            scores = classifier.gather(self.windows, plan, aggregate)
+            scores = classifier.gather(self.windows, aggregate)
             return FileResult(self.path, seconds, scores=scores, rows=rows_RC)
         events = ended([*self.events, *self.finder.finish(seconds)])
         return FileResult(self.path, seconds, events=events, rows=rows_RC)

@@ -73,15 +73,20 @@ def write_predictions(
             contextlib.closing(Progress(len(files), before, label=kind, unit="files", enabled=progress))
         )
         found = predict_files(classifier, left, plan=plan, events=events, aggregate=aggregate, batch_size=batch_size)
-        for done, result in enumerate(found, start=before + 1):
-            row = result.row(classifier, top, windows)
+        try:
+            for done, result in enumerate(found, start=before + 1):
+                row = result.row(classifier, top, windows)
+                for one in results:
+                    one.add(row)
+                show(row)
+                if result.error is not None:
+                    failed.append(result)
+                    bar.say(f"{result.path}: {result.error}")
+                bar.advance(done)
+        except BaseException:
             for one in results:
-                one.add(row)
-            show(row)
-            if result.error is not None:
-                failed.append(result)
-                bar.say(f"{result.path}: {result.error}")
-            bar.advance(done)
+                say(f"{len(one)} of {len(files)} files are kept in {one.part}; the same command goes on from there")
+            raise
         for one in results:
             one.finish([str(file) for file in files])
     return failed
@@ -147,9 +152,13 @@ class ResultFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keeps the row of a file; a failed one's is written, and tried again when the work goes on."""
-        self._done[row["path"]] = self._rows.seek(0, os.SEEK_END)
-        self._rows.write(json.dumps(row).encode() + b"\n")
-        self._rows.flush()
+        place = self._rows.seek(0, os.SEEK_END)
+        try:
+            self._rows.write(json.dumps(row).encode() + b"\n")
+            self._rows.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.part / ROWS)) from None
+        self._done[row["path"]] = place
 
     def finish(self, paths: Sequence[str]) -> Path:
         """Writes OUT, with the rows of ``paths`` in this order, and removes what it was made of."""

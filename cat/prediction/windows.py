@@ -106,6 +106,11 @@ class Window:
     end: int
     shifts: int
 
+    def span(self, plan: Plan) -> tuple[float, float]:
+        """Seconds at which what is heard begins and ends."""
+        first = self.start * plan.row
+        return first / plan.rate, (first + len(self.waves[0])) / plan.rate
+
     def taken(self, rows_SHC: np.ndarray) -> np.ndarray:
         """(end - begin, C) of what the model says about the waveforms' rows."""
         _, H, C = rows_SHC.shape

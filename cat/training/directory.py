@@ -25,6 +25,7 @@ from cat.training.recipe import RunConfig
 # a deletion that was interrupted leaves what is still known for a run.
 _RECORDS = (
     *("metrics.jsonl", "failures.jsonl", "tensorboard/events.out.tfevents.*", "probe.json", "scores.json"),
+    "events.json",
     *("profile/trace.json", "figures/loss.png", "figures/patches.png", "figures/embeddings.png", "figures/layers.png"),
     *(f"evaluation/*/{name}" for name in ("evaluation.json", "classes.csv", "clips.csv")),
     *(f"evaluation/*/figures/{name}.png" for name in ("classes", "confusion", "curves", "mistakes")),

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from cat.checkpoints import CheckpointError
 from cat.checkpoints import store as checkpoints
+from cat.checkpoints.encoder import chosen
 from cat.data import Batch, Failure, Manifest
 from cat.files import write_json
 from cat.progress import say
@@ -83,8 +84,8 @@ def _task(config: FinetuneConfig) -> Finetuning:
 
 def _scores(task: Finetuning, run_dir: Path) -> dict[str, Any]:
     """Of the best checkpoint; read, where they were written already for these clips."""
-    chosen = checkpoints.best(run_dir) or checkpoints.newest(run_dir)
-    if chosen is None:
+    best = chosen(run_dir)
+    if best is None:
         raise CheckpointError(f"{run_dir} has no checkpoint; expected that of the run's end: run it again")
     config, splits = task.config, task.splits
     about = {
@@ -93,7 +94,7 @@ def _scores(task: Finetuning, run_dir: Path) -> dict[str, Any]:
         "seed": config.run.seed,
         "classes": list(config.classes),
         "encoder": config.encoder,
-        "step": checkpoints.read_state(chosen)["step"],
+        "step": checkpoints.read_state(best)["step"],
         "chosen_on": _chosen_on(splits),
         "clips": {
             "train": len(splits.train),
@@ -105,7 +106,7 @@ def _scores(task: Finetuning, run_dir: Path) -> dict[str, Any]:
     before = _read_scores(run_dir / SCORES)
     if before is not None and all(before.get(key) == value for key, value in about.items()):
         return before
-    checkpoints.load_tensors(task.model, checkpoints.load(chosen).model, str(chosen))
+    checkpoints.load_tensors(task.model, checkpoints.load(best).model, str(best))
     scores = {**about, "valid": _of(task, splits.valid), "test": splits.test and _of(task, splits.test)}
     write_json(run_dir / SCORES, scores)
     return scores

@@ -25,7 +25,7 @@ from cat.data.labels import TASKS, Labels, labels_of
 from cat.model import HeadConfig, ModelConfig, rows_of
 from cat.training.layerwise import FinetuneOptimConfig
 from cat.training.losses import LossConfig
-from cat.training.recipe import SECTION_PRESETS, RunConfig, named
+from cat.training.recipe import SECTION_PRESETS, RunConfig, check_purpose, named
 
 NONE = "none"  # in place of an encoder
 # Of the encoder; the rest of `ModelConfig` is the decoder's, and what runs the operators.
@@ -87,6 +87,16 @@ class FinetuneConfig:
             )
         if self.run.cuda_graph:
             raise ValueError("run.cuda_graph=true; expected false: batches of clips of all lengths have no one graph")
+        if self.run.compile == "step" and self.data.padding == "mask":
+            raise ValueError(
+                "run.compile='step' with data.padding='mask'; expected 'blocks', 'none' or data.padding='fill': the "
+                "step has other shapes for clips of other lengths"
+            )
+        if self.data.fold is not None and self.data.test:
+            raise ValueError(
+                f"data.fold is {self.data.fold} and data.test {self.data.test}; expected one of them: a fold is the "
+                "test split"
+            )
         self._check_head()
 
     def _check_head(self) -> None:
@@ -128,6 +138,7 @@ def load_finetune_recipe(path: str | os.PathLike[str], overrides: Sequence[str] 
     `cat.data.ManifestError`.
     """
     recipe = read_yaml(path)
+    check_purpose(recipe, path, "finetune")
     given = with_overrides(recipe, overrides)
     encoder, train = given.get("encoder", NONE), _section(given, "data").get("train")
     if not train:

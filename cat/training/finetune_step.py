@@ -38,7 +38,8 @@ class FinetuneStep:
 
     Args:
         precision: "bf16" runs under autocast.
-        compile: "blocks": torch.compile of stem and blocks; "step": of the whole classifier.
+        compile: "blocks": torch.compile of the blocks, which see clips of all lengths in one shape; "step": of the
+            whole classifier.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class FinetuneStep:
         self._bf16 = precision == "bf16"
         self._forward = torch.compile(model, backend=COMPILER, dynamic=False) if compile == "step" else model
         if compile == "blocks":
-            for module in (model.encoder.stem, *model.encoder.blocks):
-                module.compile(dynamic=False, backend=COMPILER)
+            for block in model.encoder.blocks:
+                block.compile(dynamic=False, backend=COMPILER)
         self.whole = True  # False after an error between two parts of an update: the weights fit no step
 
     def train_mode(self) -> None:

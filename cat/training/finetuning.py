@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -59,10 +60,20 @@ def read_splits(config: FinetuneConfig) -> Splits:
         valid = labels.select(load_manifest(data.valid))
     else:
         train, valid = hold_out(train, labels, data.valid_share, config.run.seed, group_by=data.group_by)
-    for manifest in filter(None, (train, valid, test)):
-        for note in manifest.notes:
-            say(note)
+    for name, manifest in (("valid", valid), ("test", test)):
+        if manifest is not None:
+            _say_shared(train, manifest, name)
+    notes = [*train.notes, *valid.notes, *(test.notes if test else ())]
+    for note in dict.fromkeys(notes):  # parts of one manifest have the same
+        say(note)
     return Splits(labels, train, valid, test, held_out=not data.valid)
+
+
+def _say_shared(train: Manifest, other: Manifest, name: str) -> None:
+    paths = {os.path.abspath(other.path(index)) for index in range(len(other))}
+    shared = sum(os.path.abspath(train.path(index)) in paths for index in range(len(train)))
+    if shared:
+        say(f"warning: {shared} of the {len(other)} clips of data.{name} are trained on: its scores will be too good")
 
 
 class Finetuning:
@@ -203,7 +214,7 @@ class Finetuning:
             batch = batch.to(self.device).with_features(self.config.features)
             output = self.step.outputs(batch, scored=True)
             sums += torch.stack(self.step.losses(output, batch))
-            scores.append(self.model.probabilities(output.clip))
+            scores.append(self.model.probabilities(output.clip.double()))  # float32 would make ties
             targets.append(cast(Tensor, batch.targets))
         total, count = sums.tolist()
         return torch.cat(scores).cpu().numpy(), torch.cat(targets).cpu().numpy(), total, count

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import torch
 
 from cat.checkpoints import store as checkpoints
-from cat.config import ConfigError, differences, from_mapping, load, read_yaml, to_mapping
+from cat.config import ConfigError, differences, from_mapping, read_yaml, to_mapping
 from cat.data.dataset import DataConfig
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.masks import MaskConfig
@@ -152,12 +152,39 @@ class PretrainConfig:
 R = TypeVar("R", bound=Recipe)
 
 
+# Keys at the top of a recipe that only one command knows.
+_OWN_KEYS = {
+    "pretrain": ("objective", "masks", "ema"),
+    "finetune": ("task", "encoder", "weights", "freeze", "head", "loss", "augment", "classes", "class_names"),
+}
+RECIPES = Path(__file__).parents[2] / "recipes"  # of a checkout; they are not installed
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe at a path, or one of `RECIPES` by its name: "esc50"."""
+    shipped = RECIPES / f"{name}.yaml"
+    plain = Path(name).name == name and not Path(name).suffix
+    return shipped if plain and not Path(name).exists() and shipped.is_file() else Path(name)
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> PretrainConfig:
     """Read a recipe; a run without a name gets the file's.
 
     Raises: `ConfigError`.
     """
-    return named(load(PretrainConfig, path, overrides, SECTION_PRESETS), path)
+    recipe = read_yaml(path)
+    check_purpose(recipe, path, "pretrain")
+    return named(
+        from_mapping(PretrainConfig, recipe, source=str(path), overrides=overrides, presets=SECTION_PRESETS), path
+    )
+
+
+def check_purpose(recipe: Mapping[str, Any], path: str | os.PathLike[str], command: str) -> None:
+    """Raises: `ConfigError` for a recipe of another command than "pretrain" or "finetune", whichever this is."""
+    for other, keys in _OWN_KEYS.items():
+        own = [key for key in keys if key in recipe]
+        if other != command and own:
+            raise ConfigError(f"{path} has {own[0]!r}, so it is a recipe for: cat-audio {other} {path}")
 
 
 def named(config: R, path: str | os.PathLike[str]) -> R:
@@ -199,19 +226,9 @@ def read_run(kind: type[R], run_dir: Path, overrides: Sequence[str] = ()) -> tup
     if damage and newest is not None:
         saved, source = checkpoints.read_state(newest)["config"], str(newest / checkpoints.STATE)
         note = f"note: {damage}; the configuration is that of {newest}"
-    _check_kind(saved, kind, run_dir)
+    check_purpose(saved, f"--resume {run_dir}", "pretrain" if kind is PretrainConfig else "finetune")
     config = from_mapping(kind, saved, source=source, overrides=overrides, presets=SECTION_PRESETS)
     return named(config, path), note
-
-
-def _check_kind(saved: Mapping[str, Any], kind: type, run_dir: Path) -> None:
-    """A run goes on with the command that began it."""
-    fine_tuned = "classes" in saved
-    if fine_tuned != ("classes" in {field.name for field in dataclasses.fields(kind)}):
-        command = "finetune" if fine_tuned else "pretrain"
-        raise ConfigError(
-            f"{run_dir} was begun by cat-audio {command}; go on with: cat-audio {command} --resume {run_dir}"
-        )
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:

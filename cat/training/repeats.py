@@ -1,8 +1,13 @@
 """A fine-tuning recipe run once for each fold and seed, and what that says together.
 
 The folds are those of the manifest (its field "fold"): each run has one of them as its test split, and chooses its
+<<<<<<< HEAD
+checkpoint by clips held out of the others. Every run has a directory of its own, ``fold1`` or ``seed0/fold1`` in that
+of the whole, beside a ``scores.json`` with all of them.
+=======
 checkpoint by clips held out of the others. Every run is a run directory of its own, ``fold1`` or ``seed0/fold1`` in
 that of the whole, beside a ``scores.json`` with all of them.
+>>>>>>> main
 """
 
 from __future__ import annotations
@@ -100,8 +105,9 @@ def finetune_repeats(
 def _runs(config: FinetuneConfig, by_fold: bool, seeds: int) -> Iterator[tuple[str, FinetuneConfig]]:
     numbers: Sequence[int | None] = [config.data.fold]
     if by_fold:
-        if config.data.fold is not None or config.data.test:
-            given = f"data.fold={config.data.fold}" if config.data.fold is not None else f"data.test={config.data.test}"
+        fold, test = config.data.fold, config.data.test
+        if fold is not None or test:
+            given = f"data.test={test}" if fold is None else f"data.fold={fold}"
             raise ConfigError(f"{given} and all folds were asked for; expected one of them: a fold is the test split")
         numbers = np.unique(folds(load_manifest(config.data.train))).tolist()
     for seed in range(config.run.seed, config.run.seed + seeds):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cat import files
 from cat.files import check_writable, new_folder, replacing, write_json
 
 
@@ -183,3 +184,20 @@ def test_an_error_about_something_else_stays_as_it_is(tmp_path):
     with pytest.raises(BrokenPipeError) as error, replacing(tmp_path / "a.json"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # of a data worker, say
     assert error.value.filename is None
+
+
+def test_a_folder_of_many_files(tmp_path, monkeypatch):
+    def make(name):
+        with new_folder(tmp_path / name) as folder:
+            for i in range(200):
+                (folder / f"{i}").touch()
+
+    flushed = []
+    flush = files.flush_to_disk
+    monkeypatch.setattr(files, "flush_to_disk", lambda path: flushed.append(path.name) or flush(path))
+    make("many")
+    assert sorted(flushed) == sorted([*(str(i) for i in range(200)), "many", tmp_path.name])
+    monkeypatch.setattr(files, "flush_to_disk", lambda path: os.close(-1) if path.name == "7" else None)
+    with pytest.raises(OSError, match="Bad file"):
+        make("again")
+    assert names(tmp_path) == ["many"]

@@ -113,7 +113,9 @@ def _unpacked(data_set: DataSet, archive: Path, out: Path, progress: bool) -> Pa
 
 
 def _find(data_set: DataSet, folder: Path, source: Path) -> Path:
-    """The marker, in the folder or one or two further down: archives have a folder of their own around everything."""
+    """The marker: the folder itself, or in it or one or two further down, for archives have a folder around it all."""
+    if folder.resolve().name in data_set.markers:
+        return folder.resolve()
     for place in ("", "*/", "*/*/"):
         for marker in data_set.markers:
             found = sorted(folder.glob(place + marker))

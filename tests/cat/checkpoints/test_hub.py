@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cat import CATEncoder, load_encoder
-from cat.checkpoints import CheckpointError, load_classifier, store
-from cat.checkpoints.hub import ClassifierConfig, EncoderConfig, HubModel, Origin, read_folder
+from cat import CATClassifier, CATEncoder, load_encoder
+from cat.checkpoints import CheckpointError, ClassifierInfo, load_classifier, store
+from cat.checkpoints.hub import EncoderConfig, Origin
 from cat.config import ConfigError
 from cat.data.features import FeatureConfig
 from cat.model import Classifier, Encoder, HeadConfig, ModelConfig
@@ -94,32 +94,55 @@ def test_runs_and_files_are_taken_too(tmp_path):
         CATEncoder.from_pretrained(tmp_path / "run", weights="teacher")
 
 
-class Hub(HubModel):
-    """As a classifier that is to be published says what it is made of."""
-
-    def __init__(self, config, model):
-        self.config, self.model = config, model
-
-    def hub_parts(self):
-        return self.config, self.model.state_dict(), None
+def classifier() -> CATClassifier:
+    torch.manual_seed(0)
+    head, classes, names = HeadConfig(loss="bce"), ("/m/1", "/m/2"), ("Dog", "Cät")
+    config = {"data": {"train": "/home/me/train.jsonl"}, "encoder": "/home/me/runs/tiny"}
+    info = ClassifierInfo(Path("x"), 3, "multi-label", classes, names, MODEL, head, FEATURES, "mask", config)
+    return CATClassifier(Classifier(MODEL, head, 2).eval(), info)
 
 
 def test_a_classifier_is_one_for_all_readers(tmp_path):
-    torch.manual_seed(0)
-    head, classes, names = HeadConfig(loss="bce"), ("/m/1", "/m/2"), ("Dog", "Cät")
-    model = Classifier(MODEL, head, 2).eval()
-    config = ClassifierConfig(MODEL, FEATURES, head, "multi-label", classes, names, "mask")
-    Hub(config, model).save_pretrained(tmp_path / "model")
-    read = read_folder(tmp_path / "model").config
-    assert read == dataclasses.replace(config, model=dataclasses.replace(MODEL, kernels="auto"))
+    model = classifier()
+    model.save_pretrained(tmp_path / "model")
+    expected = model(clips(), 16000).scores
+    found = CATClassifier.from_pretrained(tmp_path / "model", device="cpu")
+    assert torch.equal(found(clips(), 16000).scores, expected)
     loaded, info = load_classifier(tmp_path / "model")
-    assert (info.classes, info.class_names, info.padding, info.task) == (classes, names, "mask", "multi-label")
-    assert torch.equal(loaded.head.linear.weight, model.head.linear.weight)
+    for read in (found.info, info):
+        assert (read.classes, read.class_names, read.padding, read.task) == (
+            model.info.classes, model.info.class_names, "mask", "multi-label",
+        )  # fmt: skip
+    assert torch.equal(loaded.head.linear.weight, model.model.head.linear.weight)
     encoder = CATEncoder.from_pretrained(tmp_path / "model")
-    assert torch.equal(encoder.encoder.cls, model.encoder.cls)
+    assert torch.equal(encoder.encoder.cls, model.model.encoder.cls)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert 'pipeline_tag: "audio-classification"' in card
-    assert "2 classes: `Dog`, `Cät`." in card
+    for words in (
+        'pipeline_tag: "audio-classification"', "2 classes: `Dog`, `Cät`.", "on `train.jsonl`. Begun with", "`tiny`"
+    ):  # fmt: skip
+        assert words in card
+    found.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "model")
+
+
+def test_a_classifier_of_something_else(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="is an encoder and has no classes"):
+        CATClassifier.from_pretrained(folder)
+    classifier().save_pretrained(tmp_path / "classes")
+    head = {"head": {"kind": "frames", "pooling": "attention", "loss": "bce"}}
+    for values, error, words in (
+        ({"classes": ["a"]}, ConfigError, "1 classes with 2 names"),
+        ({"classes": ["a"], "class_names": ["a"]}, CheckpointError, "head.linear.weight is .*expected"),
+        (head, CheckpointError, "missing .first: head.attention.weight"),
+        ({"task": "singing"}, ConfigError, "task is 'singing'"),
+        ({"padding": "none"}, ConfigError, "padding"),
+        ({"head": {"knid": "clip"}}, ConfigError, "head.knid"),
+    ):
+        before = (tmp_path / "classes" / "config.json").read_bytes()
+        change(tmp_path / "classes", **values)
+        with pytest.raises(error, match=words):
+            CATClassifier.from_pretrained(tmp_path / "classes")
+        (tmp_path / "classes" / "config.json").write_bytes(before)
 
 
 # ------------------------------------------------------------------------------------------------ strict
@@ -193,6 +216,8 @@ def test_nothing_of_the_users_is_written_over(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         build().save_pretrained(tmp_path / "other")
     assert {name for name in contents(tmp_path) if not name.startswith("empty")} == set(before)
+    with pytest.raises(ValueError, match=r"license is 'mit', but the model came with a model card, .*README"):
+        CATEncoder.from_pretrained(folder).save_pretrained(tmp_path / "other", license="mit")
     with pytest.raises(ValueError, match="config is not the model's own"):
         build().save_pretrained(tmp_path / "other", config={"a": 1})
 
@@ -210,6 +235,9 @@ def test_the_card_says_what_the_checkpoint_does(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     scores = {"step": 70, "valid": {"accuracy": 0.5}, "test": {"accuracy": 0.256789, "unreadable": 0}}
     (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
+    evaluated = {"checkpoint": {"step": 70}, "data": {"source": "/home/me/birds.jsonl"}, "metrics": {"mAP": 0.75}}
+    (tmp_path / "run" / "evaluation" / "birds").mkdir(parents=True)
+    (tmp_path / "run" / "evaluation" / "birds" / "evaluation.json").write_text(json.dumps(evaluated))
     cards = {}
     for step in (70, 80):
         origin = Origin(trained, step, tmp_path / "run" / "checkpoints" / f"step-000000{step}" / "model.safetensors")
@@ -226,6 +254,7 @@ def test_the_card_says_what_the_checkpoint_does(tmp_path):
     for row in ("| optim.lr | `0.001` |", "| ema.start | `0.998` |", "| step | `70` |", "| run.seed | `3` |"):
         assert row in card
     assert "| `test` | `accuracy` | 0.2568 |" in card
+    assert "| `birds.jsonl` | `mAP` | 0.75 |" in card
     assert "accuracy" not in cards[80]  # another checkpoint of the run has other scores
     assert "None were found" in cards[80]
 

@@ -62,6 +62,15 @@ def test_what_happens_to_a_clip_does_not_depend_on_the_others():
     assert torch.equal(mixed, whole[[2, 1]])
 
 
+def test_the_order_is_noise_roll_mixup_and_masks():
+    spec, augmentation = spectrograms(), drawn(ALL, step=2)
+    none = {"noise_B": None, "clips_B2": None, "roll_B2": None, "mix": None, "bins_B2": None, "frames_B2": None}
+    for names in (("noise_B", "clips_B2"), ("roll_B2",), ("mix",), ("bins_B2", "frames_B2")):
+        kept = {name: getattr(augmentation, name) for name in names}
+        spec, _ = dataclasses.replace(augmentation, **{**none, **kept}).apply(spec, targets())
+    assert torch.equal(augmentation.apply(spectrograms(), targets())[0], spec)
+
+
 # --- mixup -----------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +170,16 @@ def test_noise_of_a_clip_is_the_same_wherever_it_is():
     one = draw(config, FEATURES, seed=5, step=4, epochs=[3], clips=[2_000_000], frames=[64])
     spec = spectrograms(2)
     assert torch.equal(dataclasses.replace(augmentation, roll_B2=None).shifted(spec)[1:], one.shifted(spec[1:]))
+
+
+def test_noise_has_other_shapes_in_other_epochs_and_runs():
+    """Not the amplitude alone."""
+    config, spec = AugmentConfig(noise=0.1), torch.zeros(1, 1, 64, 32)
+    shapes = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        noise = drawn(config, 1, epoch=epoch, seed=seed).shifted(spec)
+        shapes.append((noise / noise.max()).flatten().numpy())
+    assert abs(np.corrcoef(shapes) - np.eye(3)).max() < 0.1
 
 
 def test_frames_are_rolled_by_minus_ten_to_nine():

@@ -1,11 +1,13 @@
 """A manifest's clips in a few arrays: what goes in comes out, and data workers share the memory."""
 
 import dataclasses
+import itertools
 import os
 import pickle
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cat.data.clips import Clip, Clips
@@ -51,6 +53,30 @@ def test_some_clips_of_a_manifest(tmp_path):
     manifest = Manifest(CLIPS, tmp_path)
     fewer = dataclasses.replace(manifest, clips=manifest.clips[1:])
     assert [fewer.path(i) for i in range(len(fewer))] == [tmp_path / os.fsdecode(b"caf\xe9.wav"), Path("/abs/c.wav")]
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [1], [0, 1, 2], []])
+def test_clips_that_are_taken_are_those(indices):
+    """But for the rows of an embedding file, which is the whole data set's."""
+    clips = Clips((*CLIPS, Clip("d.wav", negative=True)))
+    taken = pickle.loads(pickle.dumps(clips.take(np.array([*indices, 3], dtype=np.int64))))
+    expected = [dataclasses.replace(clips[index], embedding=None) for index in (*indices, 3)]
+    assert taken == expected
+    assert [clip.extra for clip in taken] == [clip.extra for clip in expected]
+    assert set(taken.labels) == {label for clip in expected for label in clip.labels}
+    ids, ends, negative = taken.label_table
+    assert [tuple(taken.labels[i] for i in ids[a:b]) for a, b in itertools.pairwise(ends)] == [
+        clip.labels for clip in expected
+    ]
+    assert negative.tolist() == [False] * len(indices) + [True]
+    assert (taken.mention("speaker"), taken.mention("events")) == (0 in indices, False)
+
+
+def test_a_part_of_a_manifest_has_none_of_its_embeddings(tmp_path):
+    manifest = Manifest(CLIPS, tmp_path, embeddings=tmp_path / "e.npy", embeddings_fingerprint="x", notes=("a note",))
+    part = manifest.take(np.array([2]))
+    assert (part.embeddings, part.embeddings_fingerprint, part.rows.tolist()) == (None, None, [-1])
+    assert (part.path(0), part.notes) == (Path("/abs/c.wav"), ("a note",))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="reads Linux's account of memory")

@@ -148,6 +148,17 @@ def test_a_clip_that_cannot_be_read_gives_its_place_with_its_label(manifest, tmp
         scored(dataclasses.replace(manifest, root=tmp_path / "nowhere"))
 
 
+def test_silence_is_a_clip_and_no_number_is_none(manifest, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(4000), RATE)
+    soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan), RATE, subtype="FLOAT")
+    clips = [Clip("silence.wav", labels=("a",)), Clip("nan.wav", labels=("b",))]
+    odd = Manifest(clips, tmp_path)
+    for batch in batches(odd, 2):
+        assert batch.augmented().spec.isfinite().all()
+        assert batch.clips.tolist() == [0] * 4
+        assert {failure.reason for failure in batch.failures} == {"4000 of 4000 samples are NaN or infinite"}
+
+
 # --- padding ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +275,17 @@ def test_frame_targets_are_mixed_as_their_clips(events):
         assert (mixed.frame_weights.sum(dim=1) > 0).tolist() == known
         own = batch.rows
         assert mixed.frame_weights[known.index(True)].sum() == own[known.index(True)]
+
+
+def test_an_event_that_is_cut_off_is_no_label(tmp_path):
+    """Of the clip that was read; a label without an event stays."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(32000), RATE)
+    entries = [{"onset": 0.1, "offset": 0.2, "label": "a"}, {"onset": 1.5, "offset": 1.6, "label": "b"}]
+    clips = [Clip("long.wav", labels=("b", "c"), extra={"events": entries})]
+    long = Manifest(clips, tmp_path)
+    for batch in (scored(long)[0], batches(long, 1, augment=PLAIN)[0]):
+        assert batch.targets[0].tolist() == [1, 0, 1]
+        assert batch.frame_targets[0].sum(dim=0).tolist() == [1, 0, 0]
 
 
 def test_events_that_are_scored(events):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cat.data.manifest import Clip, Manifest, ManifestError, load_manifest, write_manifest
+from cat.data.manifest import Clip, Manifest, ManifestError, is_written, load_manifest, write_manifest
 
 HEADER = '{"format": "cat-audio manifest", "version": 1}'
 
@@ -431,3 +431,14 @@ def test_identity_knows_the_clips_and_their_rows():
     assert first.identity != swapped.identity
     assert first.fingerprint == swapped.fingerprint
     assert json.loads(json.dumps(first.identity)) == first.identity
+
+
+def test_a_manifest_that_is_written_already(tmp_path):
+    manifest = Manifest([Clip("a.wav", labels=("dog",)), Clip("b.wav", negative=True)], tmp_path)
+    path = tmp_path / "a.jsonl"
+    write_manifest(manifest, path)
+    assert is_written(manifest, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for other in (lines[:-1], [*lines, b"\n"], [*lines[:-1], lines[-1][:-1]], []):
+        path.write_bytes(b"".join(other))
+        assert not is_written(manifest, path)

@@ -59,6 +59,13 @@ def test_several_labels_a_clip():
     assert 0.15 < none < 0.25
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rare_class_inside_a_common_one(seed):
+    labels = ["common rare"] * 10 + ["common"] * 90 + ["other"] * 50
+    _, valid, *_ = held_out(manifest_of(labels), seed=seed)
+    assert valid.tolist() == [20, 10, 2]
+
+
 def test_it_is_a_function_of_the_seed():
     manifest = manifest_of(["a", "b"] * 20)
     paths = [[clip.path for clip in held_out(manifest, seed=seed)[3].clips] for seed in (0, 0, 1)]

@@ -20,7 +20,7 @@ from cat.commands import embed as command
 from cat.commands import main
 from cat.data import Clip, Manifest, load_manifest, open_embeddings, read_audio, write_manifest
 from cat.data.features import FeatureConfig
-from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, embed
+from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, embed, reading
 from cat.model import Encoder, ModelConfig
 
 soundfile = pytest.importorskip("soundfile")
@@ -240,7 +240,7 @@ def test_a_long_file_takes_no_more_memory_than_a_batch_may(tmp_path):
             return super().__call__(waveform, lengths)
 
     beside = collect(tmp_path, Watched())
-    assert max(sizes) <= embed.WINDOW_SECONDS * 16000
+    assert max(sizes) <= reading.WINDOW_SECONDS * 16000
     assert sum(sizes) > 0.4 * 3600 * 16000  # all of it
     np.testing.assert_allclose(np.delete(beside, 2, axis=0), alone, atol=1e-6)  # rounding: sums over other widths
 
@@ -270,7 +270,7 @@ def test_a_long_clip_in_windows_has_the_embedding_of_the_whole(tmp_path, monkeyp
     manifest = load_manifest(tmp_path)
     encoders = (LogMelStatistics(), RandomProjection(), Level())
     whole = [embed.collect_embeddings(manifest, encoder).rows for encoder in encoders]
-    monkeypatch.setattr(embed, "WINDOW_SECONDS", 2)
+    monkeypatch.setattr(reading, "WINDOW_SECONDS", 2)
     windows = [embed.collect_embeddings(manifest, encoder).rows for encoder in encoders]
     # But for the frames across the windows' edges; a projection of unit length has another mean than its windows'.
     np.testing.assert_allclose(windows[0], whole[0], atol=0.02)
@@ -284,7 +284,7 @@ def test_a_long_clip_that_is_bad_behind_its_first_window_is_skipped(tmp_path, mo
     wave[-1] = np.nan
     soundfile.write(tmp_path / "1.wav", wave, 16000, "FLOAT")
     noise_wav(tmp_path / "2.wav", seconds=1)
-    monkeypatch.setattr(embed, "WINDOW_SECONDS", 2)
+    monkeypatch.setattr(reading, "WINDOW_SECONDS", 2)
     found = embed.collect_embeddings(load_manifest(tmp_path), RandomProjection())
     assert found.indices.tolist() == [0, 2]
     assert [(s.index, s.reason) for s in found.skipped] == [(1, "1 of 29760 samples are NaN or infinite")]
@@ -292,16 +292,16 @@ def test_a_long_clip_that_is_bad_behind_its_first_window_is_skipped(tmp_path, mo
 
 def test_batches_are_made_smaller_by_what_they_hold():
     clips = [(i, torch.zeros(n)) for i, n in enumerate([10, 10, 60, 10, 10, 10, 10])]
-    clips.insert(4, (99, embed.Skipped(99, "x", "missing")))
-    clips.insert(7, (98, embed._Long()))
-    batches = list(embed._batches(clips, batch_size=6, most_samples=100))
-    assert [indices for indices, _, _ in batches] == [[0, 1], [2], [3, 4], [5], [98], [6]]
-    assert [len(waves) for _, waves, _ in batches] == [2, 1, 2, 1, 0, 1]
-    assert [len(skipped) for _, _, skipped in batches] == [0, 0, 1, 0, 0, 0]
+    clips.insert(4, (99, reading.Skipped(99, "x", "missing")))
+    clips.insert(7, (98, reading.Long()))
+    batches = list(reading.collected(clips, batch_size=6, most_samples=100))
+    assert [batch.indices for batch in batches] == [[0, 1], [2], [3, 4], [5], [98], [6]]
+    assert [len(batch.waves) for batch in batches] == [2, 1, 2, 1, 0, 1]
+    assert [len(batch.skipped) for batch in batches] == [0, 0, 1, 0, 0, 0]
 
 
 def test_a_batch_holds_no_more_than_it_may(folder, monkeypatch):
-    monkeypatch.setattr(embed, "BATCH_SECONDS", 1)
+    monkeypatch.setattr(reading, "BATCH_SECONDS", 1)
     batches = embed.embed_manifest(load_manifest(folder / "clips.jsonl"), LogMelStatistics())
     assert [len(rows) for _, rows, _ in batches] == [1, 1, 1, 1]
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_hears_all_of_a_long_clip(tmp_path, monkeypatch):
     encoder = CatEncoder(Encoder(model), FeatureConfig(frames=64))
     expected = encoder.model(soundfile.read(tmp_path / "a.wav", dtype="float32")[0], 16000).clip.numpy()
     whole = embed.collect_embeddings(load_manifest(tmp_path), encoder).rows
-    monkeypatch.setattr(embed, "WINDOW_SECONDS", 2)
+    monkeypatch.setattr(reading, "WINDOW_SECONDS", 2)
     assert len(wave) > 2 * 16000
     pieces = embed.collect_embeddings(load_manifest(tmp_path), encoder).rows
     np.testing.assert_allclose(whole, expected, atol=1e-6)

@@ -18,6 +18,7 @@ from cat.data.manifest import Clip, Manifest, load_manifest, write_manifest
 from cat.evaluation import report
 from cat.evaluation.evaluate import Scored, ScoreError, evaluate, mistakes_of, score_clips
 from cat.model.encoder import rows_of
+from cat.prediction import CATClassifier
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("sklearn")
@@ -111,6 +112,22 @@ def test_a_model_of_known_answers(classifier_checkpoint, data, tmp_path, capsys)
     assert all(float(row["狗叫声"]) > 0.5 for row in clips)
 
 
+def test_the_numbers_are_those_of_fine_tuning(data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {{train: {data}, valid: {data}, test: {data}, batch_size: 3, num_workers: 0}}\n"
+        "model: {channels: [8, 8], embed_dim: 16, depth: 1, num_heads: 2}\n"
+        "optim: {lr: 1e-2, warmup_steps: 1, steps: 2, average: 0.5}\n"
+        f"run: {{dir: {tmp_path}, name: tuned, threads: 1, device: cpu, tensorboard: false, figures: false}}\n"
+    )
+    assert main(["finetune", str(recipe), "encoder=none", "--quiet"]) == 0
+    told = json.loads((tmp_path / "tuned" / "scores.json").read_text())
+    assert run(tmp_path / "tuned", data, "--out", tmp_path / "out", "--resamples", 0) == 0
+    found = read(tmp_path / "out")
+    assert found["checkpoint"]["step"] == told["step"]
+    assert found["metrics"] == pytest.approx({name: told["test"][name] for name in found["metrics"]}, abs=1e-9)
+
+
 def test_neither_workers_nor_batches_nor_a_second_time_change_the_numbers(classifier_checkpoint, data, tmp_path):
     checkpoint = classifier_checkpoint(tmp_path / "run", CLASSES)
     found = []
@@ -199,6 +216,70 @@ def test_mistakes_by_hand():
     assert len(mistakes_of(scored, ("a", "b", "c"), most=2)) == 2
 
 
+# ---------------------------------------------------------------- events
+
+
+@pytest.fixture
+def street(tmp_path) -> Path:
+    """Two clips that say when their sounds are, and one that only says which."""
+    for i in range(3):
+        noise(tmp_path / "street" / f"{i}.wav", 16000, seed=i)
+    entries = [
+        {"path": "0.wav", "events": [{"onset": 0.1, "offset": 0.9, "label": "car"}]},
+        {"path": "1.wav", "events": []},
+        {"path": "2.wav", "labels": ["bird"]},
+    ]
+    path = tmp_path / "street" / "valid.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.mark.usefixtures("sed_eval")
+def test_events_are_scored_where_the_labels_say_when_they_are(classifier_checkpoint, street, tmp_path, capsys):
+    checkpoint = classifier_checkpoint(tmp_path / "run", ["car", "bird"], task="events", change=always(0))
+    assert run(checkpoint, street, "--out", tmp_path / "a", "--resamples", 10) == 0
+    assert "events in 2 clips; settings: defaults" in capsys.readouterr().out
+    found = read(tmp_path / "a")
+    assert found["data"]["clips"] == 3
+    car, bird = found["events"]["classes"]
+    # A car from beginning to end of both clips: the second has none, and the first is found early and ends late.
+    assert (car["labelled"], car["found"], car["segment_f1"]) == (1, 2, pytest.approx(2 / 3))
+    assert (bird["labelled"], bird["f1"], found["events"]["left_out"]) == (0, None, ["bird"])
+    assert found["events"]["settings"]["car"]["threshold"] == 0.5
+
+
+@pytest.mark.usefixtures("sed_eval")
+def test_settings_of_events_are_chosen_on_clips_and_used_from_then_on(classifier_checkpoint, street, tmp_path, capsys):
+    checkpoint = classifier_checkpoint(tmp_path / "run", ["car", "bird"], task="events")
+    command = (checkpoint, street, "--out", tmp_path / "out", "--resamples", 10)
+    assert run(*command, "--choose-events") == 0
+    chosen = json.loads((tmp_path / "run" / "events.json").read_text())
+    assert chosen["chosen"]["on"] == str(street)
+    assert read(tmp_path / "out")["events"]["settings"] == chosen["classes"]
+    assert run(*command) == 0
+    assert f"settings: {tmp_path / 'run' / 'events.json'}" in capsys.readouterr().out
+    assert run(*command, "--choose-events") == 0, "it is its own file"
+    (tmp_path / "run" / "events.json").write_text("{}")
+    assert run(*command, "--choose-events") == 1
+    assert "events.json exists, and is not, or no longer, what this command wrote" in capsys.readouterr().err
+
+
+def test_events_that_cannot_be_scored(classifier_checkpoint, data, street, tmp_path, monkeypatch, capsys):
+    frames = classifier_checkpoint(tmp_path / "frames", ["car", "bird"], task="events")
+    clip = classifier_checkpoint(tmp_path / "clip", CLASSES)
+    assert run(clip, data, "--out", tmp_path / "a", "--choose-events") == 1
+    assert "has no frame head; it is of task 'single-label'" in capsys.readouterr().err
+    write_manifest(load_manifest(street).take(np.array([1, 2])), street.with_name("weak.jsonl"))
+    weak = (frames, street.with_name("weak.jsonl"), "--out", tmp_path / "b", "--resamples", 0)
+    assert run(*weak) == 0
+    assert "events are judged by clip only: no clip of" in capsys.readouterr().out
+    assert read(tmp_path / "b")["events"] is None
+    assert run(*weak, "--choose-events") == 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(frames, street, "--out", tmp_path / "c", "--resamples", 0) == 0
+    assert "events are judged by clip only: scores of events need sed_eval" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- what cannot be scored
 
 
@@ -284,6 +365,17 @@ def test_where_it_is_written(classifier_checkpoint, data, tmp_path, capsys):
     assert (tmp_path / "alone" / "evaluation" / "data-step-00000007" / "clips.csv").is_file()
 
 
+def test_a_published_model_has_the_scores_of_its_checkpoint(classifier_checkpoint, data, tmp_path):
+    checkpoint = classifier_checkpoint(tmp_path / "run", CLASSES)
+    CATClassifier.from_folder(checkpoint).save_pretrained(tmp_path / "published")
+    for name, model in (("a", checkpoint), ("b", tmp_path / "published")):
+        assert run(model, data, "--out", tmp_path / name, "--resamples", 0) == 0
+    assert read(tmp_path / "a")["metrics"] == read(tmp_path / "b")["metrics"]
+    assert (tmp_path / "a" / "clips.csv").read_bytes() == (tmp_path / "b" / "clips.csv").read_bytes()
+    assert run(tmp_path / "published", data, "--resamples", 0) == 0
+    assert (tmp_path / "published" / "evaluation" / "data" / "evaluation.json").is_file()
+
+
 def test_nothing_of_the_users_is_replaced(classifier_checkpoint, data, tmp_path, capsys):
     checkpoint, out = classifier_checkpoint(tmp_path / "run", CLASSES), tmp_path / "out"
     command = (checkpoint, data, "--out", out, "--resamples", 10)
@@ -319,10 +411,10 @@ def test_the_files_appear_together(classifier_checkpoint, data, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(report, "_write_clips", full)
-        assert run(checkpoint, data, "--out", out, "--resamples", 11) == 1
+        assert run(checkpoint, data, "--out", out, "--resamples", 0) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert run(checkpoint, data, "--out", out, "--resamples", 11) == 0
+    assert run(checkpoint, data, "--out", out, "--resamples", 0) == 0
 
 
 def test_files_of_any_name(classifier_checkpoint, tmp_path):

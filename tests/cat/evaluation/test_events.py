@@ -10,7 +10,7 @@ from cat.evaluation.events import HeardClips, choose_settings, evaluate_events, 
 from cat.prediction import Event, EventSettings, Plan
 from cat.prediction.files import FileResult
 
-pytest.importorskip("sed_eval")
+pytestmark = pytest.mark.usefixtures("sed_eval")
 
 CLASSES = ("dog", "cat", "bird")
 PLAN = Plan(FeatureConfig(), 16, 8, 4, 2)  # rows of 0.16 s

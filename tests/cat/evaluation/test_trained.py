@@ -131,6 +131,14 @@ def test_a_class_that_training_lacks_is_never_predicted(multi_label, monkeypatch
         assert (scores[:, 2] == 0).all()
 
 
+def test_a_training_split_of_one_class_predicts_it(monkeypatch):
+    monkeypatch.setattr(trained, "MAX_STEPS", 20)
+    train, valid, test = splits(one_layer_tells)
+    train.targets[:] = np.arange(CLASSES) == 1
+    for probe in (attention_probe, gated_probe):
+        assert probe(train, valid, test, multi_label=False, prototypes=16).score == test.targets[:, 1].mean()
+
+
 def test_clips_that_are_all_the_same_are_no_error(monkeypatch):
     """Silence: nothing varies, in no layer."""
     monkeypatch.setattr(trained, "MAX_STEPS", 20)

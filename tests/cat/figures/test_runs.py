@@ -51,6 +51,15 @@ def test_run_figures(is_picture, run_dir):
     assert all(path.parent == run_dir / "figures" and is_picture(path) for path in paths)
 
 
+def test_the_figure_of_fine_tuning(is_picture, run_dir):
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        for step, accuracy in ((20, 0.5), (40, None)):
+            file.write(json.dumps({"kind": "valid", "step": step, "loss": 1.0, "accuracy": accuracy}) + "\n")
+    path = runs.write_finetune_figure(run_dir, "accuracy")
+    assert path == run_dir / "figures" / "loss.png"
+    assert is_picture(path)
+
+
 def test_agreement_of_runs(is_picture, tmp_path):
     """Equal steps, a difference of zero, cannot be drawn on its logarithmic axis, and need not be."""
     curves = {

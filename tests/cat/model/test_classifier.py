@@ -55,6 +55,17 @@ def test_all_rows_are_no_rows_bit_for_bit(spec, encoder):
     assert torch.equal(encoder(spec, rows=[6] * len(ROWS)), encoder(spec))
 
 
+def test_what_lies_behind_all_clips_costs_nothing(spec, encoder):
+    rows = [min(count, 3) for count in ROWS]
+    short = encoder(spec[:, :, :48], rows=rows)
+    long = encoder(spec, rows=rows)
+    assert long.shape == (len(ROWS), 1 + 6 * PER_ROW, 32)
+    assert torch.equal(long[:, : short.shape[1]], short)
+    assert not long[:, short.shape[1] :].any()
+    assert torch.equal(encoder(spec, rows=[2] * 6)[:, : 1 + 2 * PER_ROW], encoder(spec[:, :, :32]))
+    assert [layer.shape for layer in encoder.layers(spec, rows=rows)] == [long.shape] * 4
+
+
 def test_gradients_are_those_of_the_clips_alone(spec, encoder):
     encoder = encoder.double()
     weight = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

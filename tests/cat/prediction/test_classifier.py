@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from cat.checkpoints import CheckpointError, load_classifier, store
+from cat.checkpoints.hub import EncoderConfig
 from cat.config import to_mapping
 from cat.data import FeatureConfig
 from cat.data.features import log_mel
+from cat.encoders import CATEncoder
 from cat.model import CAT, ModelConfig
 from cat.prediction import CATClassifier
 
@@ -121,3 +123,23 @@ def test_a_pre_trained_run_has_no_classes(tmp_path):
     store.save(tmp_path / "checkpoints", step=1, model=CAT(model).state_dict(), optimizer={}, config=config)
     with pytest.raises(CheckpointError, match="cat-audio finetune"):
         CATClassifier.from_pretrained(tmp_path)
+
+
+def test_a_hub_folder_says_the_same(save_run, sound, tmp_path):
+    run = CATClassifier.from_pretrained(save_run("frames", padding="fill"))
+    run.save_pretrained(tmp_path / "hub")
+    folder = CATClassifier.from_pretrained(tmp_path / "hub")
+    assert torch.equal(folder(sound(0.5), RATE).scores, run(sound(0.5), RATE).scores)
+    assert (folder.classes, folder.names, folder.info.padding, folder.has_frames) == (
+        run.classes,
+        run.names,
+        "fill",
+        True,
+    )
+
+
+def test_an_encoders_folder_has_no_classes(tmp_path):
+    model = ModelConfig(channels=(8, 8), embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_layers=1)
+    CATEncoder(EncoderConfig(model, FeatureConfig())).save_pretrained(tmp_path / "hub")
+    with pytest.raises(CheckpointError, match="is an encoder and has no classes"):
+        CATClassifier.from_pretrained(tmp_path / "hub")

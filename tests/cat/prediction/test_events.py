@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cat.data import FeatureConfig
 from cat.prediction import EventFinder, EventSettings, Plan, find_events
-from cat.prediction.events import ended, read_settings, settings_file, write_settings
+from cat.prediction.events import ended, home_of_settings, read_settings, settings_of, write_settings
 
 PLAN = Plan(FeatureConfig(), 16, 8, 4, 2)  # rows of 0.16 s
 STEP = 0.16
@@ -191,9 +191,8 @@ def test_a_file_that_holds_no_settings(tmp_path, content):
 
 def test_the_settings_of_a_run_are_found_from_its_checkpoint(tmp_path):
     model = tmp_path / "run" / "checkpoints" / "step-00000003" / "model.safetensors"
-    assert settings_file(model) is None
-    write_settings(tmp_path / "run" / "events.json", {}, {})
-    assert settings_file(model) == tmp_path / "run" / "events.json"
-    assert settings_file(tmp_path / "other.safetensors") is None
-    write_settings(tmp_path / "events.json", {}, {})
-    assert settings_file(tmp_path / "other.safetensors") == tmp_path / "events.json"
+    assert settings_of(model, ("a",)) == ({"a": EventSettings()}, None)
+    write_settings(tmp_path / "run" / "events.json", {"a": EventSettings(0.3)}, {})
+    assert settings_of(model, ("a",)) == ({"a": EventSettings(0.3)}, tmp_path / "run" / "events.json")
+    assert settings_of(tmp_path / "other.safetensors", ("a",)) == ({"a": EventSettings()}, None)
+    assert home_of_settings(tmp_path / "other.safetensors") == tmp_path / "events.json"

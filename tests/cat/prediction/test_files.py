@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
-import soundfile
 
 from cat.data import load_manifest
 from cat.data.manifest import ManifestError
@@ -16,6 +16,8 @@ from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import read_settings
 from cat.prediction.files import list_files, predict_files
 from cat.prediction.outputs import write_predictions
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 EVENTS = dict.fromkeys(("low", "high", "none"), EventSettings())
@@ -58,6 +60,18 @@ def test_events_of_long_files_are_neither_cut_nor_doubled(tones, folder):
         assert found[2:] == [[], [], []]
 
 
+def test_of_a_long_file_only_the_scores_are_kept(tones, tmp_path):
+    """It is 9 MB of samples, and its windows are 72 MB."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(140 * RATE, np.float32), RATE)
+    tones.hear = lambda windows, size: ((item, (np.zeros(3), None)) for item in windows)
+    tracemalloc.start()
+    (result,) = predict_files(tones, [tmp_path / "long.wav"], plan=tones.plan(hop=0.16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(result.scores.windows) > 800
+    assert peak < 16e6
+
+
 def test_files_folders_and_manifests_are_listed_once(folder, tmp_path):
     manifest = tmp_path / "list.jsonl"
     manifest.write_text('{"path": "audio/e.wav"}\n{"path": "gone.wav"}\n')
@@ -86,7 +100,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_was_stopped_goes_on(tones, folder, tmp_path):
+def test_what_was_stopped_goes_on(tones, folder, tmp_path, capsys):
     files, out, table = list_files([folder]), tmp_path / "out.jsonl", tmp_path / "out.csv"
     outputs = {out: "json", table: "csv"}
     plain = tmp_path / "plain.jsonl"
@@ -99,6 +113,7 @@ def test_what_was_stopped_goes_on(tones, folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_predictions(tones, files, outputs, plan=tones.plan(), show=stop, batch_size=1)
     assert not out.exists()
+    assert f"2 of 5 files are kept in {out}.part; the same command goes on" in capsys.readouterr().err
     part = tmp_path / "out.jsonl.part" / "rows.jsonl"
     assert len(rows(part)) == 3  # what made them, and two files
     with open(part, "ab") as file:
@@ -188,13 +203,13 @@ def test_labels_that_do_not_fit(tones, folder, tmp_path, entry, message):
         hear_clips(tones, manifest(tmp_path, entry))
 
 
+@pytest.mark.usefixtures("sed_eval")
 def test_chosen_settings_are_found_by_predict(tones, folder, tmp_path):
-    pytest.importorskip("sed_eval")
     from cat.evaluation.events import choose_settings, evaluate_events
 
     entry = '{"path": "audio/b.flac", "events": [{"onset": 30.08, "offset": 62.4, "label": "high"}]}'
     heard = hear_clips(tones, manifest(tmp_path, entry))
     settings = choose_settings(heard)
-    path = write_chosen(tmp_path, settings, tmp_path / "valid.jsonl", evaluate_events(heard, settings))
+    path = write_chosen(tones.info.path, settings, tmp_path / "valid.jsonl", evaluate_events(heard, settings))
     assert read_settings(path, tones.classes) == settings
     assert json.loads(path.read_text())["chosen"]["event F1"] == pytest.approx(1)

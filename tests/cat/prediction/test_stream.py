@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -15,7 +16,6 @@ import time
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,8 @@ from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import ended
 from cat.prediction.files import predict_files
 from cat.prediction.stream import PCM, EventStream, Samples
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 EVENTS = dict.fromkeys(("low", "high", "none"), EventSettings(low=0.2))
@@ -273,6 +275,29 @@ def test_a_reader_that_goes_ends_the_stream(run_with_tones, sound, pipe, monkeyp
     thread.start()
     assert run_with_tones("--sample-rate", "16000") == 141
     done.set()
+
+
+def test_a_slow_reader_is_waited_for(run_with_tones, sound, pipe, monkeypatch):
+    """And loses nothing: eighty lines, of which the pipe holds the first few dozen."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    monkeypatch.setattr("sys.stdout", os.fdopen(writing, "w"))
+    lines = []
+
+    def read():
+        time.sleep(0.5)
+        with os.fdopen(reading) as file:
+            lines.extend(file)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    scene = [("low", 1 + i * 0.64, 1.32 + i * 0.64) for i in range(40)]
+    feeder = fed(pipe, soundfile_int16(sound(28.0, *scene)))
+    assert run_with_tones("--sample-rate", "16000", "--json", "-") == 0
+    os.close(writing)
+    feeder.join()
+    reader.join()
+    assert [json.loads(line)["type"] for line in lines] == ["onset", "event"] * 40
 
 
 def test_samples_that_are_not_finite_are_told(run_with_tones, sound, pipe, capsys):

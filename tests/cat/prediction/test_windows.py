@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cat.data import FeatureConfig
 from cat.prediction import Plan, Windower
-from cat.prediction.classifier import windows_of
+from cat.prediction.classifier import as_windows
 
 FEATURES = FeatureConfig(sample_rate=1000)  # frames of 25 samples every 10, rows of 160
 ROW = 160
@@ -41,12 +41,12 @@ def heard(windows, plan: Plan) -> np.ndarray:
 def test_every_row_is_heard_once_whatever_the_pieces(numbers, samples, data):
     one = plan(*numbers)
     wave = np.arange(samples, dtype=np.float32)
-    whole = list(windows_of([wave], one))
+    whole = list(as_windows([wave], one))
     np.testing.assert_array_equal(heard(whole, one), np.arange(one.total(samples)) * (ROW // one.shifts))
     assert all(len(wave) <= one.samples for window in whole for wave in window.waves)
 
     cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=8)))
-    pieces = list(windows_of(np.split(wave, cuts), one))
+    pieces = list(as_windows(np.split(wave, cuts), one))
     assert [(w.start, w.begin, w.end) for w in pieces] == [(w.start, w.begin, w.end) for w in whole]
     for one_window, other in zip(pieces, whole, strict=True):
         assert all(map(np.array_equal, one_window.waves, other.waves))
@@ -57,7 +57,7 @@ def test_every_row_is_heard_once_whatever_the_pieces(numbers, samples, data):
 def test_rows_are_heard_with_what_comes_behind_them(numbers, samples):
     """As far as there is anything: no row is nearer to its window's end than the lookahead."""
     one = plan(*numbers)
-    for window in windows_of([np.zeros(samples, np.float32)], one):
+    for window in as_windows([np.zeros(samples, np.float32)], one):
         last = window.start * one.shifts + one.rows * one.shifts
         assert window.end <= last - one.lookahead * one.shifts or window.end == one.total(samples)
 

@@ -21,7 +21,7 @@ OURS = (
     *("metrics.jsonl", "failures.jsonl", "probe.json", "tensorboard/events.out.tfevents.1", "figures/loss.png"),
     *("figures/patches.png", "figures/embeddings.png", "profile/trace.json", "checkpoints/step-00000002/state.json"),
     *("evaluation/test/evaluation.json", "evaluation/test/clips.csv", "evaluation/test/figures/curves.png"),
-    "evaluation/other/classes.csv",
+    *("evaluation/other/classes.csv", "events.json"),
 )
 THEIRS = (
     "evaluation/other/notes.txt",

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is trained, what stays, how it is scored; killed and resumed it is the run that was not disturbed."""
+"""Fine-tuning: what is trained and what stays, scores; killed and resumed it is the run that was not disturbed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from cat.checkpoints import CheckpointError, load_classifier, load_encoder
 from cat.checkpoints import store as checkpoints
 from cat.commands import main
 from cat.config import ConfigError, to_mapping
-from cat.data import ManifestError, load_manifest
+from cat.data import DataConfig, FeatureConfig, ManifestError, load_manifest
 from cat.data.finetuning import scoring_batches
 from cat.data.labels import labels_of
 from cat.model import CAT, ModelConfig
 from cat.training import finetune as finetuning_run
-from cat.training import finetuning
+from cat.training import finetune_step, finetuning
 from cat.training.finetune import finetune, profile
 from cat.training.finetune_recipe import FinetuneConfig, fitting_frames, load_finetune_recipe
+from cat.training.loop import TrainingError
 from cat.training.recipe import PretrainConfig, read_run
 from cat.training.records import read_rows
 
@@ -86,19 +87,11 @@ def pretrained(folder) -> Path:
         cat = CAT(MODEL)
         for parameter in cat.teacher.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
-    config = PretrainConfig(data=dataclasses.replace(PretrainConfig.__dataclass_fields__["data"].type and _data()))
-    config = dataclasses.replace(
-        config, model=MODEL, features=dataclasses.replace(config.features, frames=32, mean=-6.0, std=5.0)
-    )
+    features = FeatureConfig(frames=32, mean=-6.0, std=5.0)
+    config = PretrainConfig(DataConfig(), model=MODEL, features=features)
     return checkpoints.save(
         folder / "pre" / "checkpoints", step=5, model=cat.state_dict(), optimizer={}, config=to_mapping(config)
     )
-
-
-def _data():
-    from cat.data import DataConfig
-
-    return DataConfig()
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +103,10 @@ def undisturbed(tmp_path_factory, recipe) -> Path:
 
 def numbers(run_dir: Path) -> list[dict]:
     return [row for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] != "speed"]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run_dir / "metrics.jsonl", "train")]
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -161,6 +158,7 @@ def test_a_signal_wherever_it_comes(tmp_path, recipe, undisturbed, monkeypatch, 
     assert goes_on(tmp_path / "run", recipe, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_some_moment(tmp_path, recipe, undisturbed):
     command = [sys.executable, "-m", "cat", "finetune", str(recipe), f"run.dir={tmp_path}", "run.name=run"]
     process = subprocess.Popen([*command, "data.num_workers=1"], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
@@ -239,14 +237,15 @@ def test_other_labels_do_not_resume(tmp_path, recipe, folder, capsys):
 
 def test_a_run_goes_on_with_the_command_that_began_it(undisturbed, capsys):
     assert main(["pretrain", "--resume", str(undisturbed)]) == 1
-    assert f"begun by cat-audio finetune; go on with: cat-audio finetune --resume {undisturbed}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"so it is a recipe for: cat-audio finetune --resume {undisturbed}" in told
 
 
 # ---------------------------------------------------------------- the result
 
 
 def test_the_checkpoint_is_a_classifier_with_the_average_of_its_weights(undisturbed, folder):
-    classifier, info = load_classifier(undisturbed)
+    classifier, info = load_classifier(checkpoints.newest(undisturbed))
     assert (info.task, info.classes, info.padding, info.step) == ("single-label", ("high", "low", "middle"), "mask", 9)
     saved = checkpoints.load(checkpoints.newest(undisturbed)).model
     found = classifier.state_dict()
@@ -266,6 +265,7 @@ def test_the_test_split_is_scored_once_by_the_best_checkpoint(tmp_path, recipe, 
     best = max(rows, key=lambda row: (row["accuracy"], -row["step"]))
     found = scores(undisturbed)
     assert (found["step"], found["valid"]["accuracy"]) == (best["step"], best["accuracy"])
+    assert load_classifier(undisturbed)[1].step == load_encoder(undisturbed)[1].step == best["step"]
     assert (found["seed"], found["chosen_on"], found["clips"]) == (0, "valid", {"train": 24, "valid": 9, "test": 9})
     assert found["classes"] == ["high", "low", "middle"]
     assert 0 <= found["test"]["accuracy"] <= 1
@@ -309,11 +309,12 @@ def test_it_learns(tmp_path, folder):
     (tmp_path / "learn.yaml").write_text(RECIPE)
     changes = [
         *(f"data.{part}={folder / part}" for part in ("train", "valid", "test")),
-        *("augment.noise=0", "augment.mixup=0", "augment.mask_frames=0", "data.batch_size=12"),
-        *("optim.steps=40", "optim.lr=1e-2", "optim.average=0", "run.checkpoint_every=20"),
+        *("augment.noise=0", "augment.mixup=0", "augment.mask_frames=0", "data.batch_size=12", "head.pooling=mean"),
+        *("optim.steps=45", "optim.lr=2e-2", "optim.layer_decay=1", "optim.average=0", "optim.drop_path=0"),
+        *("augment.mask_bins=0", "model.depth=1", "model.embed_dim=32", "run.checkpoint_every=15"),
     ]
     config = load_finetune_recipe(tmp_path / "learn.yaml", changes)
-    assert finetune(config, tmp_path / "run", progress=False).scores["test"]["accuracy"] >= 8 / 9
+    assert finetune(config, tmp_path / "run", progress=False).scores["test"]["accuracy"] >= 7 / 9  # chance: 3 / 9
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path, recipe, monkeypatch):
@@ -421,23 +422,28 @@ def listed(path: Path, folder: Path, entry) -> Path:
     return path
 
 
-def test_several_labels_a_clip(tmp_path, plain, folder):
-    both = listed(tmp_path / "m.jsonl", folder / "train", lambda c: {"labels": [*c.labels, "tone"][: 1 + ("1" in c.path)]})
-    config = load_finetune_recipe(plain, [f"data.train={both}", "optim.steps=3", "loss.over=positives"])
+def test_several_labels_a_clip(tmp_path, recipe, folder):
+    def entry(clip):
+        return {"labels": [*clip.labels, "tone"] if "1" in clip.path else list(clip.labels)}
+
+    both = listed(tmp_path / "m.jsonl", folder / "train", entry)
+    changes = [f"data.train={both}", "data.valid=null", "data.test=null", "optim.steps=3", "loss.over=positives"]
+    config = load_finetune_recipe(recipe, changes)
     assert (config.task, config.head.loss, config.classes) == ("multi-label", "bce", ("high", "low", "middle", "tone"))
     result = finetune(config, tmp_path / "run", progress=False)
     assert result.scores["metric"] == "mAP"
     assert checkpoints.read_state(result.run.checkpoint)["score"] == -numbers(tmp_path / "run")[-1]["mAP"]
 
 
-def test_events_from_strong_and_from_weak_labels(tmp_path, plain, folder):
+def test_events_from_strong_and_from_weak_labels(tmp_path, recipe, folder):
     def entry(clip):
         if "1" in clip.path:
             return {"labels": list(clip.labels)}
         return {"events": [{"onset": 0.0, "offset": 0.2, "label": clip.labels[0]}]}
 
     events = listed(tmp_path / "e.jsonl", folder / "train", entry)
-    config = load_finetune_recipe(plain, [f"data.train={events}", "optim.steps=3", "loss.over=mean"])
+    changes = [f"data.train={events}", "data.valid=null", "data.test=null", "optim.steps=3", "loss.over=mean"]
+    config = load_finetune_recipe(recipe, changes)
     assert (config.task, config.head.kind) == ("events", "frames")
     finetune(config, tmp_path / "run", progress=False)
     assert load_classifier(tmp_path / "run")[1].task == "events"
@@ -453,6 +459,8 @@ def test_events_from_strong_and_from_weak_labels(tmp_path, plain, folder):
         (["freeze=3"], "freeze is 3; expected 0 to 2"),
         (["freeze=stem"], "freeze is stem; expected an integer or one of encoder"),
         (["run.cuda_graph=true"], "cuda_graph"),
+        (["run.compile=step"], "run.compile='step' with data.padding='mask'; expected 'blocks'"),
+        (["data.fold=1"], "data.fold is 1 and data.test .*; expected one of them"),
         (["task=regression"], "task is 'regression'; expected one of auto, single-label"),
         (["features.frames=40"], "multiple of the patch size 16"),
         (["data.trian=x"], "unknown key 'data.trian'"),
@@ -461,6 +469,14 @@ def test_events_from_strong_and_from_weak_labels(tmp_path, plain, folder):
 def test_recipes_that_contradict_themselves(recipe, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_finetune_recipe(recipe, changes)
+
+
+def test_a_recipe_for_pre_training_is_told(recipe, capsys):
+    tiny = REPOSITORY / "recipes" / "tiny.yaml"
+    assert main(["finetune", str(tiny), "data.train=x"]) == 1
+    assert f"so it is a recipe for: cat-audio pretrain {tiny}" in capsys.readouterr().err
+    assert main(["pretrain", str(recipe)]) == 1
+    assert f"so it is a recipe for: cat-audio finetune {recipe}" in capsys.readouterr().err
 
 
 def test_labels_that_training_does_not_know(tmp_path, recipe, folder):
@@ -474,12 +490,50 @@ def test_labels_that_training_does_not_know(tmp_path, recipe, folder):
 def test_one_class_only_and_no_labels(tmp_path, recipe, folder, capsys):
     changes = ["data.valid=null", "data.test=null", f"run.dir={tmp_path}"]
     one = listed(tmp_path / "one.jsonl", folder / "train", lambda clip: {"labels": ["tone"]})
-    for train, message in ((one, "a single class, 'tone'"), (folder / "train" / "low", "none of its 8 clips has a label")):
+    for train, message in (
+        (one, "a single class, 'tone'"),
+        (folder / "train" / "low", "none of its 8 clips has a label"),
+    ):
         assert main(["finetune", str(recipe), f"data.train={train}", *changes]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "minute").exists()
     assert main(["finetune", str(recipe), "data.train=", *changes]) == 1
     assert "data.train is missing; expected a folder with a folder for each class" in capsys.readouterr().err
+
+
+def test_clips_that_are_trained_on_and_scored_are_told(recipe, folder, capsys):
+    finetuning.read_splits(load_finetune_recipe(recipe))
+    assert "are trained on" not in capsys.readouterr().err
+    finetuning.read_splits(load_finetune_recipe(recipe, [f"data.test={folder / 'train'}"]))
+    assert "warning: 24 of the 24 clips of data.test are trained on" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, recipe):
+    changes = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.average=0"]
+    with pytest.raises(TrainingError, match=r"not finite .*Start another run .*lower optim\.lr"):
+        finetune(load_finetune_recipe(recipe, changes), tmp_path / "run", progress=False)
+    assert checkpoints.newest(tmp_path / "run") is None
+
+
+def test_bf16(tmp_path, recipe, undisturbed):
+    finetune(load_finetune_recipe(recipe, ["run.precision=bf16", "run.stop_at=3"]), tmp_path / "run", progress=False)
+    losses = [
+        [row["loss"] for row in numbers(run) if row["kind"] == "train"] for run in (tmp_path / "run", undisturbed)
+    ]
+    assert losses[0] == pytest.approx(losses[1][:3], rel=0.05)
+    assert losses[0] != losses[1][:3]
+    config, _ = read_run(FinetuneConfig, tmp_path / "run", ["run.precision=fp32", "run.stop_at=4"])
+    with pytest.raises(ConfigError, match="was trained in bf16"):
+        finetune(config, tmp_path / "run", resume=True, progress=False)
+
+
+def test_compiled_blocks_change_rounding_only(tmp_path, recipe, undisturbed, monkeypatch):
+    monkeypatch.setattr(finetune_step, "COMPILER", "eager")
+    finetune(load_finetune_recipe(recipe, ["run.compile=blocks", "run.stop_at=3"]), tmp_path / "run", progress=False)
+    losses = [
+        [row["loss"] for row in numbers(run) if row["kind"] == "train"] for run in (tmp_path / "run", undisturbed)
+    ]
+    assert losses[0] == pytest.approx(losses[1][:3], rel=1e-5)
 
 
 def test_profile_writes_a_trace_and_nothing_else(tmp_path, recipe):

@@ -192,6 +192,8 @@ def test_spoken_digits(digits, tmp_path):
     assert {int(clip.path.rpartition("_")[2][:-4]) for clip in train.clips} == set(range(5, 50))
     assert (len(train), len(test), len(speakers)) == (900, 100, 1000)
     assert labels_of(train).classes[:3] == ("zero", "one", "two")
+    prepare(DIGITS, digits / "recordings", tmp_path / "again")
+    assert len(load_manifest(tmp_path / "again/train.jsonl")) == 900
     rest, george = fold_split(speakers, 1)
     assert {clip.extra["speaker"] for clip in george.clips} == {"george"}
     assert len(rest) == 500

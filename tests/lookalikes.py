@@ -1,0 +1,148 @@
+"""What the documentation's commands ask for, made tiny under the names that the pages use."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cat.commands import main
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+_MODEL = "channels=[8,8] embed_dim=16 depth=2 num_heads=2 decoder_dim=16 decoder_layers=1 decoder_groups=2"
+_DATA = ("features.frames=64", "data.batch_size=4", "data.num_workers=0")
+_TWO_STEPS = ("optim.steps=2", "optim.warmup_steps=1", "run.checkpoint_every=2", "run.threads=1")
+
+# command -> arguments in front of its own; the page's, which come later, win.
+SMALL: dict[str, list[str]] = {
+    "synth": ["--classes", "bell", "rain", "siren", "--clips-per-class", "2", "--eval-clips-per-class", "2"],
+    "dataset": ["--allow-missing", "100000"],
+    "pretrain": [
+        *(f"model.{field}" for field in _MODEL.split()),
+        *_DATA,
+        *_TWO_STEPS,
+        "masks.num_masks=2",
+        "ema.steps=2",
+    ],
+    # --overwrite: the examples of one list are alternatives, and their runs have one name.
+    "finetune": [*_DATA, *_TWO_STEPS, "data.epoch_clips=null", "--overwrite"],
+}
+
+
+def folder_of_folders(path: Path) -> None:
+    """Two kinds of sound, four short clips each, in a subfolder a kind."""
+    for label in ("hiss", "hum"):
+        for number in range(4):
+            clip(path / label / f"{number}.wav", label, number)
+
+
+def clip(path: Path, label: str = "hiss", number: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_sound(label, number, path.suffix[1:]))
+
+
+def _sound(label: str, number: int, form: str) -> bytes:
+    import soundfile
+
+    noise = np.random.default_rng(number).normal(size=9000)
+    wave = noise if label == "hiss" else np.sin(np.arange(9000) * (0.1 + 0.01 * number))
+    file = io.BytesIO()
+    soundfile.write(file, 0.1 * wave, 16000, format=form)
+    return file.getvalue()
+
+
+def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
+    """A labelled manifest and, beside it, the folder it lists. `fields`: more of a clip's, by its number."""
+    from cat.data import load_manifest, write_manifest
+
+    folder = path.with_suffix("")
+    folder_of_folders(folder)
+    found = load_manifest(folder)
+    clips = [
+        dataclasses.replace(clip, extra={name: value(number) for name, value in fields.items()})
+        for number, clip in enumerate(found.clips)
+    ]
+    write_manifest(dataclasses.replace(found, clips=tuple(clips)), path)
+
+
+def folds(path: Path) -> None:
+    manifest(path, fold=lambda number: number % 2 + 1)
+
+
+def events(path: Path) -> None:
+    """With strong labels: one sound a clip."""
+    manifest(path, events=lambda number: [{"onset": 0.1, "offset": 0.4, "label": ("hiss", "hum")[number // 4]}])
+
+
+def esc50(path: Path) -> None:
+    """The archive with all rows of its table, and twenty of its clips."""
+    rows = [("filename", "fold", "target", "category", "esc10", "src_file", "take")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for target in range(50):
+            for number in range(40):
+                name = f"{1 + number % 5}-{target * 40 + number}-A-{target}.wav"
+                rows.append((name, 1 + number % 5, target, f"sound_{target}", target % 5 == 0, 100 + number, "A"))
+                if target < 2 and number < 10:
+                    archive.writestr(f"ESC-50-master/audio/{name}", _sound(("hiss", "hum")[target], number, "wav"))
+        table = io.StringIO()
+        csv.writer(table).writerows(rows)
+        archive.writestr("ESC-50-master/meta/esc50.csv", table.getvalue())
+
+
+def speech_commands(path: Path) -> None:
+    """The archive, with a validation and a test clip of each of two words, and two to train on."""
+    lists = {"validation_list.txt": 0, "testing_list.txt": 1}
+    files = {
+        name: "".join(f"{word}/{number}_nohash_0.wav\n" for word in ("yes", "no")) for name, number in lists.items()
+    }
+    files |= {
+        f"{word}/{number}_nohash_0.wav": _sound(sound, number, "wav")
+        for word, sound in (("yes", "hiss"), ("no", "hum"))
+        for number in range(4)
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            data = content.encode() if isinstance(content, str) else content
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def run(path: Path) -> None:
+    """A pre-training run of two steps."""
+    audio = path.parent / ".audio"
+    if not audio.exists():
+        folder_of_folders(audio)
+    own = [f"data.train={audio}", f"run.dir={path.parent}", f"run.name={path.name}", "run.figures=false", "--quiet"]
+    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own]) == 0
+
+
+def classifier(path: Path) -> None:
+    _finetuned(path, "finetune.yaml", manifest)
+
+
+def event_finder(path: Path) -> None:
+    _finetuned(path, "events.yaml", events)
+
+
+def _finetuned(path: Path, recipe: str, data: Callable[[Path], None]) -> None:
+    encoder, train = path.parent / ".encoder", path.parent / f".{path.name}.jsonl"
+    if not encoder.exists():
+        run(encoder)
+    data(train)
+    own = [f"data.train={train}", f"encoder={encoder}", f"run.dir={path.parent}", f"run.name={path.name}", "--quiet"]
+    assert main(["finetune", str(RECIPES / recipe), *SMALL["finetune"], *own]) == 0
+
+
+def clap(path: Path) -> None:
+    from tests.cat.encoders.test_frozen import save_clap
+
+    save_clap(path, mel_bins=16, truncation="rand_trunc")
