@@ -18,6 +18,7 @@ from cat.data.manifest import Clip, Manifest, load_manifest, write_manifest
 from cat.evaluation import report
 from cat.evaluation.evaluate import Scored, ScoreError, evaluate, mistakes_of, score_clips
 from cat.model.encoder import rows_of
+from cat.prediction import CATClassifier
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("sklearn")
@@ -362,6 +363,17 @@ def test_where_it_is_written(classifier_checkpoint, data, tmp_path, capsys):
     (checkpoint / "model.safetensors").rename(alone)
     assert run(alone, data, "--resamples", 0) == 0
     assert (tmp_path / "alone" / "evaluation" / "data-step-00000007" / "clips.csv").is_file()
+
+
+def test_a_published_model_has_the_scores_of_its_checkpoint(classifier_checkpoint, data, tmp_path):
+    checkpoint = classifier_checkpoint(tmp_path / "run", CLASSES)
+    CATClassifier.from_folder(checkpoint).save_pretrained(tmp_path / "published")
+    for name, model in (("a", checkpoint), ("b", tmp_path / "published")):
+        assert run(model, data, "--out", tmp_path / name, "--resamples", 0) == 0
+    assert read(tmp_path / "a")["metrics"] == read(tmp_path / "b")["metrics"]
+    assert (tmp_path / "a" / "clips.csv").read_bytes() == (tmp_path / "b" / "clips.csv").read_bytes()
+    assert run(tmp_path / "published", data, "--resamples", 0) == 0
+    assert (tmp_path / "published" / "evaluation" / "data" / "evaluation.json").is_file()
 
 
 def test_nothing_of_the_users_is_replaced(classifier_checkpoint, data, tmp_path, capsys):
