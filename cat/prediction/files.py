@@ -16,7 +16,6 @@ from cat.prediction.events import Event, EventFinder, EventSettings, ended
 from cat.prediction.windows import Plan, Window
 
 BLOCK_SECONDS = 60  # of a file that are read at once
-MANIFESTS = (".jsonl", ".tsv", ".json")
 
 
 @dataclass(frozen=True)
