@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from cat.checkpoints import ClassifierInfo, load_classifier
+from cat.checkpoints import ClassifierInfo
 from cat.checkpoints.store import step_name
 from cat.data.manifest import Manifest, load_manifest
 from cat.device import pick_device
@@ -17,7 +18,9 @@ from cat.evaluation.intervals import RESAMPLES
 from cat.evaluation.report import format_report, outputs, write_report
 from cat.figures import is_figure
 from cat.figures.scores import Panel, write_class_scores, write_confusion, write_curves, write_mistakes
+from cat.model import Classifier
 from cat.outputs import Output, claim
+from cat.prediction import CATClassifier
 from cat.prediction.events import home_of_settings, is_settings, run_of
 
 PICTURES = ("classes", "confusion", "curves", "mistakes")  # confusion: with one label a clip only
@@ -45,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "Score a fine-tuned checkpoint on labelled clips: mAP, accuracy and others, with intervals."
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run directory of a fine-tuning, checkpoint directory or .safetensors"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="fine-tuning run, checkpoint, .safetensors, or a published model's folder",
     )
     parser.add_argument("data", metavar="DATA", help="labelled clips: folder of folders, .jsonl, .tsv or .json")
     parser.add_argument(
@@ -80,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device, "--device")
     manifest = load_manifest(args.data)
-    classifier, info = load_classifier(args.checkpoint, device)
+    classifier = CATClassifier.from_folder(Path(args.checkpoint), device=device)
+    info = classifier.info
     out = args.out or _default_out(info, manifest)
     drawn = [name for name in PICTURES if name != "confusion" or info.task == "single-label"] if args.figures else []
     pictures = {name: out / "figures" / f"{name}.png" for name in drawn}
@@ -92,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     evaluation = evaluate(
-        classifier,
+        cast(Classifier, classifier.model),
         info,
         manifest,
         batch_size=args.batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from cat.data.audio import read_windows
+from cat.data.listing import listed_files
 from cat.device import pick_device
 from cat.encoders.waveforms import as_chunks
 from cat.figures import is_figure, write_prediction
 from cat.outputs import Output, claim
 from cat.prediction import CATClassifier, Event, EventSettings
 from cat.prediction.events import settings_of
-from cat.prediction.files import event_row, list_files, require_frames
+from cat.prediction.files import event_row, require_frames
 from cat.prediction.outputs import Row, write_predictions, writer
 from cat.prediction.stream import PCM, EventStream, Samples, arriving
 from cat.progress import say
@@ -87,7 +89,7 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
     events.add_argument("--events", action="store_true", help="onset and offset of sounds; needs a frame head")
     events.add_argument("--threshold", type=float, metavar="P", help="for all classes")
     events.add_argument("--low", type=float, metavar="P", help="where an event that reached the threshold ends")
-    events.add_argument("--median", type=int, metavar="ROWS", help="width of the filter; 1 is none")
+    events.add_argument("--median", type=int, metavar="ROWS", help="of patches in the filter (160 ms); 1 is none")
     events.add_argument("--gap", type=float, metavar="S", help="join events that are no further apart")
     events.add_argument("--shortest", type=float, metavar="S", help="drop shorter events")
 
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         return _follow(args)
     if "-" in args.files:
         raise ValueError("- is stdin, which is read with --stream; name files")
-    files = list_files(args.files)
+    files = listed_files(args.files)
     classifier = CATClassifier.from_pretrained(args.checkpoint, device=pick_device(args.device, "--device"))
     plan = classifier.plan(window=args.window, hop=args.hop, lookahead=args.lookahead, step=args.step)
     if args.events:
@@ -168,6 +170,8 @@ def _heard(args: argparse.Namespace, rate: int, stop: StopSignals) -> Iterator[n
     if args.files[0] != "-":
         yield from read_windows(args.files[0], rate, rate)
         return
+    if os.isatty(0):
+        raise ValueError("stdin is a terminal; send sound into it: arecord -f S16_LE -r 16000 | cat-audio predict ...")
     samples = Samples(arriving(0, stop), args.sample_rate, pcm=args.pcm, channels=args.channels)
     for wave in as_chunks(samples, samples.sample_rate, rate):
         yield wave.numpy()

@@ -145,10 +145,7 @@ def find_events(
 ) -> FoundEvents:
     """The scores of the events in the clips that have strong labels. Long clips are heard whole, in windows."""
     strong = [index for index, clip in enumerate(manifest.clips) if intervals_of(clip) is not None]
-    device = next(classifier.parameters()).device
-    heard = hear_clips(
-        CATClassifier(classifier, info, device=device), manifest.take(np.array(strong)), progress=progress
-    )
+    heard = hear_clips(CATClassifier(classifier, info), manifest.take(np.array(strong)), progress=progress)
     if choose:
         settings, settings_from = choose_settings(heard), "chosen on these clips"
     else:
@@ -213,7 +210,7 @@ def score_clips(
 
 def _crop(info: ClassifierInfo) -> str:
     """What of a longer clip is heard: as in the validation of the checkpoint's training."""
-    crop = str(info.config["data"].get("crop", "start"))
+    crop = str(info.config.get("data", {}).get("crop", "start"))  # a published model has no configuration of its run
     return "center" if crop == "random" else crop
 
 

@@ -23,7 +23,7 @@ from cat.evaluation.cache import FeatureCache
 from cat.evaluation.classifiers import PROBES, Result, Split, chance
 from cat.evaluation.features import Features, Wanted, check_layers, depth_of
 from cat.evaluation.metrics import classes_without_positives
-from cat.evaluation.trained import PROTOTYPES, TRAINED
+from cat.evaluation.trained import PROTOTYPES, TRAINED, check_prototypes
 from cat.outputs import json_of
 from cat.progress import say, track
 
@@ -132,6 +132,7 @@ def run_probe(
     Raises ValueError for labels that make no task, an unknown probe, a layer that there is not.
     """
     _check_asked(encoders, probes, layers)
+    check_prototypes(prototypes)
     task = labelled_task(manifests)
     manifests, notes = _labelled(manifests)
     notes += _shared_files(manifests)
@@ -142,7 +143,7 @@ def run_probe(
             wanted = _wanted(encoder, probes, layers)
             found = {split: cache.features(manifests[split], encoder, wanted, **options) for split in SPLITS}
             targets = {split: task.targets(manifests[split], f.indices) for split, f in found.items()}
-            training = {"seed": seed, "prototypes": prototypes, "progress": progress}
+            training: dict[str, Any] = {"seed": seed, "prototypes": prototypes, "progress": progress}
             row = _probed(name, encoder, found, targets, task, probes, **training)
             if layers is not None and wanted.layers:
                 row.layers = _sweep(name, found, targets, task, probes, layers or wanted.layers, progress)
@@ -173,7 +174,7 @@ def _check_asked(encoders: dict[str, FrozenEncoder], probes: Sequence[str], laye
         *(["the sweep"] if layers is not None else []),
     ]
     if asked and not cats:
-        named = ", ".join(encoder.name for encoder in encoders.values())
+        named = ", ".join(dict.fromkeys(encoder.name for encoder in encoders.values()))
         raise ValueError(f"{asked[0]} reads the layers of a CAT checkpoint, and there is none among {named}")
     for encoder in cats:
         check_layers(layers or (), depth_of(encoder))

@@ -94,8 +94,7 @@ def gated_probe(
     the learning rate is constant, and training ends by the validation split and not after a fixed number of steps; the
     loss is cross entropy for one label a clip and binary for several, unweighted.
     """
-    if prototypes < 1:
-        raise ValueError(f"prototypes is {prototypes}; expected at least 1 (512 by default, 10,000 in the paper)")
+    check_prototypes(prototypes)
     tokens, pooled_BYE = tokens_of(train), train.features.pooled
     layers, classes = tokens.layers, train.targets.shape[1]
     mean_YE = pooled_BYE.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -122,6 +121,11 @@ def gated_probe(
 
 
 TRAINED: dict[str, Callable[..., Result]] = {"attention": attention_probe, "gated": gated_probe}
+
+
+def check_prototypes(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"prototypes is {count}; expected at least 1 ({PROTOTYPES} by default, 10,000 in the paper)")
 
 
 def tokens_of(split: Split) -> Tokens:

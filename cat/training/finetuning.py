@@ -214,7 +214,7 @@ class Finetuning:
             batch = batch.to(self.device).with_features(self.config.features)
             output = self.step.outputs(batch, scored=True)
             sums += torch.stack(self.step.losses(output, batch))
-            scores.append(self.model.probabilities(output.clip))
+            scores.append(self.model.probabilities(output.clip.double()))  # float32 would make ties
             targets.append(cast(Tensor, batch.targets))
         total, count = sums.tolist()
         return torch.cat(scores).cpu().numpy(), torch.cat(targets).cpu().numpy(), total, count

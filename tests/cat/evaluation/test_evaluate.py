@@ -18,6 +18,7 @@ from cat.data.manifest import Clip, Manifest, load_manifest, write_manifest
 from cat.evaluation import report
 from cat.evaluation.evaluate import Scored, ScoreError, evaluate, mistakes_of, score_clips
 from cat.model.encoder import rows_of
+from cat.prediction import CATClassifier
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("sklearn")
@@ -233,8 +234,8 @@ def street(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("sed_eval")
 def test_events_are_scored_where_the_labels_say_when_they_are(classifier_checkpoint, street, tmp_path, capsys):
-    pytest.importorskip("sed_eval")
     checkpoint = classifier_checkpoint(tmp_path / "run", ["car", "bird"], task="events", change=always(0))
     assert run(checkpoint, street, "--out", tmp_path / "a", "--resamples", 10) == 0
     assert "events in 2 clips; settings: defaults" in capsys.readouterr().out
@@ -247,8 +248,8 @@ def test_events_are_scored_where_the_labels_say_when_they_are(classifier_checkpo
     assert found["events"]["settings"]["car"]["threshold"] == 0.5
 
 
+@pytest.mark.usefixtures("sed_eval")
 def test_settings_of_events_are_chosen_on_clips_and_used_from_then_on(classifier_checkpoint, street, tmp_path, capsys):
-    pytest.importorskip("sed_eval")
     checkpoint = classifier_checkpoint(tmp_path / "run", ["car", "bird"], task="events")
     command = (checkpoint, street, "--out", tmp_path / "out", "--resamples", 10)
     assert run(*command, "--choose-events") == 0
@@ -362,6 +363,17 @@ def test_where_it_is_written(classifier_checkpoint, data, tmp_path, capsys):
     (checkpoint / "model.safetensors").rename(alone)
     assert run(alone, data, "--resamples", 0) == 0
     assert (tmp_path / "alone" / "evaluation" / "data-step-00000007" / "clips.csv").is_file()
+
+
+def test_a_published_model_has_the_scores_of_its_checkpoint(classifier_checkpoint, data, tmp_path):
+    checkpoint = classifier_checkpoint(tmp_path / "run", CLASSES)
+    CATClassifier.from_folder(checkpoint).save_pretrained(tmp_path / "published")
+    for name, model in (("a", checkpoint), ("b", tmp_path / "published")):
+        assert run(model, data, "--out", tmp_path / name, "--resamples", 0) == 0
+    assert read(tmp_path / "a")["metrics"] == read(tmp_path / "b")["metrics"]
+    assert (tmp_path / "a" / "clips.csv").read_bytes() == (tmp_path / "b" / "clips.csv").read_bytes()
+    assert run(tmp_path / "published", data, "--resamples", 0) == 0
+    assert (tmp_path / "published" / "evaluation" / "data" / "evaluation.json").is_file()
 
 
 def test_nothing_of_the_users_is_replaced(classifier_checkpoint, data, tmp_path, capsys):

@@ -352,8 +352,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_cannot_be_probed(bad, data):
+def test_what_cannot_be_probed(bad, data, monkeypatch):
+    """Said before any clip is heard."""
     options, message = BAD[bad]
+    monkeypatch.setattr(FeatureCache, "features", lambda *_, **__: pytest.fail("a clip was heard"))
     with pytest.raises(ValueError, match=message):
         probe.run_probe({"trained": tiny()}, manifests(data), **options)
 
