@@ -72,7 +72,7 @@ def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
 
 
 def folds(path: Path) -> None:
-    manifest(path, fold=lambda number: number % 2 + 1)
+    manifest(path, fold=lambda number: number % 2 + 1, source=lambda number: f"recording {number}")
 
 
 def events(path: Path) -> None:
