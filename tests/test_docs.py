@@ -107,6 +107,12 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "test.jsonl": manifest,
         "runs/tiny": run,
     },
+    "recipes/quickstart-classifier.yaml": {
+        "data/quickstart/train.jsonl": manifest,
+        "data/quickstart/valid.jsonl": manifest,
+        "data/quickstart/test.jsonl": manifest,
+        "runs/quickstart": run,
+    },
     "recipes/spcv2-released.yaml": {"trainvalid.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/spcv2.yaml": {
         "train.jsonl": manifest,
