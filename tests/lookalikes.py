@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -95,25 +94,6 @@ def esc50(path: Path) -> None:
         table = io.StringIO()
         csv.writer(table).writerows(rows)
         archive.writestr("ESC-50-master/meta/esc50.csv", table.getvalue())
-
-
-def speech_commands(path: Path) -> None:
-    """The archive, with a validation and a test clip of each of two words, and two to train on."""
-    lists = {"validation_list.txt": 0, "testing_list.txt": 1}
-    files = {
-        name: "".join(f"{word}/{number}_nohash_0.wav\n" for word in ("yes", "no")) for name, number in lists.items()
-    }
-    files |= {
-        f"{word}/{number}_nohash_0.wav": _sound(sound, number, "wav")
-        for word, sound in (("yes", "hiss"), ("no", "hum"))
-        for number in range(4)
-    }
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            data = content.encode() if isinstance(content, str) else content
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
 
 def run(path: Path) -> None:

@@ -43,7 +43,6 @@ from tests.lookalikes import (
     folds,
     manifest,
     run,
-    speech_commands,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -64,12 +63,11 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/quickstart": run,
         "PATH_OR_HUB_NAME": clap,
     },
-    "docs/data.md": {"data/train.jsonl": manifest},
+    "docs/data.md": {"ESC-50-master.zip": esc50, "data/train.jsonl": manifest},
     "docs/finetuning.md": {
         "my/sounds": folder_of_folders,
         "my/test": folder_of_folders,
         "ESC-50-master.zip": esc50,
-        "speech_commands_v0.02.tar.gz": speech_commands,
         "events.jsonl": events,
         "train.jsonl": manifest,
         "valid.jsonl": manifest,
