@@ -26,6 +26,7 @@ from cat.signals import StopSignals
 # Raw samples, as arecord and ffmpeg name them -> libsndfile's name and bytes.
 PCM = {"u8": ("PCM_U8", 1), "s16": ("PCM_16", 2), "s24": ("PCM_24", 3), "s32": ("PCM_32", 4), "f32": ("FLOAT", 4)}
 CHUNK = 1 << 16  # bytes read at once, if so many have come
+_WAV = (b"RIFF", b"RF64")
 _LONGEST_HEADER = 1 << 20
 _NO_SIZE = 0x7FFF0000  # a WAV header written into a pipe says this or more, or 0
 
@@ -136,8 +137,8 @@ def arriving(descriptor: int, stop: StopSignals) -> Iterator[bytes]:
 class Samples:
     """Samples out of bytes that come in pieces of any size: raw ones, or a WAV file.
 
-    Where ``sample_rate`` is None the bytes are a WAV file, and its header says what they are. Samples that are not
-    finite are taken for silence, and counted in ``bad``; part of a sample at the end is left out.
+    A WAV file's header says what its bytes are; raw ones are taken as told, by ``sample_rate`` and the rest. Samples
+    that are not finite are taken for silence, and counted in ``bad``; part of a sample at the end is left out.
     """
 
     def __init__(
@@ -146,19 +147,20 @@ class Samples:
         """Raises ValueError, for a header too, which is waited for."""
         self._data, self._left, self.bad = data, b"", 0
         self._end: int | None = None
-        if sample_rate is None:
-            self.sample_rate, self._channels, (self._subtype, self._bytes) = self._header()
-            return
-        if sample_rate < 1 or channels < 1 or pcm not in PCM:
+        if sample_rate is not None and (sample_rate < 1 or channels < 1 or pcm not in PCM):
             raise ValueError(
                 f"raw samples of {sample_rate} Hz, {channels} channels, {pcm!r}; expected a rate, a number of channels "
                 f"and one of {', '.join(PCM)}"
             )
-        self.sample_rate, self._channels = sample_rate, channels
-        self._subtype, self._bytes = PCM[pcm]
         self._fill(4)
-        if self._left[:4] == b"RIFF":
-            raise ValueError("the stream is a WAV file, which tells its own rate; leave --sample-rate out")
+        if sample_rate is not None and self._left[:4] not in _WAV:
+            self.sample_rate, self._channels, (self._subtype, self._bytes) = sample_rate, channels, PCM[pcm]
+            return
+        self.sample_rate, self._channels, (self._subtype, self._bytes) = self._header()
+        if sample_rate not in (None, self.sample_rate):
+            raise ValueError(
+                f"the stream is a WAV file of {self.sample_rate} Hz, and --sample-rate says {sample_rate}; leave it out"
+            )
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """(n,) float32: the mean of the channels."""
@@ -196,7 +198,7 @@ class Samples:
 
     def _header(self) -> tuple[int, int, tuple[str, int]]:
         """Everything up to the samples, as libsndfile reads it."""
-        if not self._fill(12) or self._left[:4] not in (b"RIFF", b"RF64") or self._left[8:12] != b"WAVE":
+        if not self._fill(12) or self._left[:4] not in _WAV or self._left[8:12] != b"WAVE":
             raise ValueError(
                 "the stream does not begin as a WAV file does; of raw samples say what they are: --sample-rate, and "
                 "--pcm and --channels where they are not s16 and 1"

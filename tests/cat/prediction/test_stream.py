@@ -164,6 +164,13 @@ def test_wav_headers_that_do_not_know_their_size(size):
     np.testing.assert_allclose(np.concatenate(list(Samples(iter([bytes(data)])))), wave, atol=1e-4)
 
 
+def test_a_wav_file_that_is_called_raw():
+    """`arecord -f S16_LE -r 16000 | ...` sends a WAV file unless it is told not to; its header is no sound."""
+    wave = np.linspace(-0.5, 0.5, 50)
+    samples = Samples(iter([encoded(wave, "WAV", "s24")]), RATE, pcm="s16")
+    np.testing.assert_allclose(np.concatenate(list(samples)), wave, atol=1e-4)
+
+
 def test_not_finite_samples_are_silence_and_counted():
     wave = np.array([0.5, np.nan, 0.25, np.inf, -np.inf, 0.125], np.float32)
     samples = Samples(iter([wave.tobytes() + b"\1"]), RATE, pcm="f32")
@@ -178,7 +185,11 @@ def test_not_finite_samples_are_silence_and_counted():
         (b"fLaC and more of it", {}, "--sample-rate"),
         (b"RIFF\0\0\0\0WAVEfmt ", {}, "ends before its samples"),
         (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", {}, "cannot be read"),
-        (encoded(np.zeros(5), "WAV", "s16"), {"sample_rate": RATE}, "leave --sample-rate out"),
+        (
+            encoded(np.zeros(5), "WAV", "s16"),
+            {"sample_rate": 8000},
+            "a WAV file of 16000 Hz, and --sample-rate says 8000",
+        ),
         (b"", {"sample_rate": 0}, "raw samples of 0 Hz"),
         (b"", {"sample_rate": RATE, "channels": 0}, "0 channels"),
     ],
