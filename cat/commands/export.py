@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run, a checkpoint or a .safetensors")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write: .onnx or .pt2")
     parser.add_argument("--waveform", action="store_true", help="take audio: the log-mel features are in the file")
-    parser.add_argument("--quantise", action="store_true", help="int8 weights, a quarter of the size (.onnx)")
+    parser.add_argument(
+        "--quantise",
+        action="store_true",
+        help="weights of the matrix products in int8: a third to two thirds of the size (.onnx)",
+    )
     parser.add_argument("--check", action="store_true", help="compare at ten lengths, to two minutes, and not at three")
     parser.add_argument("--encoder", action="store_true", help="of a fine-tuned checkpoint the encoder alone")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a pre-trained one")

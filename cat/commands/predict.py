@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
     events.add_argument("--events", action="store_true", help="onset and offset of sounds; needs a frame head")
     events.add_argument("--threshold", type=float, metavar="P", help="for all classes")
     events.add_argument("--low", type=float, metavar="P", help="where an event that reached the threshold ends")
-    events.add_argument("--median", type=int, metavar="ROWS", help="width of the filter; 1 is none")
+    events.add_argument("--median", type=int, metavar="ROWS", help="of patches in the filter (160 ms); 1 is none")
     events.add_argument("--gap", type=float, metavar="S", help="join events that are no further apart")
     events.add_argument("--shortest", type=float, metavar="S", help="drop shorter events")
 
@@ -168,6 +169,8 @@ def _heard(args: argparse.Namespace, rate: int, stop: StopSignals) -> Iterator[n
     if args.files[0] != "-":
         yield from read_windows(args.files[0], rate, rate)
         return
+    if os.isatty(0):
+        raise ValueError("stdin is a terminal; send sound into it: arecord -f S16_LE -r 16000 | cat-audio predict ...")
     samples = Samples(arriving(0, stop), args.sample_rate, pcm=args.pcm, channels=args.channels)
     for wave in as_chunks(samples, samples.sample_rate, rate):
         yield wave.numpy()

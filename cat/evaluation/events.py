@@ -9,7 +9,10 @@ Shapes: R rows of a clip, C classes.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
+import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +31,10 @@ from cat.progress import track
 EXTRA = "scores of events need sed_eval: pip install 'cat-kernels[events]'"
 COLLAR, SHARE = 0.2, 0.2  # of onset and offset in seconds, and of offset as a share of the event
 SEGMENT = 1.0  # seconds
-# Settings that `choose_settings` tries, of equal ones the first: thresholds about the middle, no filter, no hysteresis.
+# Settings that `choose_settings` tries, of equal ones the first: thresholds as shares of the class's highest score (it may
+# never reach 0.5), the lower one of the hysteresis as a share of the threshold.
 THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9)
-LOWS = (1.0, 0.5)  # of the threshold
+LOWS = (1.0, 0.5)
 MEDIANS = (1, 3, 5)  # rows
 
 
@@ -139,7 +143,7 @@ def score_events(
     frame_ap: Mapping[str, float] | None = None,
 ) -> EventScores:
     """Scores of each clip's events, ``found`` and true, in clips of so many ``seconds``."""
-    sed_eval = _sed_eval()
+    sed_eval = import_sed_eval()
     segments = sed_eval.sound_event.SegmentBasedMetrics(list(classes), time_resolution=SEGMENT)
     for mine, true, length in zip(found, truth, seconds, strict=True):
         segments.evaluate(_dicts_of_truth(true), _dicts(mine), evaluated_length_seconds=length)
@@ -147,14 +151,15 @@ def score_events(
     rows = []
     for label in classes:
         event, segment = by_event["class_wise"][label], by_segment["class_wise"][label]
-        known = event["count"]["Nref"] > 0
-        f1 = event["f_measure"]
+        known, f1 = event["count"]["Nref"] > 0, event["f_measure"]
         rows.append(
             ClassEventScores(
                 label,
                 int(event["count"]["Nref"]),
                 int(event["count"]["Nsys"]),
-                *(float(f1[name]) if known else None for name in ("f_measure", "precision", "recall")),
+                float(f1["f_measure"]) if known else None,
+                float(f1["precision"]) if known else None,
+                float(f1["recall"]) if known else None,
                 float(np.nan_to_num(segment["f_measure"]["f_measure"])) if known else None,
                 ap.get(label),
             )
@@ -182,18 +187,26 @@ def _means(
 
 def choose_settings(heard: HeardClips) -> dict[str, EventSettings]:
     """The settings of each class with the highest event F1 among those that are tried. A class without an event, or
-    whose events no settings find, has the settings that are tried first."""
-    first = EventSettings(THRESHOLDS[0])
-    best = dict.fromkeys(heard.classes, (0.0, first))
+    whose events no settings find, has the defaults."""
+    highest_C = np.max([clip.rows.max(axis=0) for clip in heard.clips if clip.rows is not None], axis=0)
+    best = dict.fromkeys(heard.classes, (0.0, EventSettings()))
     for median, low, threshold in itertools.product(MEDIANS, LOWS, THRESHOLDS):
-        one = EventSettings(threshold, None if low == 1 else threshold * low, median)
-        found = heard.events(dict.fromkeys(heard.classes, one))
+        tried = {
+            label: _settings(threshold * float(highest), low, median)
+            for label, highest in zip(heard.classes, highest_C, strict=True)
+        }
+        found = heard.events(tried)
         scores = _results(_collars(found, heard.truth, heard.classes))["class_wise"]
         for label in heard.classes:
             f1 = float(np.nan_to_num(scores[label]["f_measure"]["f_measure"]))
             if scores[label]["count"]["Nref"] and f1 > best[label][0]:
-                best[label] = (f1, one)
+                best[label] = (f1, tried[label])
     return {label: one for label, (_, one) in best.items()}
+
+
+def _settings(threshold: float, low: float, median: int) -> EventSettings:
+    threshold = max(1e-6, float(f"{threshold:.4g}"))  # as people would write it
+    return EventSettings(threshold, None if low == 1 else threshold * low, median)
 
 
 def write_chosen(checkpoint: Path, settings: Mapping[str, EventSettings], on: Path | None, scores: EventScores) -> Path:
@@ -225,7 +238,7 @@ def _frame_ap(heard: HeardClips) -> dict[str, float]:
 
 
 def _collars(found: Iterable[Sequence[Event]], truth: Iterable[Sequence[Interval]], classes: Sequence[str]) -> Any:
-    metrics = _sed_eval().sound_event.EventBasedMetrics(
+    metrics = import_sed_eval().sound_event.EventBasedMetrics(
         list(classes), t_collar=COLLAR, percentage_of_length=SHARE, empty_system_output_handling="zero_score"
     )
     for mine, true in zip(found, truth, strict=True):
@@ -248,9 +261,17 @@ def _dicts_of_truth(intervals: Sequence[Interval]) -> list[dict[str, Any]]:
     return [{"onset": onset, "offset": offset, "event_label": label} for onset, offset, label in intervals]
 
 
-def _sed_eval() -> Any:
+def import_sed_eval() -> Any:
+    """sed_eval. dcase_util, on which it builds, imports pkg_resources for its examples alone; setuptools 82 and newer
+    have none."""
+    stand_in = "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
+    if stand_in:
+        sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
     try:
         import sed_eval
     except ImportError as error:
         raise ImportError(f"{EXTRA} ({error})") from error
+    finally:
+        if stand_in:
+            del sys.modules["pkg_resources"]
     return sed_eval

@@ -76,7 +76,9 @@ class CATClassifier(nn.Module, hub.HubModel):
         self.eval()
 
     @classmethod
-    def from_folder(cls, path: Path, *, device: torch.device | str = "cpu") -> CATClassifier:
+    def from_folder(  # type: ignore[override]
+        cls, path: Path, *, device: torch.device | str = "cpu"
+    ) -> CATClassifier:
         """The classifier of a fine-tuning run (newest checkpoint), a checkpoint directory, a .safetensors file or a
         folder of `save_pretrained`; what `from_pretrained` does with what exists.
 

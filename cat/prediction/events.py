@@ -27,7 +27,7 @@ FILE = "events.json"  # in the directory of a run: the settings chosen on its va
 
 @dataclass(frozen=True)
 class EventSettings:
-    """How the events of one class are found. ``median``: rows of the filter, odd; 1 is none. ``low``: None is
+    """How the events of one class are found. ``median``: rows of patches in the filter, odd; 1: none. ``low``: None is
     ``threshold`` (no hysteresis). ``gap`` and ``shortest`` in seconds."""
 
     threshold: float = 0.5
@@ -88,6 +88,10 @@ class Timing(Protocol):
     def step(self) -> float:
         """Seconds from row to row."""
 
+    @property
+    def shifts(self) -> int:
+        """Rows to a row of patches."""
+
     def time(self, row: int) -> float:
         """Seconds at which a row begins."""
 
@@ -102,9 +106,9 @@ class EventFinder:
         chosen = [settings[label] for label in classes]
         self._timing, self._found = timing, 0
         self._classes = [_Class(c, label, chosen[c], timing.step) for c, label in enumerate(classes)]
+        widths = [(one.median - 1) * timing.shifts + 1 for one in chosen]  # as long, whatever the step
         self._filters = [
-            _Median(width, [c for c, one in enumerate(chosen) if one.median == width])
-            for width in sorted({one.median for one in chosen})
+            _Median(width, [c for c, other in enumerate(widths) if other == width]) for width in sorted(set(widths))
         ]
 
     def feed(self, scores_RC: np.ndarray) -> list[Event]:

@@ -36,6 +36,7 @@ class Clock:
 
     step: float
     lead: float
+    shifts: int = 1
 
     def time(self, row: int) -> float:
         return row * self.step + self.lead if row else 0.0

@@ -155,7 +155,7 @@ class Windower:
         plan = self.plan
         end = (start + plan.rows - plan.lookahead) * plan.shifts if end is None else end
         first = start * plan.row - self._origin
-        waves = []
+        waves: list[np.ndarray] = []
         for shift in plan._shifts():
             wave = self._held[first + shift : min(first + shift + plan.samples, self._kept)]
             if not waves or plan.rows_in(len(wave)):

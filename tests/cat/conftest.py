@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,10 @@ def classifier_checkpoint() -> Callable[..., Path]:
         )
 
     return make
+
+
+@pytest.fixture
+def sed_eval() -> None:
+    """For tests of what it scores."""
+    if importlib.util.find_spec("sed_eval") is None:
+        pytest.skip("needs sed_eval")

@@ -97,7 +97,7 @@ def test_the_last_layer_is_the_embedding(sounds):
 
 def test_a_recording_that_is_heard_as_a_stream(sounds, monkeypatch):
     """Its layers are those of the whole. Tokens of hours are more than a probe can read: it is left out, by name."""
-    from cat.encoders import embed
+    from cat.encoders import reading
     from cat.evaluation import features as feature_module
 
     layers = Wanted((0, 2))
@@ -105,7 +105,7 @@ def test_a_recording_that_is_heard_as_a_stream(sounds, monkeypatch):
         wave = 0.1 * np.random.default_rng(index).normal(size=int(16000 * seconds))
         soundfile.write(sounds.path(index), wave, 16000)
     whole, _ = features(None, sounds, wanted=layers)
-    for place in (embed, feature_module):
+    for place in (reading, feature_module):
         monkeypatch.setattr(place, "WINDOW_SECONDS", 1)
     streamed, _ = features(None, sounds, wanted=layers)
     torch.testing.assert_close(torch.tensor(streamed.pooled), torch.tensor(whole.pooled), rtol=1e-4, atol=1e-5)
@@ -326,18 +326,18 @@ def test_clips_that_cannot_be_read_are_tried_again(sounds, folder):
 def test_a_failure_that_has_passed_is_not_kept(sounds, folder, monkeypatch):
     """As when a network was away: nothing about the file has changed."""
     from cat.data.audio import AudioError
-    from cat.encoders import embed
+    from cat.encoders import reading
 
-    read = embed.read_audio
+    read = reading.read_audio
 
     def fail(path, *rest, **options):
         if path.name == "1.wav":
             raise AudioError(path, "no route to host")
         return read(path, *rest, **options)
 
-    monkeypatch.setattr(embed, "read_audio", fail)
+    monkeypatch.setattr(reading, "read_audio", fail)
     assert [clip.reason for clip in features(folder, sounds)[0].skipped] == ["no route to host"]
-    monkeypatch.setattr(embed, "read_audio", read)
+    monkeypatch.setattr(reading, "read_audio", read)
     found, cache = features(folder, sounds)
     assert (len(found.indices), cache.computed) == (5, 1)
 

@@ -234,8 +234,8 @@ def street(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("sed_eval")
 def test_events_are_scored_where_the_labels_say_when_they_are(classifier_checkpoint, street, tmp_path, capsys):
-    pytest.importorskip("sed_eval")
     checkpoint = classifier_checkpoint(tmp_path / "run", ["car", "bird"], task="events", change=always(0))
     assert run(checkpoint, street, "--out", tmp_path / "a", "--resamples", 10) == 0
     assert "events in 2 clips; settings: defaults" in capsys.readouterr().out
@@ -248,8 +248,8 @@ def test_events_are_scored_where_the_labels_say_when_they_are(classifier_checkpo
     assert found["events"]["settings"]["car"]["threshold"] == 0.5
 
 
+@pytest.mark.usefixtures("sed_eval")
 def test_settings_of_events_are_chosen_on_clips_and_used_from_then_on(classifier_checkpoint, street, tmp_path, capsys):
-    pytest.importorskip("sed_eval")
     checkpoint = classifier_checkpoint(tmp_path / "run", ["car", "bird"], task="events")
     command = (checkpoint, street, "--out", tmp_path / "out", "--resamples", 10)
     assert run(*command, "--choose-events") == 0

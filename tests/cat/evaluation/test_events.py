@@ -10,7 +10,7 @@ from cat.evaluation.events import HeardClips, choose_settings, evaluate_events, 
 from cat.prediction import Event, EventSettings, Plan
 from cat.prediction.files import FileResult
 
-pytest.importorskip("sed_eval")
+pytestmark = pytest.mark.usefixtures("sed_eval")
 
 CLASSES = ("dog", "cat", "bird")
 PLAN = Plan(FeatureConfig(), 16, 8, 4, 2)  # rows of 0.16 s
@@ -65,8 +65,8 @@ def heard() -> HeardClips:
 
 def test_settings_are_chosen_for_each_class():
     chosen = choose_settings(heard())
-    assert chosen["dog"] == EventSettings(0.3)
-    assert chosen["cat"] == EventSettings(0.5, None, 3)  # the filter closes the holes and takes the one row away
+    assert chosen["dog"] == EventSettings(0.175)  # half of the highest
+    assert chosen["cat"] == EventSettings(0.4, None, 3)  # the filter closes the holes and takes the one row away
     assert chosen["bird"] == EventSettings(0.5)
     scores = evaluate_events(heard(), chosen)
     assert scores.main == pytest.approx(1)

@@ -109,6 +109,16 @@ def test_the_program_gives_the_same(folder, fill_file):
     assert largest(run(waveform(1, 4000)), [scores.detach()]) < 1e-5
 
 
+def test_the_program_runs_where_this_package_is_not(fill_file):
+    code = (
+        "import sys, torch\n"
+        f"scores, = torch.export.load({str(fill_file)!r}).module()(torch.zeros(1, 4000))\n"
+        "assert scores.shape == (1, 3) and not {'cat', 'cat_kernels'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "changed",
     [

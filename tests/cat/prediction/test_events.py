@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -56,6 +57,15 @@ def found(text: str, **options) -> list[tuple[int, int, float]]:
 )
 def test_events_are_what_the_settings_say(text, options, expected):
     assert found(text, **options) == expected
+
+
+def test_the_filter_is_as_long_whatever_the_step():
+    """Rows of 0.04 s, four to each of those above: three rows of patches still outvote one."""
+    fine = dataclasses.replace(PLAN, shifts=4)
+    for text, expected in (("0900900", 0), ("0990990", 1)):
+        scores = rows(text).repeat(4, axis=0)
+        events = find_events(scores, ("a",), {"a": EventSettings(median=3)}, fine, len(text) * STEP)
+        assert len(events) == expected
 
 
 def by_hand(scores_R: np.ndarray, one: EventSettings) -> list[tuple[int, int]]:

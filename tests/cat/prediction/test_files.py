@@ -203,8 +203,8 @@ def test_labels_that_do_not_fit(tones, folder, tmp_path, entry, message):
         hear_clips(tones, manifest(tmp_path, entry))
 
 
+@pytest.mark.usefixtures("sed_eval")
 def test_chosen_settings_are_found_by_predict(tones, folder, tmp_path):
-    pytest.importorskip("sed_eval")
     from cat.evaluation.events import choose_settings, evaluate_events
 
     entry = '{"path": "audio/b.flac", "events": [{"onset": 30.08, "offset": 62.4, "label": "high"}]}'

@@ -345,9 +345,10 @@ def test_scores_of_a_run_are_of_one_kind(tmp_path, recipe, capsys):
     pretrain(load_recipe(recipe, [*keep, "run.stop_at=3"]), run_dir, progress=False)
     pretrain(load_recipe(recipe, [*keep, "run.stop_at=6", "data.valid=null"]), run_dir, resume=True)
     assert "data.valid is left out" in capsys.readouterr().err
+    assert scores(run_dir)[6] is None
     pretrain(load_recipe(recipe, keep), run_dir, resume=True, progress=False)
-    assert {step: score is None for step, score in scores(run_dir).items()} == {3: False, 6: True, 9: False}
-    assert scores(run_dir)[9] == read_rows(run_dir / "metrics.jsonl", "valid")[-1]["loss"]
+    losses = {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl", "valid")}
+    assert scores(run_dir) == {step: losses[step] for step in (3, 6, 9)}  # 6: made up for
 
     run_dir = tmp_path / "new"
     pretrain(load_recipe(recipe, [*keep, "run.stop_at=3", "data.valid=null"]), run_dir, progress=False)
@@ -355,6 +356,22 @@ def test_scores_of_a_run_are_of_one_kind(tmp_path, recipe, capsys):
     assert "data.valid is new to this run" in capsys.readouterr().err
     losses = {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl", "train")}
     assert scores(run_dir)[9] == pytest.approx(np.mean([losses[step] for step in (7, 8, 9)]))
+
+
+def test_a_checkpoint_gets_the_score_that_a_signal_kept_from_it(tmp_path, recipe, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "eval_batches", signalling(1, pretraining.eval_batches))
+        pretrain(load_recipe(recipe), tmp_path / "run", progress=False)
+    assert scores(tmp_path / "run") == {3: None}
+    with monkeypatch.context() as patch:  # killed between the evaluation that makes up for it and the score
+        patch.setattr(checkpoints, "add_score", after(0, checkpoints.add_score))
+        with pytest.raises(Trouble):
+            pretrain(load_recipe(recipe), tmp_path / "run", resume=True, progress=False)
+    assert scores(tmp_path / "run") == {3: None}
+    pretrain(load_recipe(recipe, ["run.keep_last=9"]), tmp_path / "run", resume=True, progress=False)
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+    losses = {row["step"]: row["loss"] for row in read_rows(undisturbed / "metrics.jsonl", "valid")}
+    assert scores(tmp_path / "run") == {step: losses[step] for step in (3, 6, 9)}
 
 
 def test_other_embeddings_do_not_resume(tmp_path, recipe):
