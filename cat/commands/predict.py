@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from cat.data.audio import read_windows
+from cat.data.listing import listed_files
 from cat.device import pick_device
 from cat.encoders.waveforms import as_chunks
 from cat.figures import is_figure, write_prediction
 from cat.outputs import Output, claim
 from cat.prediction import CATClassifier, Event, EventSettings
 from cat.prediction.events import settings_of
-from cat.prediction.files import event_row, list_files, require_frames
+from cat.prediction.files import event_row, require_frames
 from cat.prediction.outputs import Row, write_predictions, writer
 from cat.prediction.stream import PCM, EventStream, Samples, arriving
 from cat.progress import say
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         return _follow(args)
     if "-" in args.files:
         raise ValueError("- is stdin, which is read with --stream; name files")
-    files = list_files(args.files)
+    files = listed_files(args.files)
     classifier = CATClassifier.from_pretrained(args.checkpoint, device=pick_device(args.device, "--device"))
     plan = classifier.plan(window=args.window, hop=args.hop, lookahead=args.lookahead, step=args.step)
     if args.events:

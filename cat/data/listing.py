@@ -28,3 +28,9 @@ def listed(names: Iterable[str | os.PathLike[str]]) -> Manifest:
         else:
             paths[str(name)] = None
     return Manifest([Clip(path) for path in paths], Path(), notes=tuple(notes))
+
+
+def listed_files(names: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Where they lie."""
+    manifest = listed(names)
+    return [manifest.path(index) for index in range(len(manifest))]

@@ -31,8 +31,8 @@ from cat.progress import track
 EXTRA = "scores of events need sed_eval: pip install 'cat-kernels[events]'"
 COLLAR, SHARE = 0.2, 0.2  # of onset and offset in seconds, and of offset as a share of the event
 SEGMENT = 1.0  # seconds
-# Settings that `choose_settings` tries, of equal ones the first: thresholds as shares of the class's highest score (it may
-# never reach 0.5), the lower one of the hysteresis as a share of the threshold.
+# Settings that `choose_settings` tries, of equal ones the first: thresholds as shares of the class's highest score (it
+# may never reach 0.5), the lower one of the hysteresis as a share of the threshold.
 THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9)
 LOWS = (1.0, 0.5)
 MEDIANS = (1, 3, 5)  # rows

@@ -6,19 +6,16 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cat.data.audio import AudioError, read_windows
-from cat.data.manifest import load_manifest
 from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, Heard, as_windows, best
 from cat.prediction.events import Event, EventFinder, EventSettings, ended
 from cat.prediction.windows import Plan, Window
 
 BLOCK_SECONDS = 60  # of a file that are read at once
-MANIFESTS = (".jsonl", ".tsv", ".json")
 
 
 @dataclass(frozen=True)
@@ -63,21 +60,6 @@ def event_row(event: Event, named: Mapping[str, str]) -> dict[str, Any]:
     """As JSON has it; an event that is still open has no offset."""
     times = {"onset": round(event.onset, 3)} | ({} if event.offset is None else {"offset": round(event.offset, 3)})
     return {**times, "label": event.label, "name": named[event.label], "score": round(event.score, 6)}
-
-
-def list_files(names: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The audio files that are meant: files, all in folders, all in manifests; each once, in order.
-
-    A file that is not there is listed: it is for whoever reads it to say so. Raises ManifestError for folders and
-    manifests that cannot be read."""
-    files: dict[Path, None] = {}
-    for name in map(Path, names):
-        if name.is_dir() or name.suffix.lower() in MANIFESTS:
-            manifest = load_manifest(name)
-            files.update((manifest.path(index), None) for index in range(len(manifest)))
-        else:
-            files[name] = None
-    return list(files)
 
 
 def require_frames(classifier: CATClassifier) -> None:

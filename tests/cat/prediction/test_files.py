@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from cat.data import load_manifest
+from cat.data.listing import listed_files
 from cat.data.manifest import ManifestError
 from cat.evaluation.events import hear_clips, write_chosen
 from cat.outputs import OutputError
 from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import read_settings
-from cat.prediction.files import list_files, predict_files
+from cat.prediction.files import predict_files
 from cat.prediction.outputs import write_predictions
 
 soundfile = pytest.importorskip("soundfile")
@@ -38,7 +39,7 @@ def folder(tmp_path, sound):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_every_file_has_its_result_in_order(tones, folder, batch_size):
-    results = list(predict_files(tones, list_files([folder]), batch_size=batch_size))
+    results = list(predict_files(tones, listed_files([folder]), batch_size=batch_size))
     assert [result.path.rpartition("/")[2] for result in results] == ["a.wav", "b.flac", "c.wav", "d.wav", "e.wav"]
     assert [result.error is None for result in results] == [True, True, False, False, True]
     assert [result.seconds for result in results if result.error is None] == [1, 70.08, 0.5]
@@ -49,7 +50,7 @@ def test_every_file_has_its_result_in_order(tones, folder, batch_size):
 def test_events_of_long_files_are_neither_cut_nor_doubled(tones, folder):
     """One of 32 s runs through fifty windows."""
     for options in ({}, {"hop": 0.32, "lookahead": 0.16}, {"step": 0.04}):
-        results = list(predict_files(tones, list_files([folder]), plan=tones.plan(**options), events=EVENTS))
+        results = list(predict_files(tones, listed_files([folder]), plan=tones.plan(**options), events=EVENTS))
         found = [[(e.label, e.onset, e.offset) for e in result.events or ()] for result in results]
         near = 0.17 if "step" not in options else 0.05
         assert found[0] == [("low", pytest.approx(0.16, abs=near), pytest.approx(0.8, abs=near))]
@@ -75,10 +76,10 @@ def test_of_a_long_file_only_the_scores_are_kept(tones, tmp_path):
 def test_files_folders_and_manifests_are_listed_once(folder, tmp_path):
     manifest = tmp_path / "list.jsonl"
     manifest.write_text('{"path": "audio/e.wav"}\n{"path": "gone.wav"}\n')
-    found = list_files([folder / "e.wav", folder, manifest, "nowhere.wav"])
+    found = listed_files([folder / "e.wav", folder, manifest, "nowhere.wav"])
     assert [path.name for path in found] == ["e.wav", "a.wav", "b.flac", "c.wav", "d.wav", "gone.wav", "nowhere.wav"]
     with pytest.raises(ManifestError, match="no such file"):
-        list_files([tmp_path / "missing.jsonl"])
+        listed_files([tmp_path / "missing.jsonl"])
 
 
 def test_a_clip_head_finds_no_events(save_run, folder):
@@ -101,7 +102,7 @@ def rows(path):
 
 
 def test_what_was_stopped_goes_on(tones, folder, tmp_path, capsys):
-    files, out, table = list_files([folder]), tmp_path / "out.jsonl", tmp_path / "out.csv"
+    files, out, table = listed_files([folder]), tmp_path / "out.jsonl", tmp_path / "out.csv"
     outputs = {out: "json", table: "csv"}
     plain = tmp_path / "plain.jsonl"
     write_predictions(tones, files, {plain: "json"}, plan=tones.plan())
@@ -156,7 +157,7 @@ def test_nothing_of_the_users_is_replaced(tones, folder, tmp_path):
 
 def test_events_as_rows(tones, folder, tmp_path):
     out = {tmp_path / "out.jsonl": "json", tmp_path / "out.csv": "csv"}
-    write_predictions(tones, list_files([folder]), out, plan=tones.plan(), events=EVENTS)
+    write_predictions(tones, listed_files([folder]), out, plan=tones.plan(), events=EVENTS)
     written = rows(tmp_path / "out.jsonl")
     assert written[0]["events"] == [{"onset": 0.16, "offset": 0.8, "label": "low", "name": "Low tone", "score": 0.99}]
     assert written[4]["events"] == []
