@@ -27,6 +27,7 @@ PROGRAMS = (
 )  # a block without a language is shell if one begins it
 _FENCE = re.compile(r"^\s*(?P<fence>```+|~~~+)(?P<language>[^\n`]*)$")
 _SETTING = re.compile(r"[A-Z][A-Z0-9_]*=\S*")
+_VARIABLE = r"\$\((\w+)\)/?"  # of make
 _INLINE = re.compile(r"(?<!`)`(?P<code>[^`\n]+)`(?!`)")
 
 
@@ -156,7 +157,8 @@ def _quickstart(text: str) -> Iterator[Step]:
     before, _, rest = text.partition("\nquickstart:")
     recipe = re.split(r"\n(?!\t)", rest.partition("\n")[2])[0]
     for number, command in _joined(recipe):
-        command = re.sub(r"\$\((\w+)\)/?", lambda match: names[match[1]] + ("/" if _is_folder(match) else ""), command)
+        while re.search(_VARIABLE, command):
+            command = re.sub(_VARIABLE, lambda match: names[match[1]] + ("/" if _is_folder(match) else ""), command)
         yield Step("Makefile", before.count("\n") + 3 + number, "sh", command.strip())
 
 

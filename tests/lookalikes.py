@@ -21,7 +21,7 @@ _TWO_STEPS = ("optim.steps=2", "optim.warmup_steps=1", "run.checkpoint_every=2",
 
 # command -> arguments in front of its own; the page's, which come later, win.
 SMALL: dict[str, list[str]] = {
-    "synth": ["--classes", "bell", "rain", "siren", "--clips-per-class", "2", "--eval-clips-per-class", "2"],
+    "synth": ["--classes", "bird", "rain", "siren", "--clips-per-class", "2", "--eval-clips-per-class", "2"],
     "dataset": ["--allow-missing", "100000"],
     "pretrain": [
         *(f"model.{field}" for field in _MODEL.split()),

@@ -69,7 +69,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         if name == command:
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, parser=sub)
     return parser
 
 
@@ -110,12 +110,16 @@ def _run(argv: list[str]) -> int:
     try:
         parser = build_parser(command)
         args, rest = parser.parse_known_args(argv)
-        # argparse takes positional arguments of a list only in one place; `pretrain a.yaml --resume optim.lr=1e-3` has
-        # them in two.
-        if rest and not (hasattr(args, "overrides") and all(OVERRIDE.match(word) for word in rest)):
-            parser.error(f"unknown arguments: {' '.join(rest)}; see cat-audio {command} --help")
+        # argparse takes positional arguments that may be missing only in one place; `pretrain a.yaml --resume
+        # optim.lr=1e-3` and `dataset esc50 -o DIR ARCHIVE` have them in two. It can, but not below sub-commands.
+        own = vars(args).pop("parser")
         if rest:
-            args.overrides = [*args.overrides, *rest]
+            words = argv[argv.index(command) + 1 :] if command else []
+            args, rest = own.parse_known_intermixed_args(words, argparse.Namespace(command=command, debug=args.debug))
+            vars(args).pop("parser")
+        strange = [word for word in getattr(args, "overrides", ()) if not OVERRIDE.match(word)]
+        if rest or strange:
+            parser.error(f"unknown arguments: {' '.join(rest or strange)}; see cat-audio {command} --help")
         with ending_on_signals():
             return int(args.run(args))
     except Ended as ended:

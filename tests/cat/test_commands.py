@@ -83,6 +83,43 @@ def test_the_overview_lists_every_command_once_in_a_group(capsys):
     assert max(map(len, told.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["dataset", "esc50", "-o", "out", "archive.zip"], {"name": "esc50", "source": Path("archive.zip")}),
+        (["dataset", "esc50", "archive.zip", "-o", "out"], {"name": "esc50", "source": Path("archive.zip")}),
+        (["dataset", "-o", "out", "esc50", "--quiet", "archive.zip"], {"source": Path("archive.zip"), "quiet": True}),
+        (["dataset", "esc50", "--download", "-o", "out"], {"source": None, "download": True}),
+        (["pretrain", "a.yaml", "x.y=1", "--resume", "x.z=2"], {"recipe": "a.yaml", "overrides": ["x.y=1", "x.z=2"]}),
+        (["--debug", "pretrain", "a.yaml", "--resume", "x.z=2"], {"overrides": ["x.z=2"], "debug": True}),
+        (["predict", "run", "a.wav", "--top", "3", "b.wav"], {"checkpoint": "run", "files": ["a.wav", "b.wav"]}),
+        (["predict", "run", "--top", "3", "a.wav"], {"checkpoint": "run", "files": ["a.wav"], "top": 3}),
+    ],
+)
+def test_options_may_stand_anywhere(monkeypatch, words, expected):
+    given = {}
+    command = next(word for word in words if word in COMMANDS)
+    monkeypatch.setattr(f"cat.commands.{command}.run", lambda args: given.update(vars(args)) or 0)
+    assert main(words) == 0
+    assert {name: given[name] for name in expected} == expected
+    assert "parser" not in given
+
+
+@pytest.mark.parametrize(
+    ("words", "strange"),
+    [
+        (["dataset", "esc50", "-o", "out", "archive.zip", "more"], "more"),
+        (["dataset", "esc50", "-o", "out", "--nosuch", "archive.zip"], "--nosuch"),
+        (["pretrain", "a.yaml", "--resume", "nosuch"], "nosuch"),
+        (["pretrain", "a.yaml", "--resume", "--nosuch"], "--nosuch"),
+    ],
+)
+def test_arguments_that_nobody_takes(capsys, words, strange):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert f"unknown arguments: {strange}" in capsys.readouterr().err
+
+
 def test_a_command_that_is_not_there(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prerain"])
