@@ -367,7 +367,8 @@ def test_resuming_with_other_kernels(tmp_path, recipe, uninterrupted, capsys):
     pretrain(load_recipe(recipe, ["run.stop_at=4"]), tmp_path / "run", progress=False)
     pretrain(load_recipe(recipe, ["model.kernels=reference"]), tmp_path / "run", resume=True)
     assert "kernels was auto and is now reference: losses will agree up to rounding" in capsys.readouterr().err
-    assert numbers(tmp_path / "run") == numbers(uninterrupted)  # on a CPU, auto is the reference
+    for resumed, whole in zip(numbers(tmp_path / "run"), numbers(uninterrupted), strict=True):
+        assert resumed == pytest.approx(whole, rel=1e-4)
 
 
 def test_an_earlier_versions_recipe():
