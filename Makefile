@@ -46,7 +46,7 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fin
 	    --require-better --figures --no-cache
 	$(BIN)/cat-audio finetune recipes/quickstart-classifier.yaml --overwrite
 	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
-	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN)
+	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN) --whiten
 
 test: $(BUILT) ## run the tests; those marked gpu only where there is one
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)

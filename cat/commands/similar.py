@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, default=5, help="how many (default 5)")
     parser.add_argument("--piece", type=float, default=10.0, metavar="S", help="seconds of a piece (default 10)")
     parser.add_argument("--index", type=Path, default=None, metavar="FILE", help="embeddings: .npz, .parquet or .h5")
+    parser.add_argument(
+        "--whiten", action="store_true", help="of some hundreds of sounds: tell apart those that all look alike"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--csv", action="store_true", help="print CSV")
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         k=args.k,
         seconds=args.piece,
         index=args.index,
+        whiten=args.whiten,
         num_workers=args.num_workers,
         progress=not args.quiet,
     )

@@ -62,6 +62,7 @@ def find_similar(
     k: int = 5,
     seconds: float = 10.0,
     index: Path | None = None,
+    whiten: bool = False,
     num_workers: int = 0,
     progress: bool = False,
 ) -> Found:
@@ -70,6 +71,8 @@ def find_similar(
 
     ``index``: a table of `encode_files` that is read where it is there, and written where it is not. Made without
     frames, its files are one piece each.
+
+    ``whiten``: for encoders whose clips all lie in nearly one direction, and some hundreds of clips (see `nearest`).
 
     Raises: `TableError` for an index by another encoder, and for a query that cannot be read.
     """
@@ -106,7 +109,7 @@ def find_similar(
         raise TableError(f"{index} has none of the {len(paths)} files, as {paths[0]}; give another --index")
     there = (known[name] for name in map(os.path.abspath, paths) if name in known)
     among = {path for path in there if not same_file(path, query)}
-    return Found(nearest(pieces_of(table, seconds), row, k, among), missing, skipped)
+    return Found(nearest(pieces_of(table, seconds), row, k, among, whiten=whiten), missing, skipped)
 
 
 def pieces_of(table: Table, seconds: float) -> Pieces:
@@ -126,8 +129,9 @@ def pieces_of(table: Table, seconds: float) -> Pieces:
     return Pieces(paths, np.array(begin), np.array(end), np.array(rows, dtype=np.float32))
 
 
-def nearest(pieces: Pieces, row: np.ndarray, k: int, among: set[str]) -> list[Hit]:
-    """The ``k`` pieces of the files ``among`` that are nearest to ``row`` (D,)."""
+def nearest(pieces: Pieces, row: np.ndarray, k: int, among: set[str], *, whiten: bool = False) -> list[Hit]:
+    """The ``k`` pieces of the files ``among`` that are nearest to ``row`` (D,). ``whiten``: in the space of their up to
+    64 leading principal components, each scaled to deviation 1."""
     try:
         from sklearn.neighbors import NearestNeighbors
     except ImportError as error:
@@ -137,8 +141,14 @@ def nearest(pieces: Pieces, row: np.ndarray, k: int, among: set[str]) -> list[Hi
     chosen = [number for number, path in enumerate(pieces.paths) if path in among]
     if not chosen:
         return []
-    search = NearestNeighbors(n_neighbors=min(k, len(chosen)), metric="cosine").fit(pieces.rows[chosen])
-    distances, places = search.kneighbors(row[None])
+    rows, wanted = pieces.rows[chosen], row[None]
+    if whiten and len(chosen) > 1:
+        from sklearn.decomposition import PCA
+
+        space = PCA(min(64, rows.shape[1], len(rows) - 1), whiten=True, svd_solver="full").fit(rows)
+        rows, wanted = space.transform(rows), space.transform(wanted)
+    search = NearestNeighbors(n_neighbors=min(k, len(chosen)), metric="cosine").fit(rows)
+    distances, places = search.kneighbors(wanted)
     found = []
     for distance, place in zip(distances[0].tolist(), places[0].tolist(), strict=True):
         number = chosen[place]

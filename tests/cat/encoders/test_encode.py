@@ -18,7 +18,7 @@ from cat.checkpoints.hub import EncoderConfig
 from cat.commands import main
 from cat.data.features import FeatureConfig
 from cat.encoders import CATEncoder, encode, parts, reading
-from cat.encoders.similar import nearest, pieces_of
+from cat.encoders.similar import Pieces, nearest, pieces_of
 from cat.encoders.tables import SUFFIXES, TableError, read_table
 from cat.model import ModelConfig
 
@@ -408,3 +408,22 @@ def test_nearest_is_by_the_angle():
     assert hits[0].similarity == pytest.approx(2 / 4.01**0.5)
     assert (hits[1].begin, hits[1].end) == (0, 3)
     assert nearest(pieces_of(table, 10), np.array([2.0, 0.1]), 2, set()) == []
+
+
+def test_whitened_neighbours_differ_where_the_others_do_not():
+    """All rows lie in nearly one direction; what tells the two kinds apart is small."""
+    random = np.random.default_rng(0)
+    kind = np.arange(60) % 2
+    rows = np.zeros((60, 4))
+    rows[:, 0], rows[:, 1] = 100, 20 * random.normal(size=60)
+    rows[:, 2] = 0.1 * (2 * kind - 1) + 0.01 * random.normal(size=60)
+    pieces = Pieces([str(number) for number in range(60)], np.zeros(60), np.ones(60), rows.astype(np.float32))
+    wanted = np.array([100, 0, 0.1, 0], dtype=np.float32)
+
+    def right(whiten: bool) -> int:
+        hits = nearest(pieces, wanted, 10, set(pieces.paths), whiten=whiten)
+        return sum(kind[int(hit.path)] for hit in hits)
+
+    assert right(True) == 10
+    assert right(False) < 9
+    assert len(nearest(pieces, wanted, 3, {"1"}, whiten=True)) == 1
