@@ -21,9 +21,13 @@ EXTRAS: dict[str, dict[str, str]] = {
         "tensorboard": "tensorboard",
         "matplotlib": "matplotlib",
         "scikit-learn": "sklearn",
+        "scipy": "scipy",
     },
+    "hub": {"huggingface-hub": "huggingface_hub"},
+    "files": {"pyarrow": "pyarrow", "h5py": "h5py"},
     "clap": {"transformers": "transformers"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+    "events": {"sed_eval": "sed_eval"},
 }
 
 

@@ -8,13 +8,14 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
 
 from cat.commands import main
 from cat.figures import is_figure
 from cat.figures.prediction import _heard
 from cat.prediction import CATClassifier, EventSettings
 from cat.prediction.events import write_settings
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 

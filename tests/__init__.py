@@ -1,0 +1,1 @@
+"""The tests. A package, because one that is installed beside this project has a top-level `tests` of its own."""
