@@ -25,7 +25,7 @@ from cat.data.labels import TASKS, Labels, labels_of
 from cat.model import HeadConfig, ModelConfig, rows_of
 from cat.training.layerwise import FinetuneOptimConfig
 from cat.training.losses import LossConfig
-from cat.training.recipe import SECTION_PRESETS, RunConfig, check_purpose, named
+from cat.training.recipe import SECTION_PRESETS, RunConfig, check_fit, check_purpose, named
 
 NONE = "none"  # in place of an encoder
 # Of the encoder; the rest of `ModelConfig` is the decoder's, and what runs the operators.
@@ -68,17 +68,7 @@ class FinetuneConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        P = self.model.patch_size
-        if self.features.mel_bins != self.model.mel_bins:
-            raise ValueError(
-                f"features.mel_bins is {self.features.mel_bins} and model.mel_bins {self.model.mel_bins}; expected "
-                "the same"
-            )
-        if self.features.frames % P:
-            raise ValueError(
-                f"features.frames is {self.features.frames}; expected a multiple of the patch size {P} (the last "
-                "resolution)"
-            )
+        check_fit(self.model, self.features)
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
         if isinstance(self.freeze, int) and not 0 <= self.freeze <= self.model.depth:

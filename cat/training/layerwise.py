@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cat.training.optim import decays
+from cat.training.optim import check_adamw, decays
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,12 @@ class FinetuneOptimConfig:
     """Stop after so many evaluations in a row without a better one; 0: never."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}; expected 0 to steps ({self.steps}): shorten the warm-up or "
-                "lengthen the run"
-            )
-        if self.lr <= 0 or self.eps <= 0:
-            raise ValueError(f"lr is {self.lr} and eps is {self.eps}; expected both above 0")
+        check_adamw(self)
         for name in ("warmup_lr", "min_lr"):
             if not 0 <= getattr(self, name) <= self.lr:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to lr ({self.lr})")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas}; expected two numbers in [0, 1)")
-        for name in ("weight_decay", "clip_norm", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.patience < 0:
+            raise ValueError(f"patience is {self.patience}; expected 0 or more")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; expected above 0, at most 1 (no decay)")
         for name in ("drop_path", "average"):

@@ -5,10 +5,48 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class AdamW(Protocol):
+    """What the optimisers of all tasks have among their settings."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def clip_norm(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+
+def check_adamw(config: AdamW) -> None:
+    """Raises: ValueError that names the setting."""
+    if config.steps < 1:
+        raise ValueError(f"steps is {config.steps}; expected at least 1")
+    if not 0 <= config.warmup_steps <= config.steps:
+        raise ValueError(
+            f"warmup_steps is {config.warmup_steps}; expected 0 to steps ({config.steps}): shorten the warm-up or "
+            "lengthen the run"
+        )
+    if config.lr <= 0 or config.eps <= 0:
+        raise ValueError(f"lr is {config.lr} and eps is {config.eps}; expected both above 0")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas is {config.betas}; expected two numbers in [0, 1)")
+    if config.weight_decay < 0 or config.clip_norm < 0:
+        raise ValueError(
+            f"weight_decay is {config.weight_decay} and clip_norm is {config.clip_norm}; expected neither below 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -30,21 +68,7 @@ class OptimConfig:
     """Gradients are scaled down to this global L2 norm; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}; expected 0 to steps ({self.steps}): shorten the warm-up or "
-                "lengthen the run"
-            )
-        if self.lr <= 0 or self.eps <= 0:
-            raise ValueError(f"lr is {self.lr} and eps is {self.eps}; expected both above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas}; expected two numbers in [0, 1)")
-        if self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError(
-                f"weight_decay is {self.weight_decay} and clip_norm is {self.clip_norm}; expected neither below 0"
-            )
+        check_adamw(self)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,19 @@ class Recipe(Protocol):
     def end(self) -> int: ...
 
 
+def check_fit(model: ModelConfig, features: FeatureConfig) -> None:
+    """Raises: ValueError for spectrograms that the model does not take."""
+    if features.mel_bins != model.mel_bins:
+        raise ValueError(
+            f"features.mel_bins is {features.mel_bins} and model.mel_bins {model.mel_bins}; expected the same"
+        )
+    if features.frames % model.patch_size:
+        raise ValueError(
+            f"features.frames is {features.frames}; expected a multiple of the patch size {model.patch_size} (the last "
+            "resolution)"
+        )
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """A whole recipe; each section is the dataclass of the module that uses it."""
@@ -122,17 +135,7 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        P = self.model.patch_size
-        if self.features.mel_bins != self.model.mel_bins:
-            raise ValueError(
-                f"features.mel_bins is {self.features.mel_bins} and model.mel_bins {self.model.mel_bins}; expected "
-                "the same"
-            )
-        if self.features.frames % P:
-            raise ValueError(
-                f"features.frames is {self.features.frames}; expected a multiple of the patch size {P} (the last "
-                "resolution)"
-            )
+        check_fit(self.model, self.features)
 
     @property
     def run_dir(self) -> Path:
