@@ -15,18 +15,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cat.checkpoints.classifier import ClassifierInfo
+from cat.checkpoints.classifier import ClassifierInfo, load_classifier
+from cat.checkpoints.store import PathLike
 from cat.data.batch import Batch, Failure
 from cat.data.finetuning import scoring_batches
 from cat.data.labels import Labels, intervals_of
 from cat.data.loader import TooManyFailures
 from cat.data.manifest import Manifest
-from cat.evaluation.events import EXTRA, EventScores, choose_settings, evaluate_events, hear_clips
+from cat.evaluation.events import (
+    EXTRA,
+    EventScores,
+    choose_settings,
+    evaluate_events,
+    hear_clips,
+    write_chosen,
+)
 from cat.evaluation.intervals import RESAMPLES, Intervals, bootstrap
 from cat.evaluation.metrics import Scores, scores_of
 from cat.model import Classifier
 from cat.prediction import CATClassifier, EventSettings
-from cat.prediction.events import settings_of
+from cat.prediction.events import home_of_settings, settings_of
 from cat.progress import Progress, say
 
 MISTAKES = 12  # that are listed and drawn
@@ -152,6 +160,20 @@ def find_events(
         settings, file = settings_of(info.path, info.classes)
         settings_from = "defaults" if file is None else str(file)
     return FoundEvents(evaluate_events(heard, settings), settings, settings_from)
+
+
+def keep_settings(path: PathLike, manifest: Manifest, device: torch.device | str = "cpu") -> str:
+    """Chooses the settings of events that suit these clips best and keeps them with the run of a fine-tuned checkpoint,
+    where `cat-audio predict --events` finds them, unless there are some. Says what became of it."""
+    classifier, info = load_classifier(path, device)
+    file, without = home_of_settings(info.path), _without_events(info, manifest)
+    if file.exists():
+        return f"settings of events: {file}, as they were"
+    if without:
+        return f"no settings of events were chosen: {without}"
+    events = find_events(classifier, info, manifest, choose=True)
+    write_chosen(info.path, events.settings, manifest.source, events.scores)
+    return f"settings of events: {file}, chosen on valid (event F1 {100 * events.scores.main:.1f} % there)"
 
 
 def _without_events(info: ClassifierInfo, manifest: Manifest) -> str:

@@ -26,6 +26,7 @@ from cat.checkpoints import CheckpointError
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.encoder import chosen
 from cat.data import Batch, Failure, Manifest
+from cat.evaluation.evaluate import keep_settings
 from cat.files import write_json
 from cat.progress import say
 from cat.training.finetune_recipe import FinetuneConfig
@@ -53,7 +54,8 @@ def finetune(
     overwrite: bool = False,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Fine-tune by a recipe, into ``run_dir`` (default: the recipe's ``run.dir/run.name``), and score the result.
+    """Fine-tune by a recipe, into ``run_dir`` (default: the recipe's ``run.dir/run.name``), and score the result. Of
+    events, thresholds and filters are chosen on the validation split, where it says when they are.
 
     Args:
         resume: go on from the newest checkpoint, or from the start when there is none yet.
@@ -67,7 +69,11 @@ def finetune(
         run = trainer.run()
         if run.stopped_by or not (run.early or run.step == config.optim.steps):
             return FinetuneResult(run, None)
-        return FinetuneResult(run, _scores(cast(Finetuning, trainer.task), run_dir))
+        task = cast(Finetuning, trainer.task)
+        result = FinetuneResult(run, _scores(task, run_dir))
+        if task.config.task == "events":
+            say(keep_settings(run_dir, task.splits.valid, task.device))
+        return result
 
 
 def profile(

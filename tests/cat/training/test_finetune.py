@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import signal
 import subprocess
@@ -435,7 +436,7 @@ def test_several_labels_a_clip(tmp_path, recipe, folder):
     assert checkpoints.read_state(result.run.checkpoint)["score"] == -numbers(tmp_path / "run")[-1]["mAP"]
 
 
-def test_events_from_strong_and_from_weak_labels(tmp_path, recipe, folder):
+def test_events_from_strong_and_from_weak_labels(tmp_path, recipe, folder, capsys):
     def entry(clip):
         if "1" in clip.path:
             return {"labels": list(clip.labels)}
@@ -447,6 +448,13 @@ def test_events_from_strong_and_from_weak_labels(tmp_path, recipe, folder):
     assert (config.task, config.head.kind) == ("events", "frames")
     finetune(config, tmp_path / "run", progress=False)
     assert load_classifier(tmp_path / "run")[1].task == "events"
+    if importlib.util.find_spec("sed_eval") is None:
+        assert "no settings of events were chosen: scores of events need sed_eval" in capsys.readouterr().err
+        return
+    assert f"settings of events: {tmp_path / 'run' / 'events.json'}, chosen on valid" in capsys.readouterr().err
+    (tmp_path / "run" / "events.json").write_text("{}")  # as somebody has edited it
+    finetune(config, tmp_path / "run", resume=True, progress=False)
+    assert (tmp_path / "run" / "events.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
