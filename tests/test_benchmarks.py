@@ -684,3 +684,47 @@ def test_documented_tables_are_those_of_the_result_files():
     results = report.newest()
     stale = [path for path in report.documents() if report.filled(path.read_text(), results) != path.read_text()]
     assert not stale, "run python -m benchmarks.report"
+
+
+def test_downstream_reads_what_was_done_and_says_mean_and_deviation(tmp_path, monkeypatch):
+    """Of a folder with splits, and of a manifest with folds; what is there is not run again."""
+    pytest.importorskip("soundfile")
+    from benchmarks import downstream
+    from cat.data import load_manifest
+
+    clips = [{"path": f"{number}.wav", "labels": ["ab"[number % 2]], "fold": 1 + number // 20} for number in range(40)]
+    header = '{"format": "cat-audio manifest", "version": 1}'
+    (tmp_path / "folds.jsonl").write_text("\n".join([header, *map(json.dumps, clips)]) + "\n")
+    (tmp_path / "words").mkdir()
+    tasks = [downstream.Task("words", tmp_path / "words"), downstream.Task("bells", tmp_path / "folds.jsonl")]
+    assert (tasks[0].folds, tasks[1].folds) == ([], [1, 2])
+    folder = tmp_path / "runs"
+    for seed in (0, 1):
+        done = {
+            f"pool-{seed}/done.json": {},
+            f"words-{seed}-scratch/scores.json": {"test": {"accuracy": 0.2 + 0.1 * seed}},
+            f"words-{seed}-tuned/scores.json": {"test": {"accuracy": 0.5}},
+            **{f"bells-{seed}-{kind}/scores.json": {"runs": [{"test": {"accuracy": a}} for a in (0.4, 0.6)]}
+               for kind in ("scratch", "tuned")},
+            **{f"probes/{name}.json": {"rows": [
+                {"features": "trained", "scores": {"linear": 0.75}},
+                {"features": "log-mel mean + std", "scores": {"linear": 0.25}},
+            ]} for name in (f"words-{seed}", f"bells-{seed}-fold1", f"bells-{seed}-fold2")},
+        }  # fmt: skip
+        for name, content in done.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(content))
+    monkeypatch.setattr(downstream.subprocess, "run", lambda *a, **k: pytest.fail(f"was run: {a}"))
+    runs = downstream.Runs(folder, [])
+    found = {task.name: {"accuracy": downstream.measure(task, tmp_path, [0, 1], runs)} for task in tasks}
+    rows = {row[0]: row[1:] for row in downstream.table({"tasks": found}).rows}
+    assert rows["from scratch"] == ["25.0 ± 7.1", "50.0 ± 0.0"]
+    assert rows["fine-tuned"] == ["50.0 ± 0.0", "50.0 ± 0.0"]
+    assert rows["linear probe"] == ["75.0 ± 0.0", "75.0 ± 0.0"]
+    assert rows["log-mel"] == ["25.0 ± 0.0", "25.0 ± 0.0"]
+    splits = dict(tasks[1].splits(folder, 0))
+    names = {split: {clip.path.rpartition("/")[2] for clip in load_manifest(path).clips}
+             for split, path in splits["-fold1"].items()}  # fmt: skip
+    assert names["test"] == {f"{number}.wav" for number in range(20)}
+    assert names["train"] | names["valid"] == {f"{number}.wav" for number in range(20, 40)}
+    assert not names["train"] & names["valid"]
