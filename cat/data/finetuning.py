@@ -129,6 +129,11 @@ def scoring_batches(
     return every_clip(dataset, num_workers=num_workers, warn=warn)
 
 
+def crop_to_score(crop: str) -> str:
+    """What of a longer clip is scored, where training took ``crop`` of it: of random places the one in the middle."""
+    return "center" if crop == "random" else crop
+
+
 class _Labelled:
     """What training and scoring have in common: from cuts of clips to a batch with targets."""
 

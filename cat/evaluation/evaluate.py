@@ -18,7 +18,7 @@ import torch
 from cat.checkpoints.classifier import ClassifierInfo, load_classifier
 from cat.checkpoints.store import PathLike
 from cat.data.batch import Batch, Failure
-from cat.data.finetuning import scoring_batches
+from cat.data.finetuning import crop_to_score, scoring_batches
 from cat.data.labels import Labels, intervals_of
 from cat.data.loader import TooManyFailures
 from cat.data.manifest import Manifest
@@ -233,7 +233,7 @@ def score_clips(
 def _crop(info: ClassifierInfo) -> str:
     """What of a longer clip is heard: as in the validation of the checkpoint's training."""
     crop = str(info.config.get("data", {}).get("crop", "start"))  # a published model has no configuration of its run
-    return "center" if crop == "random" else crop
+    return crop_to_score(crop)
 
 
 @torch.no_grad()

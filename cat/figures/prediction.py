@@ -17,6 +17,7 @@ import torch
 from cat.data.audio import read_audio
 from cat.data.features import FeatureConfig, frames_in, log_mel
 from cat.figures.canvas import figure, save, text_of
+from cat.figures.spectrograms import paint
 from cat.prediction import CATClassifier, Event, EventSettings, Plan, find_events
 from cat.prediction.classifier import as_windows
 
@@ -102,16 +103,7 @@ def _spectrogram(axis: Any, wave: np.ndarray, features: FeatureConfig, seconds: 
     every = math.ceil(frames / COLUMNS)
     columns_NF = np.stack([part.mean(axis=0) for part in np.array_split(spec_TF, math.ceil(frames / every))])
     low, high = np.percentile(columns_NF, [1, 99.8])
-    axis.imshow(
-        columns_NF.T,
-        origin="lower",
-        aspect="auto",
-        extent=(0, seconds, 0, features.mel_bins),
-        cmap="magma",
-        vmin=low,
-        vmax=max(high, low + 1e-3),
-        interpolation="nearest",
-    )
+    paint(axis, columns_NF, (0, seconds, 0, features.mel_bins), low, max(high, low + 1e-3))
     lowest, highest = (
         features.low_freq,
         features.high_freq + (0 if features.high_freq > 0 else features.sample_rate / 2),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cat.figures.canvas import COLOURS, figure, legend_below, save, text_of
-from cat.figures.spectrograms import trailing_padding
+from cat.figures.spectrograms import paint, trailing_padding
 
 NAME = 40  # characters of a class's name that are shown
 _BARS = 100  # in a column
@@ -189,16 +189,7 @@ def _spectrogram(axis: Any, spec_TF: np.ndarray, frame_shift_ms: float) -> None:
         real_TF = spec_TF
     low, high = np.percentile(real_TF, [1, 99.8])
     extent = (0.0, len(real_TF) * frame_shift_ms / 1000, -0.5, spec_TF.shape[1] - 0.5)
-    axis.imshow(
-        real_TF.T,
-        origin="lower",
-        aspect="auto",
-        extent=extent,
-        cmap="magma",
-        vmin=low,
-        vmax=high,
-        interpolation="nearest",
-    )
+    paint(axis, real_TF, extent, low, high)
     axis.tick_params(labelsize=7)
     axis.set_xlabel("time (s)", fontsize=7)
     axis.spines[["top", "right"]].set_visible(False)

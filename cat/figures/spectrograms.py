@@ -6,6 +6,7 @@ Shapes: T frames, F mel bins, P patch, H = T/P, W = F/P, M masks, K visible patc
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,16 +34,7 @@ def write_patches(
         if visible_K is not None:
             picture = np.ma.masked_where(~visible_grid(visible_K, frames, bins, patch_size), spec_TF)
         axis.set_facecolor("#d9d9d9")
-        image = axis.imshow(
-            picture.T,
-            origin="lower",
-            aspect="auto",
-            extent=extent,
-            cmap="magma",
-            vmin=low,
-            vmax=high,
-            interpolation="nearest",
-        )
+        image = paint(axis, picture, extent, low, high)
         axis.set_ylabel("mel bin")
         axis.spines[["top", "right"]].set_visible(False)
     patches = (frames // patch_size) * (bins // patch_size)
@@ -74,3 +66,17 @@ def visible_grid(visible_K: np.ndarray, frames: int, bins: int, patch_size: int)
     grid = np.zeros((frames // patch_size, bins // patch_size), dtype=bool)
     grid.reshape(-1)[visible_K] = True
     return grid.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
+
+
+def paint(axis: Any, spec_TF: np.ndarray, extent: tuple[float, float, float, float], low: float, high: float) -> Any:
+    """A spectrogram on an axis, time to the right, from ``low`` (dark) to ``high``; returns matplotlib's image."""
+    return axis.imshow(
+        spec_TF.T,
+        origin="lower",
+        aspect="auto",
+        extent=extent,
+        cmap="magma",
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cat.checkpoints import load_encoder
 from cat.data import Batch, Manifest, load_manifest
-from cat.data.finetuning import finetune_batches, scoring_batches
+from cat.data.finetuning import crop_to_score, finetune_batches, scoring_batches
 from cat.data.labels import Labels, clip_labels, intervals_of, labels_of
 from cat.data.splits import fold_split, hold_out
 from cat.evaluation.metrics import main_metric, scores_of
@@ -189,7 +189,7 @@ class Finetuning:
             batch_size=data.batch_size,
             num_workers=data.num_workers,
             padding=data.padding,
-            crop="center" if data.crop == "random" else data.crop,
+            crop=crop_to_score(data.crop),
             waveforms=self.features == "gpu",
             warn=warn,
         )

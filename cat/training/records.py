@@ -119,11 +119,6 @@ class Metrics:
         self.validations.append(row)
         self._scalars("valid", {key: value for key, value in row.items() if key not in ("kind", "step")}, row["step"])
 
-    @property
-    def last_validation(self) -> int:
-        """The step of the latest evaluation, 0 before the first."""
-        return self.validations[-1]["step"] if self.validations else 0
-
     def sync(self) -> None:
         self._file.sync()
         self._on_board("flush")
