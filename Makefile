@@ -7,6 +7,9 @@ PIP_ARGS ?=
 # More for pytest, e.g. PYTEST_ARGS="tests/kernels -x".
 PYTEST_ARGS ?=
 OUT ?= gpu-suite
+# Of bench-compare: BASELINE=new, and where a baseline is kept.
+BASELINE ?=
+SAVED := .benchmarks/baseline.json
 # Of fuzz.
 MINUTES ?= 60
 SEED ?=
@@ -33,7 +36,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench gpu-suite gpu-cache docs clean
+.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +69,9 @@ format: $(INSTALLED) ## let ruff mend what it can
 
 bench: $(INSTALLED_BENCH) $(BUILT) ## benchmarks on this machine
 	$(BIN)/python -m benchmarks
+
+bench-compare: $(BUILT) ## is any operator or a step slower than the baseline? BASELINE=new takes one, as the first call does
+	$(BIN)/python -m benchmarks.regressions $(if $(filter new,$(BASELINE))$(if $(wildcard $(SAVED)),,new),--save)
 
 # Installs nothing: for a bare machine with a GPU, run by the Python it is given.
 gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR; also PIECES="..." TESTS=on|off|only LIMIT=SECONDS

@@ -13,6 +13,7 @@ from .fused import compute_dtype, multires_conv_triton, why_not_fused
 from .reference import multires_conv_dense
 from .visible import multires_conv_visible
 from .weights import StemWeights
+from .whole import multires_conv_whole
 
 OPERATOR = "MultiResConv"
 
@@ -31,8 +32,8 @@ class MultiResConv(StemWeights):
         kernel_size: depthwise kernel, odd.
         backend: "visible" computes visible patches only (exact); "triton" does so in fused kernels (CUDA tensors;
             widths that are multiples of 16; float32, bfloat16 or float16); "dense" is the formula over all positions of
-            all clones (the oracle); "auto" takes "triton" where it can run, "dense" for whole spectrograms on the CPU,
-            and "visible" elsewhere. State dicts are the same for every backend.
+            all clones (the oracle); "auto" takes "triton" where it can run and "visible" elsewhere. State dicts are the
+            same for every backend.
         recompute: keep less for the backward and compute it again ("triton" only): of every conv block the input, not
             the rows in front of the depthwise convolution and those in front of the MLP.
     """
@@ -72,19 +73,16 @@ class MultiResConv(StemWeights):
             IndexError: a patch index outside 0 .. L-1 (on the CPU; looking at the values would make a GPU wait).
         """
         self._check_input(spec, visible)
-        backend = self._backend(spec, dense=visible is None)
+        backend = self._backend(spec)
         if backend == "triton":
             return multires_conv_triton(self, spec, visible, recompute=self.recompute)
-        formulation = multires_conv_visible if backend == "visible" else multires_conv_dense
-        return formulation(self, spec, visible)
+        if backend == "dense":
+            return multires_conv_dense(self, spec, visible)
+        return multires_conv_whole(self, spec) if visible is None else multires_conv_visible(self, spec, visible)
 
-    def _backend(self, spec: Tensor, dense: bool) -> str:
+    def _backend(self, spec: Tensor) -> str:
         backend = resolve(OPERATOR, self.backend, spec.device.type)
         reason = why_not_fused(self, compute_dtype(spec)) if backend == "triton" else None
-        if self.backend == "auto" and dense and spec.device.type == "cpu":
-            # With every patch visible the table of neighbours is needless. Measured on two cores, tiny and base model,
-            # 1 to 16 clips of 2 and 10 s: "visible" takes 1.09 to 1.29 times as long, with gradients 1.04 to 1.22.
-            return "dense"
         if reason is None:
             return backend
         if self.backend == "auto":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cat_kernels import MultiResConv
+from cat_kernels.stem import visible as visible_formulation
 from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
 from cat_kernels.stem.spec import RESOLUTION_SETS, draw_visible
 
@@ -90,18 +91,26 @@ def test_all_visible_in_order_is_dense():
     torch.testing.assert_close(stem(spec, torch.arange(15).expand(2, 15)), stem(spec), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_auto_takes_the_faster_layout_on_the_cpu(dtype):
-    """To the bit what the backend gives when it is asked for: the formula without a mask, visible patches with one."""
-    stem = small_stem().to(dtype)
-    spec, visible = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs())
-    found = {}
-    for backend in ("auto", "dense", "visible"):
-        stem.backend = backend
-        found[backend] = stem(spec), stem(spec, visible)
-    assert torch.equal(found["auto"][0], found["dense"][0])
-    assert torch.equal(found["auto"][1], found["visible"][1])
-    assert not torch.equal(found["auto"][0], found["visible"][0])  # they round in another order
+def test_whole_spectrograms_need_no_table_of_neighbours(monkeypatch):
+    stem = small_stem()
+    spec, visible = inputs()
+    tokens = stem(spec)
+    monkeypatch.setattr(visible_formulation, "halo_rows", lambda *_: pytest.fail("neighbours were looked up"))
+    assert torch.equal(stem(spec), tokens)
+    with pytest.raises(pytest.fail.Exception):
+        stem(spec, visible)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_in_pieces_are_the_same(masked, monkeypatch):
+    stem = small_stem()
+    spec, visible = inputs()
+    found = []
+    for piece in (1 << 30, 7):  # all at once; many, the last of them shorter
+        monkeypatch.setattr(visible_formulation, "PIECE", piece)
+        tokens, grads = gradients(stem, spec, visible if masked else None)
+        found.append([tokens, *grads])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
 
 
 def test_state_dicts_are_the_same_for_every_backend():
