@@ -13,7 +13,8 @@ labels, and four rows are filled:
 
 Everything is chosen on valid clips (of folds, a held-out tenth of the rest), the test clips are scored once. All of it
 is done by commands that anybody can type; the result file holds them. What was done before, in ``--runs``, is not done
-again, so that a run that was stopped goes on. The table goes to docs/evidence.md with ``--document``.
+again, so that a run that was stopped goes on. ``--document`` writes the table into a page,
+docs/evidence/downstream.md.
 """
 
 from __future__ import annotations
@@ -190,11 +191,11 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "downstream", help="where the runs are kept")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of every training run")
     parser.add_argument("--out", type=Path, default=RESULTS / "downstream" / "results.json")
-    parser.add_argument("--document", type=Path, help="write the table between its downstream markers, nothing else")
+    parser.add_argument("--document", type=Path, help="a page: write the table between its downstream markers")
     options = parser.parse_args()
-    if options.document is None:
+    if options.pool is not None or options.task:
         if options.pool is None or not options.task:
-            parser.error("--pool and --task are needed to measure")
+            parser.error("--pool and --task are both needed to measure")
         tasks = [Task.of(text) for text in options.task]
         seeds = [int(seed) for seed in options.seeds.split(",")]
         runs = Runs(options.runs.resolve(), options.options)
@@ -207,6 +208,8 @@ def main() -> int:
             accuracy = measure(task, options.pool.resolve(), seeds, runs)
             data["tasks"][task.name] = {"folds": task.folds, "options": task.options, "accuracy": accuracy}
             write_atomic(options.out, json.dumps(data, indent=1) + "\n")
+    elif not options.out.exists():
+        parser.error(f"there is no result file {options.out}: --pool and --task measure one")
     data = json.loads(options.out.read_text())
     found = table(data)
     if options.document is not None:

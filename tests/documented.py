@@ -72,7 +72,8 @@ class Step:
 
 def pages() -> list[str]:
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
-    return [str(path.relative_to(ROOT)) for path in (*files, *sorted((ROOT / "docs").glob("*.md")))]
+    files += sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "evidence").glob("*.md"))
+    return [str(path.relative_to(ROOT)) for path in files]
 
 
 def steps_of(page: str) -> list[Step]:

@@ -137,6 +137,7 @@ NOT_RUN: dict[str, str] = {
     r"tensorboard ": "a server, which does not end",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
+    r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
     "tests/cat/test_experiments.py runs the experiment",
 }
