@@ -150,18 +150,29 @@ def _least(numbers: np.ndarray, of: np.ndarray) -> np.ndarray:
     return least[of]
 
 
+def shared_files(train: Manifest, other: Manifest) -> list[int]:
+    """Places in ``other`` of the clips whose files ``train`` has too, under whatever name or link."""
+    known = set(_identities(train))
+    return [index for index, file in enumerate(_identities(other)) if file in known]
+
+
 def _files(manifest: Manifest) -> np.ndarray:
     """(n,) numbers: clips that are one file have the same."""
+    return _numbered(_identities(manifest))
+
+
+def _identities(manifest: Manifest) -> list[Hashable]:
+    """What is equal where two paths lead to one file."""
 
     def identity(path: str) -> Hashable:
         path = os.path.join(manifest.root, path)
         try:
             status = os.stat(path)
         except (OSError, ValueError):  # it will be recorded as a clip that cannot be read
-            return os.path.normpath(path)
+            return os.path.abspath(path)
         return status.st_dev, status.st_ino
 
-    return _numbered([identity(path) for path in manifest.columns.paths])
+    return [identity(path) for path in manifest.columns.paths]
 
 
 def _field(manifest: Manifest, name: str) -> list[Any]:

@@ -8,7 +8,6 @@ are left out. Probes of tokens and of all layers, and the sweep over layers, are
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cat.data.manifest import Manifest
+from cat.data.splits import shared_files
 from cat.encoders import CatEncoder, FrozenEncoder
 from cat.encoders.embed import Embeddings
 from cat.evaluation.cache import FeatureCache
@@ -241,11 +241,11 @@ def _sweep(
 
 
 def _shared_files(manifests: dict[str, Manifest]) -> list[str]:
-    files = {s: {os.path.abspath(m.path(i)) for i in range(len(m))} for s, m in manifests.items()}
+    test = manifests["test"]
     return [
-        f"WARNING: {len(shared)} files of the {split} split are in the test split as well, e.g. {min(shared)}"
+        f"WARNING: {len(shared)} clips of the test split are in the {split} split as well, e.g. {test.path(shared[0])}"
         for split in ("train", "valid")
-        if (shared := files[split] & files["test"])
+        if (shared := shared_files(manifests[split], test))
     ]
 
 

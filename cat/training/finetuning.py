@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +15,7 @@ from cat.checkpoints import load_encoder
 from cat.data import Batch, Manifest, load_manifest
 from cat.data.finetuning import crop_to_score, finetune_batches, scoring_batches
 from cat.data.labels import Labels, clip_labels, intervals_of, labels_of
-from cat.data.splits import fold_split, hold_out
+from cat.data.splits import fold_split, hold_out, shared_files
 from cat.evaluation.metrics import main_metric, scores_of
 from cat.model import Classifier
 from cat.parts import part
@@ -70,9 +69,7 @@ def read_splits(config: FinetuneConfig) -> Splits:
 
 
 def _say_shared(train: Manifest, other: Manifest, name: str) -> None:
-    paths = {os.path.abspath(other.path(index)) for index in range(len(other))}
-    shared = sum(os.path.abspath(train.path(index)) in paths for index in range(len(train)))
-    if shared:
+    if shared := len(shared_files(train, other)):
         say(f"warning: {shared} of the {len(other)} clips of data.{name} are trained on: its scores will be too good")
 
 

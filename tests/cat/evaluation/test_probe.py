@@ -188,7 +188,7 @@ def test_several_labels_give_map_and_say_what_is_left_out(data):
 def test_files_in_two_splits_are_pointed_out(data):
     splits = manifests(data)
     report = probe.run_probe({"log-mel": LogMelStatistics()}, {**splits, "test": splits["valid"]}, probes=["knn"])
-    assert any(note.startswith("WARNING: 12 files of the valid split are in the test split") for note in report.notes)
+    assert any(note.startswith("WARNING: 12 clips of the test split are in the valid split") for note in report.notes)
 
 
 def save_checkpoint(path: Path, encoder: CatEncoder) -> Path:

@@ -509,11 +509,13 @@ def test_one_class_only_and_no_labels(tmp_path, recipe, folder, capsys):
     assert "data.train is missing; expected a folder with a folder for each class" in capsys.readouterr().err
 
 
-def test_clips_that_are_trained_on_and_scored_are_told(recipe, folder, capsys):
+def test_clips_that_are_trained_on_and_scored_are_told(recipe, folder, tmp_path, capsys):
     finetuning.read_splits(load_finetune_recipe(recipe))
     assert "are trained on" not in capsys.readouterr().err
-    finetuning.read_splits(load_finetune_recipe(recipe, [f"data.test={folder / 'train'}"]))
-    assert "warning: 24 of the 24 clips of data.test are trained on" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(folder / "train")
+    for again in (folder / "train", tmp_path / "link"):
+        finetuning.read_splits(load_finetune_recipe(recipe, [f"data.test={again}"]))
+        assert "warning: 24 of the 24 clips of data.test are trained on" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, recipe):
