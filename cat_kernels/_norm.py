@@ -78,9 +78,9 @@ def lowered(y: Tensor, low_dtype: torch.dtype | None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """PyTorch's, which wants weights in the input's dtype; on the CPU float32 will do as well."""
-    dtypes = {t.dtype for t in (weight, bias) if t is not None}
-    if dtypes <= {x.dtype} or (x.device.type == "cpu" and dtypes == {torch.float32}):
+    """PyTorch's, which wants weights in the input's dtype; on the CPU both in float32 will do as well."""
+    dtypes = [t.dtype for t in (weight, bias) if t is not None]
+    if set(dtypes) <= {x.dtype} or (x.device.type == "cpu" and dtypes == [torch.float32] * 2):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))

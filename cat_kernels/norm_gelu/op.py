@@ -111,7 +111,8 @@ def _backward_in_torch(
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     dh = torch.ops.aten.gelu_backward(total, norm.layer_norm(wide, weight, bias, eps))
     dx, found = norm.layer_norm_backward(dh, wide, weight, bias, eps, sums)
-    return dx.to(x.dtype), total.to(residual_dtype) if residual_dtype else total.new_empty(0), found
+    dresidual = total.to(residual_dtype, copy=True) if residual_dtype else total.new_empty(0)
+    return dx.to(x.dtype), dresidual, found
 
 
 def _backward_triton(

@@ -92,7 +92,8 @@ def _backward_in_torch(
     dtype = norm.sums_dtype(x, branch)
     total = norm.total_gradient((grad, grad_low), dtype)
     ds, found = norm.layer_norm_backward(total, x.to(dtype) + branch.to(dtype), weight, None, eps, sums)
-    return ds.to(x.dtype), ds.new_empty(0) if x.dtype == branch.dtype else ds.to(branch.dtype), found
+    dbranch = branch.new_empty(0) if x.dtype == branch.dtype else ds.to(branch.dtype)
+    return ds.to(x.dtype), dbranch, found
 
 
 def _backward_triton(
