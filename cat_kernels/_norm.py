@@ -15,7 +15,7 @@ from . import _checks as check
 LOW = (torch.bfloat16, torch.float16)
 
 
-def check_rows(operator: str, name: str, value: object) -> None:
+def check_rows(operator: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{operator}: {name} must be a tensor (..., D), got {type(value).__name__}")
     if not value.is_floating_point():
@@ -30,9 +30,8 @@ def check_rows(operator: str, name: str, value: object) -> None:
         raise ValueError(f"{operator}: {name} has shape {tuple(value.shape)}; expected a width D of 1 or more")
 
 
-def check_alike(operator: str, name: str, value: object, reference_name: str, reference: Tensor) -> None:
+def check_alike(operator: str, name: str, value: Any, reference_name: str, reference: Tensor) -> None:
     check_rows(operator, name, value)
-    assert isinstance(value, Tensor)
     if value.shape != reference.shape:
         raise ValueError(
             f"{operator}: {name} has shape {tuple(value.shape)} and {reference_name} {tuple(reference.shape)}; they "
@@ -41,11 +40,10 @@ def check_alike(operator: str, name: str, value: object, reference_name: str, re
     check.check_device(operator, name, value, reference_name, reference)
 
 
-def check_affine(operator: str, x: Tensor, weight: object, bias: object, eps: float, low_dtype: object) -> None:
+def check_affine(operator: str, x: Tensor, weight: Any, bias: Any, eps: float, low_dtype: object) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             check.check_tensor(operator, name, value, "(D,)")
-            assert isinstance(value, Tensor)
             check.check_size(operator, name, 0, value, x.shape[-1], "the width D of x")
             check.check_device(operator, name, value, "x", x)
     if not eps > 0:

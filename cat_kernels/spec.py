@@ -95,8 +95,8 @@ class OperatorSpec:
     autocast_inputs: tuple[str, ...] = ()
     # Calls for torch.library.opcheck: (overload, positional arguments) of the forward and the backward operators.
     overload_calls: Callable[[Sample], Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]] | None = None
-    # The backend "torch" calls PyTorch's operations as they are, no registered operator: exporters, compilers and autocast
-    # see them.
+    # The backend "torch" calls PyTorch's operations, not a registered operator: exporters, compilers and autocast see
+    # them as they are.
     open_in_torch: bool = False
     bad_inputs: Callable[[torch.device], Iterator[BadInput]] | None = None
     # Samples with at least `elements` elements in their largest tensor, for offsets past 2^31.

@@ -167,8 +167,8 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     signature = {**x, "residual_ptr": "*fp32", **affine, "y_ptr": "*fp32", "low_ptr": f"*{dtype}", **ends}
     flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": False, "HAS_BIAS": False, "HAS_LOW": both}
     found = [Ahead("layer_norm_gelu", _forward, signature, {**sizes, **flags}, options)]
-    gradients = {"grad_ptr": "*fp32", "grad_low_ptr": f"*{dtype}"}
-    signature = {**gradients, **x, **affine, "dx_ptr": f"*{dtype}", "dresidual_ptr": "*fp32", "sums_ptr": "*fp32", **ends}
+    signature = {"grad_ptr": "*fp32", "grad_low_ptr": f"*{dtype}", **x, **affine}
+    signature |= {"dx_ptr": f"*{dtype}", "dresidual_ptr": "*fp32", "sums_ptr": "*fp32", **ends}
     for name, whole in (("layer_norm_gelu_backward", False), ("layer_norm_gelu_backward, with weights", True)):
         flags = {"HAS_GRAD": True, "HAS_LOW": both, "HAS_WEIGHT": whole, "HAS_BIAS": whole}
         flags |= {"HAS_RESIDUAL": both, "HAS_SUMS": whole}

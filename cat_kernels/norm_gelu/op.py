@@ -31,12 +31,13 @@ def layer_norm_gelu(
 
     x: (..., D); what a channels-last convolution gives, with its channels moved to the end, is read as it lies.
     residual: of x's shape, or None. weight, bias: (D,), or None.
-    low_dtype: torch.bfloat16 or torch.float16: y is float32 (float64), so that the residual is not rounded from block to
+    low_dtype: torch.bfloat16 or torch.float16: y is float32 (float64), so that the residual is not rounded in every
         block, and a second result is y rounded to this dtype. None: y, in the wider of the inputs' dtypes, is both.
     Returns (y, low), of x's shape. GELU is the exact one, by the error function.
 
     Differentiable in x, residual, weight and bias. Triton reads inputs as they are, under autocast too. "torch" is
-    PyTorch's own operations, with all that autocast, compilers and exporters make of them. Raises TypeError, ValueError.
+    PyTorch's own operations, with all that autocast, compilers and exporters make of them. Raises TypeError or
+    ValueError.
     """
     norm.check_rows(OPERATOR, "x", x)
     if residual is not None:

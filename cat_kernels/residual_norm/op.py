@@ -36,7 +36,8 @@ def residual_layer_norm(
     Returns (y, low), of the inputs' shape.
 
     Differentiable in x, branch, weight and bias. Triton reads inputs as they are, under autocast too. "torch" is
-    PyTorch's own operations, with all that autocast, compilers and exporters make of them. Raises TypeError, ValueError.
+    PyTorch's own operations, with all that autocast, compilers and exporters make of them. Raises TypeError or
+    ValueError.
     """
     norm.check_rows(OPERATOR, "x", x)
     norm.check_alike(OPERATOR, "branch", branch, "x", x)
@@ -108,7 +109,8 @@ def _backward_triton(
     from . import kernels
 
     dx, dbranch, _ = _backward_fake(grad, grad_low, x, branch, weight, eps, False)
-    found = kernels.backward(grad, grad_low, x, branch, weight, eps, dx, dbranch if dbranch.ndim == x.ndim else None, sums)
+    apart = None if x.dtype == branch.dtype else dbranch
+    found = kernels.backward(grad, grad_low, x, branch, weight, eps, dx, apart, sums)
     return dx, dbranch, found
 
 
