@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _checks as check
 
 LOW = (torch.bfloat16, torch.float16)
+WIDEST = 8192  # columns of a row, which Triton's kernels hold whole: 16 warps
 
 
 def check_rows(operator: str, name: str, value: Any) -> None:
@@ -110,6 +111,3 @@ def why_not_triton(*args: Any) -> str | None:
         if isinstance(arg, Tensor) and arg.shape[-1] > WIDEST:
             return f"its kernels hold whole rows, up to a width of {WIDEST}, not {arg.shape[-1]}"
     return None
-
-
-WIDEST = 8192  # columns of a row: 64 numbers for each of 4 warps' threads

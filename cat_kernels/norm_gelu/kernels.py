@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._gelu import gelu, gelu_slope
+from .._gelu_triton import gelu, gelu_slope
 from .._norm_triton import PROGRAMS, config, flat, loaded_gradient, normalised, normalised_backward, scaled
 from .._triton import Ahead, launch, padded
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
-def _forward(
+def _layer_norm_gelu(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -73,11 +73,12 @@ def forward(
         "HAS_LOW": low is not None,
     }
     options = config(D)
-    launch(_forward, (triton.cdiv(R, options["BLOCK_R"]),), *tensors, R, eps, D=D, C=padded(D), **flags, **options)
+    grid = (triton.cdiv(R, options["BLOCK_R"]),)
+    launch(_layer_norm_gelu, grid, *tensors, R, eps, D=D, C=padded(D), **flags, **options)
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
-def _backward(
+def _layer_norm_gelu_backward(
     grad_ptr,
     grad_low_ptr,
     x_ptr,
@@ -152,7 +153,7 @@ def backward(
         "HAS_RESIDUAL": dresidual is not None,
         "HAS_SUMS": sums,
     }
-    launch(_backward, (programs,), *tensors, R, eps, D=D, C=padded(D), **flags, **options)
+    launch(_layer_norm_gelu_backward, (programs,), *tensors, R, eps, D=D, C=padded(D), **flags, **options)
     return partial.sum(0) if sums else partial
 
 
@@ -166,11 +167,11 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     x = {"x_ptr": f"*{dtype}"}
     signature = {**x, "residual_ptr": "*fp32", **affine, "y_ptr": "*fp32", "low_ptr": f"*{dtype}", **ends}
     flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": False, "HAS_BIAS": False, "HAS_LOW": both}
-    found = [Ahead("layer_norm_gelu", _forward, signature, {**sizes, **flags}, options)]
+    found = [Ahead("layer_norm_gelu", _layer_norm_gelu, signature, {**sizes, **flags}, options)]
     signature = {"grad_ptr": "*fp32", "grad_low_ptr": f"*{dtype}", **x, **affine}
     signature |= {"dx_ptr": f"*{dtype}", "dresidual_ptr": "*fp32", "sums_ptr": "*fp32", **ends}
     for name, whole in (("layer_norm_gelu_backward", False), ("layer_norm_gelu_backward, with weights", True)):
         flags = {"HAS_GRAD": True, "HAS_LOW": both, "HAS_WEIGHT": whole, "HAS_BIAS": whole}
         flags |= {"HAS_RESIDUAL": both, "HAS_SUMS": whole}
-        found.append(Ahead(name, _backward, signature, {**sizes, **flags}, options))
+        found.append(Ahead(name, _layer_norm_gelu_backward, signature, {**sizes, **flags}, options))
     return found

@@ -20,7 +20,7 @@ from .._triton import Ahead, launch, padded
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
-def _forward(
+def _residual_layer_norm(
     x_ptr,
     branch_ptr,
     weight_ptr,
@@ -57,11 +57,12 @@ def forward(
     tensors = (x, branch, *(x if t is None else t.contiguous() for t in (weight, bias)), y, y if low is None else low)
     flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "HAS_LOW": low is not None}
     options = config(D)
-    launch(_forward, (triton.cdiv(R, options["BLOCK_R"]),), *tensors, R, eps, D=D, C=padded(D), **flags, **options)
+    grid = (triton.cdiv(R, options["BLOCK_R"]),)
+    launch(_residual_layer_norm, grid, *tensors, R, eps, D=D, C=padded(D), **flags, **options)
 
 
 @triton.jit(do_not_specialize=["R", "eps"])
-def _backward(
+def _residual_layer_norm_backward(
     grad_ptr,
     grad_low_ptr,
     x_ptr,
@@ -133,7 +134,7 @@ def backward(
         "HAS_BRANCH": dbranch is not None,
         "HAS_SUMS": sums,
     }
-    launch(_backward, (programs,), *tensors, partial, R, eps, D=D, C=padded(D), **flags, **options)
+    launch(_residual_layer_norm_backward, (programs,), *tensors, partial, R, eps, D=D, C=padded(D), **flags, **options)
     return partial.sum(0) if sums else partial
 
 
@@ -146,9 +147,10 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     read = {"x_ptr": "*fp32", "branch_ptr": f"*{dtype}", "weight_ptr": "*fp32"}
     signature = {**read, "bias_ptr": "*fp32", "y_ptr": "*fp32", "low_ptr": f"*{dtype}", **ends}
     flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_LOW": both}
-    found = [Ahead("residual_layer_norm", _forward, signature, {**sizes, **flags}, options)]
+    found = [Ahead("residual_layer_norm", _residual_layer_norm, signature, {**sizes, **flags}, options)]
     signature = {"grad_ptr": "*fp32", "grad_low_ptr": f"*{dtype}", **read}
     signature |= {"dx_ptr": "*fp32", "dbranch_ptr": f"*{dtype}", "sums_ptr": "*fp32", **ends}
     flags = {"HAS_GRAD": True, "HAS_LOW": both, "HAS_WEIGHT": True, "HAS_BRANCH": both, "HAS_SUMS": True}
-    found.append(Ahead("residual_layer_norm_backward", _backward, signature, {**sizes, **flags}, options))
+    constexprs = {**sizes, **flags}
+    found.append(Ahead("residual_layer_norm_backward", _residual_layer_norm_backward, signature, constexprs, options))
     return found

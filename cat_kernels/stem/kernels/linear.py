@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gelu import gelu
+from ..._gelu_triton import gelu
 from ..._triton import DTYPES, Ahead, dot, launch
 from . import tiles
 from .rows import layer_norm

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gelu import gelu, normal
+from ..._gelu_triton import gelu, normal
 from ..._triton import DTYPES, Ahead, dot, launch, product
 from . import tiles
 from .linear import norm_linear
