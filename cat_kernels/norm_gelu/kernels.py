@@ -1,7 +1,7 @@
 """`layer_norm_gelu` in Triton: whole rows, one pass forward and one backward, which computes the norm again.
 
-A program of the backward goes through every PROGRAMS-th tile of rows. What it sums for weight and bias stays in as many
-rows as the tile has until the end.
+Where the backward sums for weight and bias, a program goes through every PROGRAMS-th tile of rows, and the sums stay in
+as many rows as the tile has until the end.
 
 Shapes: R rows, D width.
 """
@@ -140,7 +140,8 @@ def backward(
     x = flat(x)
     R, D = x.shape
     options = config(D)
-    programs = min(PROGRAMS, triton.cdiv(R, options["BLOCK_R"]))
+    tiles = triton.cdiv(R, options["BLOCK_R"])
+    programs = min(PROGRAMS, tiles) if sums else tiles
     partial = x.new_empty((programs, 2, D) if sums else (0,), dtype=torch.float32)
     grads = [x if g is None else flat(g) for g in (grad, grad_low)]
     affine = [x if t is None else t.contiguous() for t in (weight, bias)]

@@ -1,7 +1,7 @@
 """`residual_layer_norm` in Triton: whole rows, one pass forward and one backward.
 
-A program of the backward goes through every PROGRAMS-th tile of rows. What it sums for weight and bias stays in as many
-rows as the tile has until the end: no row waits for another.
+Where the backward sums for weight and bias, a program goes through every PROGRAMS-th tile of rows, and the sums stay in
+as many rows as the tile has until the end: no row waits for another.
 
 Shapes: R rows, D width.
 """
@@ -123,7 +123,8 @@ def backward(
     x, branch = flat(x), flat(branch)
     R, D = x.shape
     options = config(D)
-    programs = min(PROGRAMS, triton.cdiv(R, options["BLOCK_R"]))
+    tiles = triton.cdiv(R, options["BLOCK_R"])
+    programs = min(PROGRAMS, tiles) if sums else tiles
     partial = x.new_empty((programs, 2, D) if sums else (0,), dtype=torch.float32)
     grads = [x if g is None else flat(g) for g in (grad, grad_low)]
     tensors = (*grads, x, branch, x if weight is None else weight.contiguous(), dx, dx if dbranch is None else dbranch)
