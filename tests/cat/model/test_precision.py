@@ -66,6 +66,21 @@ def test_fused_norms_are_as_exact_as_autocast(make, monkeypatch):
     assert all(a <= 1.15 * b for a, b in zip(fused, autocast, strict=True)), (fused, autocast)
 
 
+def test_a_block_hands_on_residual_and_operand(monkeypatch):
+    """The next block's products have nothing to cast."""
+    monkeypatch.setattr(encoder, "low_dtype", lambda x: LOW)
+    block = Encoder(CONFIG).to(DEVICE).blocks[0]
+    x = torch.randn(2, 5, 64, device=DEVICE)
+    with torch.autocast(DEVICE.type, LOW):
+        y, low, _ = block(x, encoder.for_products(x))
+    assert y.dtype == torch.float32
+    assert low.dtype == LOW
+    assert torch.equal(low, y.to(LOW))
+    monkeypatch.undo()
+    y, low, _ = block(x)
+    assert low is y
+
+
 def test_a_residual_in_low_precision_is_not(monkeypatch):
     """What the norms' second result is for."""
     exact, _ = run(blocks, "reference", torch.float64, monkeypatch)
