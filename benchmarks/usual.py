@@ -33,6 +33,25 @@ def cat_and_gather(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tens
     return torch.cat([tokens, noise], dim=1).gather(1, place[:, :, None].expand(-1, -1, D))
 
 
+def add_and_norm(
+    x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, low_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """As under autocast on a GPU: the sum and its norm in float32, rounded for the product that follows."""
+    y = F.layer_norm((x + branch).float(), x.shape[-1:], weight, bias, eps=1e-6)
+    return y, y if low_dtype is None else y.to(low_dtype)
+
+
+def norm_and_gelu(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    low_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    y = residual + F.gelu(F.layer_norm(x.float(), x.shape[-1:], weight, bias))
+    return y, y if low_dtype is None else y.to(low_dtype)
+
+
 def norm_and_sum(layers: Sequence[Tensor], num_layers: int) -> Tensor:
     """An fp32 copy of every block, all alive together."""
     normed = [F.instance_norm(t.float().transpose(1, 2)).transpose(1, 2) for t in layers]
@@ -73,6 +92,8 @@ def foreach_lerp(
 USUAL: dict[str, dict[str, Callable[..., Any]]] = {
     "gather_tokens": {"add, cat": add_and_cat},
     "restore_tokens": {"normal_, cat, gather": cat_and_gather},
+    "residual_layer_norm": {"add, layer_norm": add_and_norm},
+    "layer_norm_gelu": {"layer_norm, gelu, add": norm_and_gelu},
     "average_targets": {"norms, sum": norm_and_sum},
     "masked_regression_loss": {"repeat, select": repeat_and_select},
     "ema_update_": {"Python loop": python_loop, "_foreach_lerp_": foreach_lerp},

@@ -12,6 +12,8 @@ from .ema import EMA, ema_update_
 from .gather import gather_tokens
 from .loss import masked_regression_loss
 from .mel import LogMelFbank, fbank
+from .norm_gelu import layer_norm_gelu
+from .residual_norm import residual_layer_norm
 from .restore import restore_tokens
 from .stem import MultiResConv
 from .targets import average_targets
@@ -26,6 +28,8 @@ __all__ = [
     "explain",
     "fbank",
     "gather_tokens",
+    "layer_norm_gelu",
     "masked_regression_loss",
+    "residual_layer_norm",
     "restore_tokens",
 ]

@@ -25,6 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 OPERATORS: dict[str, tuple[str, ...]] = {
     "MultiResConv": ("triton", "visible", "dense"),
     "gather_tokens": ("triton", "torch"),
+    "residual_layer_norm": ("triton", "torch"),
+    "layer_norm_gelu": ("triton", "torch"),
     "restore_tokens": ("triton", "torch"),
     "average_targets": ("triton", "torch"),
     "masked_regression_loss": ("triton", "torch"),

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from .backends import INTERPRETED
 
 # Folders of cat_kernels that hold a spec.py.
-SPEC_MODULES = ("stem", "gather", "restore", "targets", "loss", "ema", "mel")
+SPEC_MODULES = ("stem", "gather", "residual_norm", "norm_gelu", "restore", "targets", "loss", "ema", "mel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,9 @@ class OperatorSpec:
     autocast_inputs: tuple[str, ...] = ()
     # Calls for torch.library.opcheck: (overload, positional arguments) of the forward and the backward operators.
     overload_calls: Callable[[Sample], Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]] | None = None
+    # The backend "torch" calls PyTorch's operations, not a registered operator: exporters, compilers and autocast see
+    # them as they are.
+    open_in_torch: bool = False
     bad_inputs: Callable[[torch.device], Iterator[BadInput]] | None = None
     # Samples with at least `elements` elements in their largest tensor, for offsets past 2^31.
     large_samples: Callable[[torch.device, int], Iterator[LargeSample]] | None = None

@@ -46,7 +46,7 @@ def run_without(hidden: tuple[str, ...], code: str) -> subprocess.CompletedProce
 
 def is_kernel(path: Path) -> bool:
     """Triton kernels are imported when one is first asked for, and need Triton."""
-    return path.name in ("_triton.py", "kernels.py") or path.parent.name == "kernels"
+    return path.name == "kernels.py" or path.name.endswith("_triton.py") or path.parent.name == "kernels"
 
 
 def is_of_transformers(path: Path) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat_kernels import MultiResConv, gather_tokens
+from cat_kernels import MultiResConv, gather_tokens, residual_layer_norm
 from cat_kernels.stem.layout import patchify
 
 MAX_ROWS = 768  # rows of patches the table of positions covers: two minutes of audio at P = 16
@@ -139,12 +139,25 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
         return torch.cat([half(columns).repeat(rows, 1), half(rows).repeat_interleave(columns, dim=0)], dim=1)
 
 
-class Block(nn.Module):
-    """Post-norm transformer block; gives its output and the output of its MLP, from which targets are made."""
+def low_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it has norms put out float32, which every product then rounds: on GPUs. (On the CPU norms
+    put out what they take in.)"""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device == "cuda" and torch.is_autocast_enabled(device) else None
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+
+def for_products(x: Tensor) -> Tensor:
+    """As products under autocast read it."""
+    dtype = low_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+class Block(nn.Module):
+    """Post-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str = "auto") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.backend = num_heads, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -159,14 +172,26 @@ class Block(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(N, S, D))
 
     def forward(
-        self, x_NSD: Tensor, seen_N11S: Tensor | None = None, keep_N2: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``seen``: the tokens that attention may look at. ``keep``: what the clone's two branches are multiplied by
-        (drop path)."""
-        a = self.attention(x_NSD, seen_N11S)
-        x = self.norm1(x_NSD + (a if keep_N2 is None else a * keep_N2[:, 0, None, None].to(a.dtype)))
-        t = self.fc2(F.gelu(self.fc1(x)))
-        return self.norm2(x + (t if keep_N2 is None else t * keep_N2[:, 1, None, None].to(t.dtype))), t
+        self,
+        x_NSD: Tensor,
+        low_NSD: Tensor | None = None,
+        seen_N11S: Tensor | None = None,
+        keep_N2: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output; the same for the next block's products, its ``low`` (`for_products`); and the output of
+        the MLP, from which targets are made.
+
+        ``seen``: the tokens that attention may look at. ``keep``: what the clone's two branches are multiplied by (drop
+        path)."""
+        a = self.attention(x_NSD if low_NSD is None else low_NSD, seen_N11S)
+        x, low = self._add(x_NSD, a if keep_N2 is None else a * keep_N2[:, 0, None, None].to(a.dtype), self.norm1)
+        t = self.fc2(F.gelu(self.fc1(low)))
+        x, low = self._add(x, t if keep_N2 is None else t * keep_N2[:, 1, None, None].to(t.dtype), self.norm2)
+        return x, low, t
+
+    def _add(self, x_NSD: Tensor, branch_NSD: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        weights = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+        return residual_layer_norm(x_NSD, branch_NSD, **weights, low_dtype=low_dtype(x_NSD), backend=self.backend)
 
 
 class PatchEmbed(nn.Module):
@@ -203,7 +228,9 @@ class Encoder(nn.Module):
         self.register_buffer("positions", self._table().to(self.cls.device), persistent=False)
         self.register_load_state_dict_post_hook(_place_positions)
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(D, config.num_heads, config.mlp_ratio, config.backend) for _ in range(config.depth)
+        )
         self.blocks.apply(init_linear)
 
     def _table(self) -> Tensor:
@@ -293,9 +320,12 @@ class Encoder(nn.Module):
             x, seen_B11S = torch.where(inside_BS1, x, 0), inside_BS1.transpose(1, 2)[:, None]
         if outputs is not None:
             outputs.append(F.pad(x, (0, 0, 0, behind)))
+        low = for_products(x)
         for number, block in enumerate(self.blocks):
-            x, _ = block(x, seen_B11S, None if keep is None else keep[:, number])
-            x = x if inside_BS1 is None else torch.where(inside_BS1, x, 0)
+            x, low, _ = block(x, low, seen_B11S, None if keep is None else keep[:, number])
+            if inside_BS1 is not None:
+                x = torch.where(inside_BS1, x, 0)
+                low = for_products(x)
             if outputs is not None:
                 outputs.append(F.pad(x, (0, 0, 0, behind)))
         return F.pad(x, (0, 0, 0, behind)) if behind else x

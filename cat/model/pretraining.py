@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cat.model.encoder import Encoder, ModelConfig, init_linear
+from cat.model.encoder import Encoder, ModelConfig, for_products, init_linear, low_dtype
 from cat.parts import part
-from cat_kernels import EMA, average_targets, masked_regression_loss, restore_tokens
+from cat_kernels import EMA, average_targets, layer_norm_gelu, masked_regression_loss, restore_tokens
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,17 @@ class Decoder(nn.Module):
             for c_in, c_out in itertools.pairwise(widths)
         )
         self.proj = nn.Linear(widths[-1], config.embed_dim)
+        self.backend = config.backend
         init_linear(self.proj)
 
     def forward(self, grid_NHWD: Tensor) -> Tensor:
         """(N, H, W, D) tokens and noise on the patch grid -> predictions (N, H*W, D)."""
-        x = grid_NHWD
+        x = low = grid_NHWD
         for conv in self.convs:
-            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=1e-5))
-            x = x + y if x.shape == y.shape else y
-        return self.proj(x).flatten(1, 2)
+            y = conv(low.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            residual = x if x.shape == y.shape else None
+            x, low = layer_norm_gelu(y, residual, eps=1e-5, low_dtype=low_dtype(y), backend=self.backend)
+        return self.proj(low).flatten(1, 2)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -222,10 +223,11 @@ class CAT(nn.Module):
         """Y (B, L, D) float32: the teacher's MLP outputs, instance-normalised over L, averaged, then LayerNorm."""
         teacher, depth = self.acting_teacher, self.config.depth
         x = teacher.embed(spec)
+        low = for_products(x)
         used = self.objective.teacher_top_k or depth
         total: Tensor | None = None
         for i, block in enumerate(teacher.blocks, start=1):
-            x, t = block(x)
+            x, low, t = block(x, low)
             if i > depth - used:
                 last = used if i == depth else None
                 with part("targets"):
@@ -237,10 +239,10 @@ class CAT(nn.Module):
         """The student on its visible patches: last block's output (N, 1+K, D), and the CLS (N, D) that L_r looks at."""
         with part("stem"):
             x = self.student.embed(spec, visible)
-        cls = None
+        cls, low = None, for_products(x)
         with part("blocks"):
             for i, block in enumerate(self.student.blocks, start=1):
-                x, t = block(x)
+                x, low, t = block(x, low)
                 if i == self.objective.regularisation_layer:
                     cls = t[:, 0]
         return x, x[:, 0] if cls is None else cls

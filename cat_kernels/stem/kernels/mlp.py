@@ -27,9 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._gelu_triton import gelu, normal
 from ..._triton import DTYPES, Ahead, dot, launch, product
 from . import tiles
-from .linear import gelu, norm_linear, normal
+from .linear import norm_linear
 from .rows import layer_norm, layer_norm_backward
 
 # Bytes of hidden layer, and of its gradient, in memory at a time: 32,768 rows or more of the base model's, some 0.1 ms

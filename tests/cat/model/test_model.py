@@ -110,7 +110,7 @@ def test_targets_average_the_last_blocks():
     model = small_cat(teacher_top_k=1)
     x = model.teacher.embed(spec)
     for block in model.teacher.blocks:
-        x, t = block(x)
+        x, _, t = block(x)
     t = t[:, 1:]
     t = (t - t.mean(1, keepdim=True)) / (t.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     expected = torch.nn.functional.layer_norm(t, (32,))
