@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cat.config import ConfigError, from_mapping, to_mapping
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions
+from cat.model.encoder import Block
 from cat.model.pretraining import DISTANCES
 
 SMALL = ModelConfig(channels=(8, 16), embed_dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_layers=2)
@@ -116,6 +117,23 @@ def test_targets_average_the_last_blocks():
     expected = torch.nn.functional.layer_norm(t, (32,))
     torch.testing.assert_close(model.targets(spec), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(small_cat().targets(spec), expected, atol=0.1)
+
+
+def test_gradients_of_queries_keys_and_values_are_copied_once():
+    block = Block(dim=32, num_heads=2, mlp_ratio=2)
+    x, copied = torch.randn(3, 7, 32, requires_grad=True), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name in ("aten::stack", "aten::cat", "aten::clone", "aten::copy_"):
+                copied.append(result.numel())
+            return result
+
+    attended = block.attention(x)
+    with Watch():
+        attended.sum().backward()
+    assert [n for n in copied if n >= x.numel()] == [3 * x.numel()]
 
 
 def test_sum_and_mean_of_global_losses():
