@@ -1,13 +1,18 @@
 """Timing: all candidates in one run, in turn, so that a slow spell of the machine hits them alike.
 
-A round calls every candidate once, in an order that rotates from round to round. Before each call the caches are swept
-(inputs of one call must not be found in them by the next), which on a GPU also lets the host run ahead, so that
-launches are hidden where the work is long enough. A ratio is taken pair by pair: both times of a pair come from one
-round.
+A round calls every candidate once, in an order that rotates from round to round. Before each call the caches are swept:
+inputs of one call must not be found in them by the next. A ratio is taken pair by pair: both times of a pair come from
+one round.
+
+On a GPU events tell the device's time. It would contain the host's wherever the device waits for the next launch, and a
+small operator's launches take longer than its kernels; so the device sleeps before the first event for as long as the
+host takes for the whole call. A call that takes the host longer than `LONGEST_SLEEP_S`, as a training step does, is
+timed as it runs, waiting included.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +21,8 @@ from dataclasses import dataclass
 import torch
 
 CPU_SWEEP_BYTES = 64 << 20  # twice the last-level cache of one chiplet of current server CPUs
+LONGEST_SLEEP_S = 2e-3
+SLEEP_HZ = 2e9  # of the clock that counts a sleep; GPUs run at 2 GHz or less, and then sleep longer
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,15 @@ def interleaved(
     for _ in range(warmup):
         for name in names:
             calls[name]()
+    sleeps = {name: _host_seconds(calls[name], device) for name in names} if device.type == "cuda" else {}
     start = time.perf_counter()
     for i in range(max_rounds):
         if i >= min_rounds and time.perf_counter() - start > budget_s:
             break
         shift = i % max(1, len(names))
         order = names[shift:] + names[:shift]
-        one_round = _round_cuda if device.type == "cuda" else _round_cpu
-        for name, milliseconds in one_round(calls, order, sweep).items():
+        found = _round_cuda(calls, order, sweep, sleeps) if sleeps else _round_cpu(calls, order, sweep)
+        for name, milliseconds in found.items():
             times[name].append(milliseconds)
     return times
 
@@ -100,12 +108,30 @@ def _round_cpu(calls: Mapping[str, Callable[[], object]], order: list[str], swee
     return times
 
 
-def _round_cuda(calls: Mapping[str, Callable[[], object]], order: list[str], sweep: _Sweep) -> dict[str, float]:
+def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """What a call takes the host while the device is idle: the best of three, unless that is too long to sleep for."""
+    best = math.inf
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        result = call()
+        best = min(best, time.perf_counter() - start)
+        del result
+        if best > 10 * LONGEST_SLEEP_S:
+            break
+    torch.cuda.synchronize(device)
+    return best
+
+
+def _round_cuda(
+    calls: Mapping[str, Callable[[], object]], order: list[str], sweep: _Sweep, sleeps: Mapping[str, float]
+) -> dict[str, float]:
     events = {}
     for name in order:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         sweep()
-        sweep()
+        if sleeps[name] <= LONGEST_SLEEP_S:
+            torch.cuda._sleep(int(1.5 * sleeps[name] * SLEEP_HZ))  # half again: the host is not always as fast
         begin.record()
         calls[name]()
         end.record()

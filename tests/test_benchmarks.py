@@ -30,6 +30,7 @@ from benchmarks import (
     sanitize,
     stem,
     tables,
+    timing,
     usual,
 )
 from benchmarks.flops import multiply_adds
@@ -89,6 +90,55 @@ def test_events_measure_the_device_not_the_host():
     a = torch.randn(8192, 8192, device=device)
     times = interleaved({"one": lambda: a @ a, "four": lambda: a @ a @ a @ a @ a}, device, min_rounds=5, budget_s=0)
     assert 3 < ratio(times["four"], times["one"]).median < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_events_leave_out_what_the_host_takes_between_launches():
+    a = torch.zeros(8, device="cuda")
+
+    def call():
+        a.add_(1)
+        time.sleep(1e-3)
+        a.add_(1)
+
+    assert Quantiles.of(interleaved({"call": call}, a.device, min_rounds=5, budget_s=0)["call"]).median < 0.3
+
+
+def test_a_gpu_sleeps_while_the_host_launches(monkeypatch):
+    """But not for a call that takes the host long: that is timed with its waiting."""
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            said.append("event")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("sleep" if cycles >= 1.5e6 else cycles))
+    monkeypatch.setattr(timing, "_Sweep", lambda device: lambda: said.append("sweep"))
+    calls = {
+        "short": lambda: (time.sleep(5e-4), said.append("short")),
+        "long": lambda: (time.sleep(timing.LONGEST_SLEEP_S), said.append("long")),
+    }
+    interleaved(calls, torch.device("cuda"), min_rounds=1, max_rounds=1)
+    assert said[said.index("sweep") :] == [
+        "sweep",
+        "sleep",
+        "event",
+        "short",
+        "event",
+        "sweep",
+        "event",
+        "long",
+        "event",
+    ]
 
 
 # ---------------------------------------------------------------- memory

@@ -167,7 +167,10 @@ class Block(nn.Module):
 
     def attention(self, x_NSD: Tensor, seen_N11S: Tensor | None = None) -> Tensor:
         N, S, D = x_NSD.shape
-        q, k, v = self.qkv(x_NSD).reshape(N, S, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        # Split where they lie, backward writes the three gradients where the Linear reads them, in one copy. Behind a
+        # permute it would stack them first.
+        qkv_NSHd = self.qkv(x_NSD).reshape(N, S, 3, self.num_heads, D // self.num_heads).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in qkv_NSHd)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_N11S)
         return self.proj(x.transpose(1, 2).reshape(N, S, D))
 

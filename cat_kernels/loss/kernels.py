@@ -1,8 +1,9 @@
 """`masked_regression_loss` in Triton: loss, deviations and gradient in one pass over predictions and targets.
 
-A program takes some channels of some of a clip's patches, reads their targets once, and goes through the clones. Every
-place of its tile keeps a running count, mean and sum of squared deviations (Welford), so that nothing is exchanged
-between threads before the end; the places, then the programs, are merged in a fixed order.
+A program of one warp takes some channels of a row at a time, reads the targets once and goes through the clones, past
+those that do not mask the patch. Every channel keeps sums of differences from one of the tokens and of their
+squares: as exact as Welford's running means, however far a channel's mean is from zero, in half the instructions.
+Nothing is exchanged between threads before the end; the programs are merged in a fixed order.
 
 Shapes: B clips, M masks a clip, N = B * M, L patches, K visible ones, D width; R = B * L rows of targets.
 """
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from .._triton import Ahead, launch, padded
 
-PROGRAMS = 1024  # that share the rows, for every chunk of channels: their sums are 12 MB at the base width
 FLAGS = 256  # patches of a program that marks masked ones
 LISTED = 32  # visible patches that it compares with at once
 MERGED = 32  # channels, and programs at once, of a program that merges sums
@@ -26,8 +26,26 @@ SCALED = 2048  # elements of a program that scales a gradient
 
 
 def config(D: int) -> dict[str, int]:
-    """A tile of 1024 elements, 8 for each thread of 4 warps: with 16, two thirds of the warps would not fit on a
-    multiprocessor. 512 contiguous bytes a row in bf16."""
+    """8 channels for each thread of one warp, 512 contiguous bytes in bf16; two more clones on their way. With one row
+    and one warp, whether a patch is masked is a branch, and nobody waits for another warp."""
+    return {"BLOCK_D": min(256, padded(D)), "BLOCK_L": 512, "STAGES": 3, "num_warps": 1}
+
+
+def held(major: int, smooth: bool) -> int:
+    """Programs that run at once on a multiprocessor of this compute capability, by registers: 96, or up to 123."""
+    return 20 if major in (9, 10) and not smooth else 16
+
+
+def programs(device: torch.device, smooth: bool) -> int:
+    """That share rows and channels: as many as run at once. Their sums are 11 MB at the base width on an H200."""
+    if device.type != "cuda":
+        return 8  # the interpreter takes them one by one
+    chip = torch.cuda.get_device_properties(device)
+    return held(chip.major, smooth) * int(chip.multi_processor_count)
+
+
+def config_backward(D: int) -> dict[str, int]:
+    """A tile of 1024 elements, 8 for each thread of 4 warps."""
     BLOCK_D = min(256, padded(D))
     return {"BLOCK_R": 1024 // BLOCK_D, "BLOCK_D": BLOCK_D, "STAGES": 3, "num_warps": 4}
 
@@ -80,7 +98,35 @@ def _slope(difference, beta, SMOOTH: tl.constexpr):
     return result
 
 
+@triton.jit
+def _scaled_slope(difference, beta, scale, SMOOTH: tl.constexpr):
+    if SMOOTH:
+        result = _slope(difference, beta, SMOOTH) * scale
+    else:
+        result = difference * (2 * scale)
+    return result
+
+
 # --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_masked(masked_ptr, L, BLOCK_L: tl.constexpr):
+    """The first of a clone's L patches that is masked, or L."""
+    found = L
+    for first in range(0, L, BLOCK_L):
+        l = first + tl.arange(0, BLOCK_L)
+        masked = tl.load(masked_ptr + l, l < L, 0) != 0
+        found = tl.minimum(found, tl.min(tl.where(masked, l, L)))
+    return found
+
+
+@triton.jit
+def _moments(total, squares, count):
+    """Mean, and sum of squared deviations from it, of numbers with this sum and sum of squares."""
+    mean = total / tl.maximum(count, 1)
+    around = squares - total * mean
+    return mean, tl.where(around < 0, 0.0, around)  # a NaN stays one
 
 
 @triton.jit(do_not_specialize=["R", "L", "M", "beta", "scale"])
@@ -106,8 +152,8 @@ def _forward(
     D: tl.constexpr,
     SMOOTH: tl.constexpr,
     GRADIENT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -117,54 +163,69 @@ def _forward(
     programs = tl.num_programs(0) // CHUNKS
     d = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     in_D = d < D
-    loss = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    p_mean = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    p_squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    y_mean = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    y_squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    count = tl.zeros((BLOCK_R,), tl.float32)
-    for first in range(program * BLOCK_R, R, programs * BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        in_R = row < R
-        b = (row // L).to(tl.int64)
-        l = (row % L).to(tl.int64)
-        y_at = (b * y_b + l * y_l)[:, None] + d * y_d
-        y = tl.load(y_ptr + y_at, in_R[:, None] & in_D, 0.0).to(tl.float32)
+    # Differences are taken from the first token that the first clone masks. There is one, or nothing is masked at all.
+    first = L
+    if M > 0:
+        first = _first_masked(masked_ptr, L, BLOCK_L)
+    found = (first < L) & in_D
+    p_shift = tl.load(p_ptr + first.to(tl.int64) * p_l + d * p_d, found, 0.0).to(tl.float32)
+    y_shift = tl.load(y_ptr + first.to(tl.int64) * y_l + d * y_d, found, 0.0).to(tl.float32)
+    loss = tl.zeros((BLOCK_D,), tl.float32)
+    p_total = tl.zeros((BLOCK_D,), tl.float32)
+    p_squares = tl.zeros((BLOCK_D,), tl.float32)
+    y_total = tl.zeros((BLOCK_D,), tl.float32)
+    y_squares = tl.zeros((BLOCK_D,), tl.float32)
+    count = tl.full((), 0, tl.int32)
+    b = program // L
+    l = program % L
+    for _ in range(program, R, programs):
+        clip = b.to(tl.int64)
+        patch = l.to(tl.int64)
+        y = tl.load(y_ptr + clip * y_b + patch * y_l + d * y_d, in_D, 0.0).to(tl.float32)
+        masked_row = masked_ptr + clip * M * L + patch
+        p_row = p_ptr + clip * M * p_n + patch * p_l
+        gradient_row = gradient_ptr + (clip * M * L + patch) * D
         before = count
         for m in tl.range(M, num_stages=STAGES):
-            n = b * M + m
-            masked = tl.load(masked_ptr + n * L + l, in_R, 0) != 0
-            p_at = (n * p_n + l * p_l)[:, None] + d * p_d
-            read = masked[:, None] & in_D
-            p = tl.load(p_ptr + p_at, read, 0.0).to(tl.float32)
-            difference = tl.where(read, p - y, 0.0)
-            loss += _distance(difference, beta, SMOOTH)
-            if GRADIENT:
-                at = ((n * L + l) * D)[:, None] + d
-                tl.store(gradient_ptr + at, _slope(difference, beta, SMOOTH) * scale, in_R[:, None] & in_D)
-            count += masked.to(tl.float32)
-            delta = tl.where(read, p - p_mean, 0.0)
-            p_mean += delta * (1 / tl.maximum(count, 1))[:, None]
-            p_squares += tl.where(read, delta * (p - p_mean), 0.0)
+            masked = tl.load(masked_row + m * L) != 0
+            p = tl.load(p_row + tl.full((), m, tl.int64) * p_n + d * p_d, masked & in_D, 0.0)
+            at = tl.full((), m * L, tl.int64) * D + d
+            if masked:
+                difference = p.to(tl.float32) - y
+                loss += _distance(difference, beta, SMOOTH)
+                if GRADIENT:
+                    tl.store(gradient_row + at, _scaled_slope(difference, beta, scale, SMOOTH), in_D)
+                apart = p.to(tl.float32) - p_shift
+                p_total += apart
+                p_squares += apart * apart
+                count += 1
+            else:
+                if GRADIENT:
+                    tl.store(gradient_row + at, tl.zeros((BLOCK_D,), tl.float32), in_D)
         # The target counts as often as a clone masks it.
         times = count - before
-        read = (times > 0)[:, None] & in_D
-        delta = tl.where(read, y - y_mean, 0.0)
-        y_mean += delta * (times / tl.maximum(count, 1))[:, None]
-        y_squares += tl.where(read, times[:, None] * delta * (y - y_mean), 0.0)
+        if times > 0:
+            apart = y - y_shift
+            weighted = times.to(tl.float32) * apart
+            y_total += weighted
+            y_squares += weighted * apart
+        # The row `programs` on, without a division.
+        b += programs // L
+        l += programs % L
+        if l >= L:
+            b += 1
+            l -= L
     tl.store(loss_ptr + tl.program_id(0), tl.sum(loss))
-    total = tl.sum(count)
+    total = count.to(tl.float32)
     tl.store(count_ptr + program, total, chunk == 0)
+    p_mean, p_around = _moments(p_total, p_squares, total)
+    y_mean, y_around = _moments(y_total, y_squares, total)
     out = program * D + d
     stride = programs * D
-    p_total = tl.sum(p_mean * count[:, None], 0) / tl.maximum(total, 1)
-    y_total = tl.sum(y_mean * count[:, None], 0) / tl.maximum(total, 1)
-    p_apart = p_mean - p_total
-    y_apart = y_mean - y_total
-    tl.store(sums_ptr + out, p_total, in_D)
-    tl.store(sums_ptr + stride + out, tl.sum(p_squares + count[:, None] * p_apart * p_apart, 0), in_D)
-    tl.store(sums_ptr + 2 * stride + out, y_total, in_D)
-    tl.store(sums_ptr + 3 * stride + out, tl.sum(y_squares + count[:, None] * y_apart * y_apart, 0), in_D)
+    tl.store(sums_ptr + out, p_mean, in_D)
+    tl.store(sums_ptr + stride + out, p_around, in_D)
+    tl.store(sums_ptr + 2 * stride + out, y_mean, in_D)
+    tl.store(sums_ptr + 3 * stride + out, y_around, in_D)
 
 
 @triton.jit(do_not_specialize=["programs", "degrees", "eps"])
@@ -179,7 +240,8 @@ def _merge(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Deviation of some channels: of predictions (program_id(1) = 0) or targets (1)."""
+    """Deviation of some channels: of predictions (program_id(1) = 0) or targets (1). Means are of differences from the
+    same token."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     kind = tl.program_id(1)
     mean_ptr = sums_ptr + 2 * kind * programs * D
@@ -231,15 +293,15 @@ def forward(
     N, L, D = prediction.shape
     B = target.shape[0]
     options = config(D)
-    programs = max(1, min(PROGRAMS, triton.cdiv(B * L, options["BLOCK_R"])))
     chunks = triton.cdiv(D, options["BLOCK_D"])
+    sharing = max(1, min(programs(prediction.device, beta > 0) // chunks, B * L))
     losses, count, sums, deviation, loss, p, y = (
         prediction.new_empty(shape, dtype=torch.float32)
-        for shape in ((programs * chunks,), (programs,), (4, programs, D), (2, D), (), (), ())
+        for shape in ((sharing * chunks,), (sharing,), (4, sharing, D), (2, D), (), (), ())
     )
     launch(
         _forward,
-        (programs * chunks,),
+        (sharing * chunks,),
         prediction,
         target,
         flags(visible, L),
@@ -261,8 +323,8 @@ def forward(
     )
     degrees = float(max(N * (L - visible.shape[1]) - 1, 1))
     grid = (triton.cdiv(D, MERGED), 2)
-    launch(_merge, grid, count, sums, deviation, programs, degrees, eps, D=D, BLOCK_P=MERGED, BLOCK_D=MERGED)
-    launch(_finish, (1,), losses, deviation, loss, p, y, programs * chunks, scale, D=D, BLOCK=512)
+    launch(_merge, grid, count, sums, deviation, sharing, degrees, eps, D=D, BLOCK_P=MERGED, BLOCK_D=MERGED)
+    launch(_finish, (1,), losses, deviation, loss, p, y, sharing * chunks, scale, D=D, BLOCK=512)
     return loss, p, y
 
 
@@ -331,7 +393,7 @@ def backward(
     """Gradients for the incoming `grad` (0-dim) into dp (N, L, D) and dy (B, L, D), contiguous, where given."""
     N, L, D = prediction.shape
     B = target.shape[0]
-    options = config(D)
+    options = config_backward(D)
     launch(
         _backward,
         (triton.cdiv(B * L, options["BLOCK_R"]) * triton.cdiv(D, options["BLOCK_D"]),),
@@ -360,9 +422,13 @@ def backward(
 def _scale(gradient_ptr, grad_ptr, out_ptr, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     grad = tl.load(grad_ptr).to(tl.float32)
     if (grad != 1.0) or not IN_PLACE:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        gradient = tl.load(gradient_ptr + at, at < size, 0.0).to(tl.float32)
-        tl.store(out_ptr + at, gradient * grad, at < size)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        at = first + tl.arange(0, BLOCK)
+        if first + BLOCK <= size:  # with a mask, nothing would be known of neighbours, and every element go alone
+            tl.store(out_ptr + at, tl.load(gradient_ptr + at).to(tl.float32) * grad)
+        else:
+            gradient = tl.load(gradient_ptr + at, at < size, 0.0).to(tl.float32)
+            tl.store(out_ptr + at, gradient * grad, at < size)
 
 
 def scale(gradient: Tensor, grad: Tensor, out: Tensor) -> None:
@@ -375,8 +441,9 @@ def scale(gradient: Tensor, grad: Tensor, out: Tensor) -> None:
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model: predictions in `dtype`, targets in float32."""
     D = 768
-    options = config(D)
-    sizes: dict[str, Any] = {"D": D, **{name: options.pop(name) for name in ("BLOCK_R", "BLOCK_D", "STAGES")}}
+    options, options_backward = config(D), config_backward(D)
+    sizes: dict[str, Any] = {"D": D, **{name: options.pop(name) for name in ("BLOCK_D", "BLOCK_L", "STAGES")}}
+    sizes_backward = {"D": D, **{name: options_backward.pop(name) for name in ("BLOCK_R", "BLOCK_D", "STAGES")}}
     ends = dict.fromkeys(("R", "L", "M"), "i32") | {"beta": "fp32", "scale": "fp32"}
     contiguous = {"p_n": 512 * D, "p_l": D, "p_d": 1, "y_b": 512 * D, "y_l": D, "y_d": 1}
     read = {"p_ptr": f"*{dtype}", "y_ptr": "*fp32", "masked_ptr": "*i8"}
@@ -394,9 +461,10 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
         for smooth, gradient in ((False, False), (False, True), (True, True))
     ]
     for of_prediction, of_target in ((True, False), (False, True)):
-        constexprs = {**sizes, **contiguous, "SMOOTH": False, "OF_PREDICTION": of_prediction, "OF_TARGET": of_target}
+        constexprs = {**sizes_backward, **contiguous, "SMOOTH": False}
+        constexprs |= {"OF_PREDICTION": of_prediction, "OF_TARGET": of_target}
         name = "backward prediction" if of_prediction else "backward target"
-        found.append(Ahead(name, _backward, backward, constexprs, options))
+        found.append(Ahead(name, _backward, backward, constexprs, options_backward))
     merged = {"count_ptr": "*fp32", "sums_ptr": "*fp32", "deviation_ptr": "*fp32"}
     merged |= {"programs": "i32", "degrees": "fp32", "eps": "fp32"}
     found.append(Ahead("merge", _merge, merged, {"D": D, "BLOCK_P": MERGED, "BLOCK_D": MERGED}, {}))

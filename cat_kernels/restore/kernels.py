@@ -25,7 +25,7 @@ from triton.language.extra.cuda import libdevice
 from .._triton import _INTERPRETED, Ahead, launch, padded
 from ..gather.kernels import slots
 
-ROWS = 4  # of a program: what it does but once is little beside that
+ROWS = 8  # of a program, R = N * L in all: what it does but once is little beside that
 
 
 def counters(D: int) -> int:
@@ -111,7 +111,7 @@ def _noise(k0, k1, counter, std, FAST: tl.constexpr):
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["L", "std"])
+@triton.jit(do_not_specialize=["R", "L", "std"])
 def _restore(
     tokens_ptr,
     slots_ptr,
@@ -121,6 +121,7 @@ def _restore(
     tokens_n,
     tokens_k,
     tokens_d,
+    R,
     L,
     std,
     D: tl.constexpr,
@@ -134,14 +135,13 @@ def _restore(
     k0 = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
     k1 = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     offset = tl.load(offset_ptr)
-    blocks = tl.cdiv(L, BLOCK_R)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK_R
     column = tl.arange(0, BLOCK_D)
-    for l in range(first, tl.minimum(first + BLOCK_R, L)):
-        slot = tl.load(slots_ptr + n * L + l)
-        start = (n * L + l) * D
+    first = tl.program_id(0) * BLOCK_R
+    for row in range(first, tl.minimum(first + BLOCK_R, R)):
+        slot = tl.load(slots_ptr + row)
+        start = tl.full((), row, tl.int64) * D
         if slot >= 0:
+            n = tl.full((), row // L, tl.int64)
             source = n * tokens_n + slot.to(tl.int64) * tokens_k + column.to(tl.int64) * tokens_d
             tl.store(out_ptr + start + column, tl.load(tokens_ptr + source, column < D), column < D)
         else:
@@ -160,13 +160,14 @@ def restore(tokens: Tensor, visible: Tensor, num_patches: int, seed: Tensor, noi
     out = tokens.new_empty((N, L, D))
     launch(
         _restore,
-        (N * triton.cdiv(L, ROWS),),
+        (triton.cdiv(N * L, ROWS),),
         tokens,
         slots(visible, L),
         seed.view(torch.int32),
         seed[1:],
         out,
         *tokens.stride(),
+        N * L,
         L,
         noise_std,
         D=D,
@@ -192,4 +193,4 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
         "offset_ptr": "*i64",
         "out_ptr": f"*{dtype}",
     }
-    return [Ahead("restore", _restore, {**tensors, "L": "i32", "std": "fp32"}, sizes, options)]
+    return [Ahead("restore", _restore, {**tensors, "R": "i32", "L": "i32", "std": "fp32"}, sizes, options)]

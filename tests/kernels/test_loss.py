@@ -138,8 +138,20 @@ def test_deviations_of_channels_far_from_zero(backend):
 
 
 @every_backend
+def test_deviations_of_the_only_masked_tokens_far_from_zero(backend):
+    """Of targets as well, and where nothing is to be counted at most patches."""
+    prediction, target, visible = make(B=3, L=40, K=39, D=20)
+    far = 1e4 * torch.arange(20, device=DEVICE)
+    prediction, target = prediction.detach() + far, target - far
+    exact = SPEC.reference(prediction.double(), target.double(), visible)
+    result = masked_regression_loss(prediction, target, visible, backend=backend)
+    torch.testing.assert_close(result.prediction_std.double(), exact.prediction_std, rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.target_std.double(), exact.target_std, rtol=1e-4, atol=0)
+
+
+@every_backend
 def test_the_same_bits_every_time(backend):
-    inputs = make(B=2, M=3, L=300, K=60)
+    inputs = make(B=2, M=3, L=300 if DEVICE.type == "cuda" else 40, K=20)
     runs = []
     for _ in range(2):
         result = masked_regression_loss(*inputs, backend=backend)
@@ -148,13 +160,13 @@ def test_the_same_bits_every_time(backend):
 
 
 def test_rows_of_many_programs(monkeypatch):
-    """The parts of several programs, each with several tiles, are merged."""
+    """The parts of several programs, each with several rows, are merged."""
     kernels = pytest.importorskip("cat_kernels.loss.kernels")
     if "triton" not in BACKENDS:
         pytest.skip("Triton does not run here")
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "programs", lambda device, smooth: 3)
     monkeypatch.setattr(kernels, "MERGED", 2)
-    prediction, target, visible = make(B=3, M=2, L=150, K=60)
+    prediction, target, visible = make(B=3, M=2, L=50, K=20)
     result = masked_regression_loss(prediction, target, visible, backend="triton")
     for a, b in zip(result, SPEC.reference(prediction, target, visible), strict=True):
         torch.testing.assert_close(a, b)

@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cat.config import ConfigError, from_mapping, to_mapping
 from cat.data.masks import MaskConfig, inverse_block_masks
-from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, sincos_positions
+from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, pretraining, sincos_positions
+from cat.model.encoder import Block
 from cat.model.pretraining import DISTANCES
+from cat_kernels import average_targets
 
 SMALL = ModelConfig(channels=(8, 16), embed_dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_layers=2)
 RNG = torch.tensor([1, 2])
@@ -116,6 +118,47 @@ def test_targets_average_the_last_blocks():
     expected = torch.nn.functional.layer_norm(t, (32,))
     torch.testing.assert_close(model.targets(spec), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(small_cat().targets(spec), expected, atol=0.1)
+
+
+@pytest.mark.parametrize(("top_k", "bytes_", "calls"), [(0, 1 << 30, [6]), (0, 0, [4, 2]), (5, 0, [4, 1]), (2, 0, [2])])
+def test_targets_of_several_blocks_at_once_are_those_of_block_by_block(monkeypatch, top_k, bytes_, calls):
+    """To the bit: a run that is resumed, or has clips of another length, must not notice."""
+    model = small_cat(dataclasses.replace(SMALL, depth=6), teacher_top_k=top_k)
+    spec, _ = small_batch()
+    made = []
+
+    def spy(layers, **options):
+        made.append(len(layers))
+        return average_targets(layers, **options)
+
+    monkeypatch.setattr(pretraining, "WAITING_BYTES", bytes_)
+    monkeypatch.setattr(pretraining, "average_targets", spy)
+    found = model.targets(spec)
+    assert made == calls
+    with torch.no_grad():
+        x, total = model.teacher.embed(spec), None
+        for i, block in enumerate(model.teacher.blocks, start=1):
+            x, t = block(x)
+            if i > 6 - (top_k or 6):
+                total = average_targets([t[:, 1:]], partial=total, num_layers=(top_k or 6) if i == 6 else None)
+    assert torch.equal(found, total)
+
+
+def test_gradients_of_queries_keys_and_values_are_copied_once():
+    block = Block(dim=32, num_heads=2, mlp_ratio=2)
+    x, copied = torch.randn(3, 7, 32, requires_grad=True), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name in ("aten::stack", "aten::cat", "aten::clone", "aten::copy_"):
+                copied.append(result.numel())
+            return result
+
+    attended = block.attention(x)
+    with Watch():
+        attended.sum().backward()
+    assert [n for n in copied if n >= x.numel()] == [3 * x.numel()]
 
 
 def test_sum_and_mean_of_global_losses():
