@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from .backends import explain
 from .ema import EMA, ema_update_
 from .gather import gather_tokens
+from .grid_conv import grouped_conv2d
 from .loss import masked_regression_loss
 from .mel import LogMelFbank, fbank
 from .restore import restore_tokens
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "fbank",
     "gather_tokens",
+    "grouped_conv2d",
     "masked_regression_loss",
     "restore_tokens",
 ]

@@ -40,6 +40,40 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+# The most shared memory that a block can have, in KiB, by compute capability without the dot: the programming guide's
+# table. What is not listed is taken for the smallest.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a rule needs to know of a GPU. ``architecture``: 80, 90, ... for compute capability 8.0, 9.0. Where there is
+    none, an H200."""
+
+    architecture: int = 90
+    multiprocessors: int = 132
+
+    @property
+    def shared_kib(self) -> int:
+        return SHARED_KIB.get(self.architecture, 99)
+
+    @property
+    def hopper(self) -> bool:
+        return 90 <= self.architecture < 100
+
+    @property
+    def tensor_memory(self) -> bool:
+        """Datacenter Blackwell: sums of products are kept apart from the registers."""
+        return 100 <= self.architecture < 120
+
+    @staticmethod
+    def of(device: torch.device) -> Chip:
+        if device.type != "cuda":
+            return Chip()
+        found = torch.cuda.get_device_properties(device)
+        return Chip(10 * found.major + found.minor, found.multi_processor_count)
+
+
 # Triton's names of the dtypes that kernels take.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

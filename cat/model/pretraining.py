@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cat.model.encoder import Encoder, ModelConfig, init_linear
 from cat.parts import part
-from cat_kernels import EMA, average_targets, masked_regression_loss, restore_tokens
+from cat_kernels import EMA, average_targets, grouped_conv2d, masked_regression_loss, restore_tokens
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.backend = config.backend
         widths = [config.embed_dim] + [config.decoder_dim] * config.decoder_layers
         self.convs = nn.ModuleList(
             nn.Conv2d(
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
         """(N, H, W, D) tokens and noise on the patch grid -> predictions (N, H*W, D)."""
         x = grid_NHWD
         for conv in self.convs:
-            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = grouped_conv2d(x, conv.weight, conv.bias, groups=conv.groups, backend=self.backend)
             y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=1e-5))
             x = x + y if x.shape == y.shape else y
         return self.proj(x).flatten(1, 2)
