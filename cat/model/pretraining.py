@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
     def forward(self, grid_NHWD: Tensor) -> Tensor:
         """(N, H, W, D) tokens and noise on the patch grid -> predictions (N, H*W, D)."""
         x = grid_NHWD
-        for conv in self.convs:
+        for conv in cast(Iterable[nn.Conv2d], self.convs):
             y = grouped_conv2d(x, conv.weight, conv.bias, groups=conv.groups, backend=self.backend)
             y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=1e-5))
             x = x + y if x.shape == y.shape else y

@@ -44,7 +44,7 @@ DIFFERENTIABLE = ("x", "weight", "bias")
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for name, (N, H, W, G, I, O, k) in SHAPES.items():
         random = Random(device)
-        inputs = {
+        inputs: dict[str, Any] = {
             "x": random.normal(N, H, W, G * I, dtype=dtype),
             "weight": random.normal(G * O, I, k, k) / math.sqrt(I * k * k),
             "bias": random.normal(G * O),
