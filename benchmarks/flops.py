@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cat_kernels._ops import ops
+
 
 def _convolution_backward(
     grad_out: tuple[int, ...],
@@ -26,9 +28,26 @@ def _convolution_backward(
     return per_gradient * sum(bool(wanted) for wanted in output_mask[:2])
 
 
+def _grouped_conv2d(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * torch.Size(x[:3]).numel() * torch.Size(weight).numel()
+
+
+def _grouped_conv2d_backward(
+    grad_out: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], groups: int, *wanted: bool, **kwargs: Any
+) -> int:
+    return _grouped_conv2d(x, weight) * sum(wanted[:2])
+
+
+# In place of PyTorch's own, or for operators of ours that do products in one kernel; of shapes.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    ops.grouped_conv2d: _grouped_conv2d,
+    ops.grouped_conv2d_backward: _grouped_conv2d_backward,
+}
+
+
 def multiply_adds(call: Callable[[], object]) -> int:
     """Multiply-adds of matrix products, convolutions and attention in ``call`` (elementwise work is not counted)."""
-    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         call()
     return counter.get_total_flops() // 2

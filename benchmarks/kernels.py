@@ -4,8 +4,10 @@
 
 Candidates: "triton" is the kernel that the stem runs. "pytorch" is the same result by PyTorch's operations, that is by
 the vendor's libraries. "triton, cublas" is a chain that holds a matrix product with the product left to the library and
-the rest in kernels. "pytorch" alone: plain products and sums, which the stem leaves to the library too. Which is faster
-decides which the stem should use.
+the rest in kernels. "pytorch" alone: plain products and sums, which the stem leaves to the library too. Gradients of
+weights have a candidate "split rows": the library's products of slices of the rows, added (`_triton.product`); for
+comparison, those of the transformer's and the decoder's linear layers too. Which is faster decides which the stem
+should use.
 
 A kernel's least bytes are its arguments and its results, each once; its multiply-adds are PyTorch's. ``forward`` and
 ``backward`` say how often the stem's passes run it: `benchmarks.predict` adds them up.
@@ -38,7 +40,8 @@ from cat_kernels.stem.layout import block_order, halo_rows, strides
 
 RADIUS, BLOCKS = 2, 2  # of the 5x5, conv blocks a stage
 MIXED = "triton, cublas"
-PROVIDERS = ("pytorch", "triton", MIXED)
+SPLIT = "split rows"
+PROVIDERS = ("pytorch", "triton", MIXED, SPLIT)
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,14 @@ class Kernel:
     pytorch: Callable[..., Any]
     triton: Callable[..., Any] | None = None
     mixed: Callable[..., Any] | None = None
+    split: Callable[..., Any] | None = None
     forward: int = 0  # times in a stem's forward,
     backward: int = 0  # and in its backward
     scalar: dict[str, int] = field(default_factory=dict)  # elements that go through "gelu", "depthwise", ...
     scratch: int = 0  # bytes of hidden layer a row, where the stem takes a slice of rows at a time
 
     def providers(self) -> dict[str, Callable[..., Any]]:
-        found = dict(zip(PROVIDERS, (self.pytorch, self.triton, self.mixed), strict=True))
+        found = dict(zip(PROVIDERS, (self.pytorch, self.triton, self.mixed, self.split), strict=True))
         return {name: function for name, function in found.items() if function is not None}
 
     def work(self) -> tuple[int, int]:
@@ -101,6 +105,12 @@ def norm_mlp_mixed(
 ) -> Tensor:
     hidden = ours("linear.norm_linear")(x, ln_weight, ln_bias, fc1, b1, EPS, activation=True)
     return torch.addmm(x + b2.to(x.dtype), hidden, fc2.t())
+
+
+def split_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    from cat_kernels._triton import product
+
+    return product(grad.t(), x)
 
 
 # ---------------------------------------------------------------- the list
@@ -160,6 +170,8 @@ def kernels(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
             backward=1,
         )
     yield from products("last Linear", patches, config.embed_dim, config.embed_dim, make, passes=(1, 1, 1))
+    clones = visible.shape[0]
+    yield from linear_gradients(patches + clones, clones * grid[0] * grid[1], config.embed_dim, make)
 
 
 def pixel_kernels(spec: Tensor, visible: Tensor, resolutions: Any, c: int, make: Maker) -> Iterator[Kernel]:
@@ -312,10 +324,32 @@ def products(
         both = make.rows(R, outer), make.matrix(outer, inner)
         yield Kernel(f"{name}: input's gradient", both, pytorch=torch.matmul, backward=dinput, scratch=scratch)
     if dweight:
-        both = make.rows(R, outer), make.rows(R, inner)
-        yield Kernel(
-            f"{name}: weight's gradient", both, pytorch=composed.weight_gradient, backward=dweight, scratch=scratch
-        )
+        yield weight_gradient(name, R, inner, outer, make, backward=dweight, scratch=scratch)
+
+
+def weight_gradient(
+    layer: str, R: int, inner: int, outer: int, make: Maker, *, backward: int = 0, scratch: int = 0
+) -> Kernel:
+    return Kernel(
+        f"{layer}: weight's gradient",
+        (make.rows(R, outer), make.rows(R, inner)),
+        pytorch=composed.weight_gradient,
+        split=split_weight_gradient,
+        backward=backward,
+        scratch=scratch,
+    )
+
+
+def linear_gradients(rows: int, grid_rows: int, D: int, make: Maker) -> Iterator[Kernel]:
+    """Of linear layers behind the stem, which are PyTorch's: no part of its passes."""
+    for what, R, inner, outer in (
+        ("qkv", rows, D, 3 * D),
+        ("attention's Linear", rows, D, D),
+        ("block's fc1", rows, D, 4 * D),
+        ("block's fc2", rows, 4 * D, D),
+        ("decoder's Linear", grid_rows, D, D),
+    ):
+        yield weight_gradient(f"{what}, {inner} to {outer}", R, inner, outer, make)
 
 
 # ---------------------------------------------------------------- measuring

@@ -54,13 +54,15 @@ class Case:
 
 
 def setup(device: torch.device, threads: int | None) -> None:
-    """The same arithmetic for all: float32 means float32, in convolutions too (PyTorch's default there is TF32)."""
+    """The same arithmetic for all: float32 means float32, in convolutions too (PyTorch's default there is TF32); cuDNN
+    searches for its fastest algorithm, as in pre-training."""
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -89,6 +89,12 @@ def foreach_lerp(
     return teacher
 
 
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """The vendor's library, on the same channels-last memory."""
+    weight, bias, padding = weight.to(x.dtype), bias.to(x.dtype), weight.shape[2] // 2
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
+
+
 USUAL: dict[str, dict[str, Callable[..., Any]]] = {
     "gather_tokens": {"add, cat": add_and_cat},
     "restore_tokens": {"normal_, cat, gather": cat_and_gather},
@@ -96,6 +102,7 @@ USUAL: dict[str, dict[str, Callable[..., Any]]] = {
     "layer_norm_gelu": {"layer_norm, gelu, add": norm_and_gelu},
     "average_targets": {"norms, sum": norm_and_sum},
     "masked_regression_loss": {"repeat, select": repeat_and_select},
+    "grouped_conv2d": {"F.conv2d": conv2d},
     "ema_update_": {"Python loop": python_loop, "_foreach_lerp_": foreach_lerp},
 }
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from .backends import explain
 from .ema import EMA, ema_update_
 from .gather import gather_tokens
+from .grid_conv import grouped_conv2d
 from .loss import masked_regression_loss
 from .mel import LogMelFbank, fbank
 from .norm_gelu import layer_norm_gelu
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "fbank",
     "gather_tokens",
+    "grouped_conv2d",
     "layer_norm_gelu",
     "masked_regression_loss",
     "residual_layer_norm",

@@ -32,6 +32,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "masked_regression_loss": ("triton", "torch"),
     "ema_update_": ("triton", "torch"),
     "fbank": ("native", "torch"),
+    "grouped_conv2d": ("triton", "torch"),
 }
 
 

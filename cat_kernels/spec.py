@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from .backends import INTERPRETED
 
 # Folders of cat_kernels that hold a spec.py.
-SPEC_MODULES = ("stem", "gather", "residual_norm", "norm_gelu", "restore", "targets", "loss", "ema", "mel")
+SPEC_MODULES = ("stem", "gather", "residual_norm", "grid_conv", "norm_gelu", "restore", "targets", "loss", "ema", "mel")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -486,7 +486,7 @@ def test_kernels_give_what_pytorchs_operations_give():
     for kernel in kernels.kernels(TINY, device, torch.bfloat16):
         names = kernel.providers()
         tried |= set(names)
-        if kernel.triton is None:
+        if len(names) == 1:
             continue
         exact = kernels.reference(kernel)
         errors = {n: distance(kernels.KernelProvider(kernel, n, DTYPES["bf16"]).check(), exact) for n in names}

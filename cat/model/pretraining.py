@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,14 @@ from torch import Tensor, nn
 
 from cat.model.encoder import Encoder, ModelConfig, for_products, init_linear, low_dtype
 from cat.parts import part
-from cat_kernels import EMA, average_targets, layer_norm_gelu, masked_regression_loss, restore_tokens
+from cat_kernels import (
+    EMA,
+    average_targets,
+    grouped_conv2d,
+    layer_norm_gelu,
+    masked_regression_loss,
+    restore_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.backend = config.backend
         widths = [config.embed_dim] + [config.decoder_dim] * config.decoder_layers
         self.convs = nn.ModuleList(
             nn.Conv2d(
@@ -94,14 +103,13 @@ class Decoder(nn.Module):
             for c_in, c_out in itertools.pairwise(widths)
         )
         self.proj = nn.Linear(widths[-1], config.embed_dim)
-        self.backend = config.backend
         init_linear(self.proj)
 
     def forward(self, grid_NHWD: Tensor) -> Tensor:
         """(N, H, W, D) tokens and noise on the patch grid -> predictions (N, H*W, D)."""
         x = low = grid_NHWD
-        for conv in self.convs:
-            y = conv(low.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for conv in cast(Iterable[nn.Conv2d], self.convs):
+            y = grouped_conv2d(low, conv.weight, conv.bias, groups=conv.groups, backend=self.backend)
             residual = x if x.shape == y.shape else None
             x, low = layer_norm_gelu(y, residual, eps=1e-5, low_dtype=low_dtype(y), backend=self.backend)
         return self.proj(low).flatten(1, 2)

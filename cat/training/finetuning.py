@@ -78,6 +78,7 @@ class Finetuning:
     order and augmentations are `cat.data`'s, drop path's draws are a function of (seed, step)."""
 
     command = "cat-audio finetune"
+    one_shape = False  # a batch is as long as its longest clip
     values = ("loss", "grad_norm")
 
     def __init__(self, config: FinetuneConfig, splits: Splits) -> None:

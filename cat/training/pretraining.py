@@ -31,6 +31,7 @@ class Pretraining:
     decoder's noise is drawn here."""
 
     command = "cat-audio pretrain"
+    one_shape = True
     values = (*LOSSES, "grad_norm")
 
     def __init__(self, config: PretrainConfig, manifest: Manifest, valid: Manifest | None = None) -> None:

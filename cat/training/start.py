@@ -51,6 +51,7 @@ def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, pro
     newest = checkpoints.newest(run_dir) if resume else None
     with _repeatable(run):
         trainer = Trainer(make(), run_dir, progress=progress)
+        torch.backends.cudnn.benchmark |= searches(trainer.task)
         if newest is None:
             trainer.task.begin()
         notes = trainer.restore(checkpoints.load(newest)) if newest else []
@@ -73,7 +74,7 @@ def _repeatable(run: RunConfig) -> Iterator[None]:
     and some operators cannot.)"""
     memory: Any = torch.utils.deterministic
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    fill = memory.fill_uninitialized_memory
+    fill, search = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.set_num_threads(run.threads or threads)
     if pick_device(run.device).type == "cpu":
         torch.use_deterministic_algorithms(True)
@@ -84,3 +85,12 @@ def _repeatable(run: RunConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(mode)
         memory.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = search
+
+
+def searches(task: Task) -> bool:
+    """Whether cuDNN is to time its algorithms for every shape that it meets, and take the fastest: where that is done
+    once a run, and not where the choice, which may differ from run to run, would change numbers that are to be the
+    same."""
+    fixed = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    return task.device.type == "cuda" and task.one_shape and not fixed

@@ -31,6 +31,11 @@ class Task(Protocol):
         ...
 
     @property
+    def one_shape(self) -> bool:
+        """Whether the batches of all updates have the same shape."""
+        ...
+
+    @property
     def values(self) -> tuple[str, ...]:
         """Names of the numbers an update gives, in order; "loss" and "grad_norm" are among them."""
         ...

@@ -71,8 +71,8 @@ def test_no_triton_kernel_spills_and_blocks_fit() -> None:
     """For GPUs that are not here: nothing is spilled, and a block's shared memory is no more than they have."""
     pytest.importorskip("triton")
     from benchmarks.ahead import ARCHITECTURES
+    from cat_kernels._triton import SHARED_KIB
     from cat_kernels.loss import kernels as loss
-    from cat_kernels.stem.kernels.tiles import SHARED_KIB
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -11,39 +11,12 @@ What the rules rest on is the compiler's table of registers and shared memory (R
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from ..._triton import padded
+from ..._triton import Chip, padded
 
 Tiles = dict[str, int]
-
-# The most shared memory that a block can have, in KiB, by compute capability without the dot: the programming guide's
-# table. What is not listed is taken for the smallest.
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What a rule needs to know of a GPU. ``architecture``: 80, 90, ... for compute capability 8.0, 9.0."""
-
-    architecture: int = 90
-
-    @property
-    def shared_kib(self) -> int:
-        return SHARED_KIB.get(self.architecture, 99)
-
-    @property
-    def hopper(self) -> bool:
-        return 90 <= self.architecture < 100
-
-    @staticmethod
-    def of(device: torch.device) -> Chip:
-        if device.type != "cuda":
-            return Chip()
-        major, minor = torch.cuda.get_device_capability(device)
-        return Chip(10 * major + minor)
 
 
 def layer_norm(c: int) -> Tiles:

@@ -1,0 +1,39 @@
+"""What a run's arithmetic is set to, and set back from."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cat.training import start
+from cat.training.finetuning import Finetuning
+from cat.training.pretraining import Pretraining
+from cat.training.recipe import RunConfig
+
+
+def task(device: str, one_shape: bool) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device(device), one_shape=one_shape)
+
+
+def test_cudnn_searches_where_shapes_stay_and_numbers_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Pretraining.one_shape, Finetuning.one_shape) == (True, False)
+    assert start.searches(task("cuda", one_shape=True))
+    assert not start.searches(task("cuda", one_shape=False))
+    assert not start.searches(task("cpu", one_shape=True))
+    for switch in ("torch.are_deterministic_algorithms_enabled", "torch.backends.cudnn.deterministic"):
+        with monkeypatch.context() as patch:
+            patch.setattr(switch, True if switch.endswith("c") else lambda: True)
+            assert not start.searches(task("cuda", one_shape=True)), switch
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_is_asked_by_the_trainer_and_then_left_as_it_was(before, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    found = SimpleNamespace(task=SimpleNamespace(begin=lambda: None), restore=None)
+    monkeypatch.setattr(start, "Trainer", lambda *_, **__: found)
+    monkeypatch.setattr(start, "searches", lambda asked: asked is found.task)
+    with start._trainer(lambda: None, RunConfig(device="cpu"), tmp_path, resume=False, progress=False):
+        assert torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark is before
