@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pieces of the suite that launch kernels of ours. What only compilers are asked for in addition launches the same.
-MODULES = ("launch", "stem", "step_time", "kernels", "operators", "finetune", "inference", "sanitize")
+MODULES = ("launch", "stem", "step_time", "step_parts", "kernels", "operators", "finetune", "inference", "sanitize")
 MARKED = re.compile(r"mark\.(gpu|either)\b")
 LAUNCHES = re.compile(r'"triton"|\bCAT\b|\bspec as S\b|\bcat_kernels\.stem\.kernels\b|import .*\bkernels\b')
 # Tests of the operators whose launches are those of test_parity and test_awkward_inputs, over again.

@@ -33,6 +33,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
             Piece("memcheck", "sanitize", ("--tool", "memcheck")),
             Piece("stem", "stem", (*on, *tiny, "--compiled", "--compiler", "aot_eager")),
             Piece("step", "step_time", (*on, *tiny, "--cases", "eager")),
+            Piece("parts", "step_parts", (*on, *tiny)),
             Piece("kernels", "kernels", (*on, *tiny, "--only", "norm_linear")),
             Piece("finetune", "finetune", (*on, *tiny)),
             Piece("inference", "inference", (*on, "--preset", "tiny", "--frames", "64", "--batches", "1")),
@@ -49,6 +50,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         Piece("stem", "stem", (*eager, *bf16, "--budget", "2"), 60),
         Piece("step", "step_time", (*eager, *bf16, "--budget", "3", "--cases", "eager"), 80),
         Piece("graph", "step_time", (*eager, *bf16, "--budget", "2", "--cases", "graph"), 60),
+        Piece("parts", "step_parts", (*on, *bf16), 60),
         Piece("kernels", "kernels", (*on, *bf16), 60),
         Piece("operators", "operators", (*eager, "--dtypes", "bf16,fp32"), 60),
         Piece("fbank", "fbank", (*eager, "--dtypes", "fp32,bf16", "--budget", "2"), 60),
@@ -65,6 +67,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         Piece("stem-compiled", "stem", (*on, *bf16, "--budget", "2", "--modes", "forward+backward"), 120),
         Piece("operators-compiled", "operators", (*on, *bf16, "--budget", "0.3"), 120),
         Piece("step-compiled", "step_time", (*on, *bf16, "--budget", "3", "--cases", "graph,compiled"), 240),
+        Piece("start-compiled", "start", (*on, *bf16), 300),
     ]
 
 

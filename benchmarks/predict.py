@@ -49,12 +49,17 @@ class Assumptions:
     memory_share: float = 0.85  # of the copy's rate, in a kernel that streams: a guess
     triton_share: float = 0.6  # of the large product's rate, in a Triton kernel: a guess
     library_share: float = 0.75  # the same, of the library's products, of which one side is short: a guess
+    attention_share: float = 0.35  # the same, of attention over 103 and 513 tokens: a guess
+    grouped_share: float = 0.15  # the same, of cuDNN's grouped convolutions: a guess
     issue_share: float = 0.7  # of four warp instructions a clock: a guess
     launch_us: float = 2.0  # between two kernels: a guess
-    # Instructions an element: GELU's two counted in sm_90 machine code; the rest multiply-adds, loads and conversions
-    # of the formulas.
+    # Instructions an element: those of GELU, of restoring (Philox) and of the loss counted in sm_90 machine code; the
+    # rest multiply-adds, loads and conversions of the formulas.
     instructions: dict[str, int] = field(
-        default_factory=lambda: {"gelu": 17, "gelu_backward": 19, "norm": 8, "norm_backward": 16, "depthwise": 40}
+        default_factory=lambda: {
+            **{"gelu": 17, "gelu_backward": 19, "norm": 8, "norm_backward": 16, "depthwise": 40},
+            **{"restore": 20, "loss": 25, "other": 4},
+        }
     )
 
     def told(self) -> str:
@@ -62,13 +67,15 @@ class Assumptions:
         costs = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.instructions.items())
         shares = (self.memory_share, self.triton_share, self.library_share, self.issue_share)
         memory, triton, library, issue = (f"{100 * share:.0f} %" for share in shares)
+        attention, grouped = (f"{100 * share:.0f} %" for share in (self.attention_share, self.grouped_share))
         return (
             f"Assumed: {self.memory_TBps:g} TB/s of copy and {self.matrix_TFLOPS:g} TFLOP/s in bf16; of these {memory} "
-            f"in a kernel that streams, {triton} in a product in Triton, {library} in one of the library's; "
+            f"in a kernel that streams, {triton} in a product in Triton, {library} in one of the library's, "
+            f"{attention} in attention, {grouped} in the library's grouped convolutions; "
             f"{self.cache_TBps:g} TB/s through the L2; {self.multiprocessors} multiprocessors at "
             f"{self.clock_GHz:g} GHz that issue {issue} of four warp instructions a clock; instructions an element: "
-            f"{costs}; {self.launch_us:g} us a launch. The first two are measured on an H200, GELU's instructions "
-            "counted in machine code; all else is guessed."
+            f"{costs}; {self.launch_us:g} us a launch. The first two are measured on an H200, instructions of GELU, "
+            "restore and loss counted in machine code; all else is guessed."
         )
 
 
@@ -133,18 +140,29 @@ def predict(kernel: Kernel, compiled: dict[str, tuple[Resources, dict[str, Any]]
         resources, tile = compiled[kernel.name]
         share, blocks = a.triton_share, resident(resources, a)
         cached = cache_bytes(kernel.name, tile, rows(kernel, tile["c"]))
-    issue = a.multiprocessors * 128 * a.clock_GHz * 1e9 * a.issue_share
-    needs = {
+    found = needs(moved, products, instructions, share, a, cached=cached, alone=blocks == 1)
+    floor = floor_ms(moved, 2 * macs, a)
+    gaps = slices(kernel) * a.launch_us / 1e3
+    return Prediction(kernel, moved, 2 * macs, blocks, found, floor, max(found.values()) + gaps)
+
+
+def needs(
+    moved: int, products: int, instructions: int, share: float, a: Assumptions, *, cached: int = 0, alone: bool = False
+) -> dict[str, float]:
+    """Milliseconds of each. products: FLOPs of the matrix units; alone: one program on a multiprocessor."""
+    found = {
         "memory": 1e3 * moved / (a.memory_TBps * 1e12 * a.memory_share),
         "L2": 1e3 * cached / (a.cache_TBps * 1e12),
         "products": 1e3 * products / (a.matrix_TFLOPS * 1e12 * share),
-        "instructions": 1e3 * instructions / issue,
+        "instructions": 1e3 * instructions / (a.multiprocessors * 128 * a.clock_GHz * 1e9 * a.issue_share),
     }
-    if blocks == 1 and needs["products"] and needs["instructions"]:
-        needs["products + instructions"] = needs.pop("products") + needs.pop("instructions")
-    floor = max(1e3 * moved / (a.memory_TBps * 1e12), 1e3 * 2 * macs / (a.matrix_TFLOPS * 1e12))
-    gaps = slices(kernel) * a.launch_us / 1e3
-    return Prediction(kernel, moved, 2 * macs, blocks, needs, floor, max(needs.values()) + gaps)
+    if alone and found["products"] and found["instructions"]:
+        found["products + instructions"] = found.pop("products") + found.pop("instructions")
+    return found
+
+
+def floor_ms(moved: int, flops: int, a: Assumptions) -> float:
+    return max(1e3 * moved / (a.memory_TBps * 1e12), 1e3 * flops / (a.matrix_TFLOPS * 1e12))
 
 
 def slices(kernel: Kernel) -> int:
@@ -224,8 +242,11 @@ def pass_table(masked: list[Prediction], dense: list[Prediction]) -> Table:
 
 
 def main() -> int:
+    from benchmarks import predicted_step as whole
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="also into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="also into benchmarks/README.md and the stem's README.md")
+    parser.add_argument("--before", action="store_true", help="keep the step as what later ones are compared with")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it", file=sys.stderr)
@@ -233,13 +254,21 @@ def main() -> int:
     a, masked, dense = Assumptions(), stem(SHAPE["masks"]), stem(0)
     compiled = compile_needed(compiled_names(masked))
     predictions = predict_all(masked, compiled, a)
-    made = pass_table(predictions, predict_all(dense, compiled, a)), kernel_table(predictions)
-    for table in made:
+    step = whole.predicted(SHAPE, a)
+    tables = [whole.step_table(step), whole.kind_table(step), whole.memory_table(step)]
+    tables += [pass_table(predictions, predict_all(dense, compiled, a)), kernel_table(predictions)]
+    if options.before:
+        whole.save(step, whole.BEFORE)
+    tables.insert(0, whole.comparison_table(whole.load(whole.BEFORE), step))
+    kept = whole.kept_table(step)
+    for table in (*tables, kept):
         say(table.text() + "\n")
     say(a.told())
     if options.write:
-        text = "\n\n".join(table.markdown() for table in made)
+        whole.save(step, whole.AFTER)
+        text = "\n\n".join(table.markdown() for table in tables)
         write_between(ROOT / "benchmarks" / "README.md", "predict", f"{text}\n\n{a.told()}\n")
+        write_between(ROOT / "cat_kernels" / "stem" / "README.md", "kept", f"{kept.markdown()}\n")
     return 0
 
 

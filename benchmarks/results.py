@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Results:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     multiply_adds: dict[str, Any] = field(default_factory=dict)
     ceilings: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    starts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tests: dict[str, Any] = field(default_factory=dict)
     pieces: list[dict[str, Any]] = field(default_factory=list)
@@ -149,7 +152,7 @@ class Results:
             setattr(self, name, kept + new)
         for name in ("rejected", "notes", "pieces"):
             getattr(self, name).extend(other.get(name, []))
-        for name in ("multiply_adds", "ceilings", "tests"):
+        for name in ("multiply_adds", "ceilings", "parts", "starts", "tests"):
             getattr(self, name).update(other.get(name, {}))
 
     def as_dict(self, device: torch.device) -> dict[str, Any]:
@@ -264,13 +267,17 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def commit() -> str | None:
-    """The commit this tree stands on, "+" behind it where tracked files differ; None without git."""
-    head = _first_line("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    if head is None:
+def commit(paths: Sequence[str] = ()) -> str | None:
+    """The commit this tree stands on, "+" behind it where tracked files differ; None without git.
+
+    paths: the last commit that changed one of these, "+" where one of these differs.
+    """
+    git = "git", "-C", str(ROOT)
+    found = _first_line(*git, "log", "-1", "--format=%H", "--", *paths)
+    if found is None:
         return None
-    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return head + ("+" if changed else "")
+    changed = _first_line(*git, "status", "--porcelain", "--untracked-files=no", "--", *paths)
+    return found[:12] + ("+" if changed else "")
 
 
 def _first_line(*command: str) -> str | None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import memory
+from benchmarks import memory, predicted_step
 from benchmarks.flops import multiply_adds
 from benchmarks.plots import plot
 from benchmarks.results import Key, Results
@@ -197,6 +197,8 @@ def case(
     for name in names:
         total = counts[name]["step"] * shape["clips"]
         work[name] = {"multiply_adds": total, "floor_ms": floor_ms(total, dtype, s.ceilings)}
+        if name == "triton" and (predicted := predicted_step.peak_MiB(shape, dtype)) is not None:
+            work[name]["predicted_peak_MiB"] = predicted
     peak = None
     if s.device.type == "cpu" and s.memory:
         peak = lambda name: memory.peak_in_fresh_process(  # noqa: E731

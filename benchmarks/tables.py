@@ -211,6 +211,33 @@ def inference_table(data: Data) -> Table:
     return Table("Embedding of ten-second clips, waveform in", header, rows)
 
 
+def parts_table(data: Data) -> Table:
+    """Of a pre-training step, beside the prediction."""
+    rows = []
+    for shape, found in data.get("parts", {}).items():
+        for part, c in found["parts"].items():
+            rows.append([shape, part, _ms(c["ms"]), *_beside(c["ms"], c["predicted_ms"], _ms)])
+        peak = found["peak_MiB"]
+        if peak is not None:
+            rows.append(
+                [shape, "peak MiB", f"{peak:.0f}", *_beside(peak, found["predicted_peak_MiB"], "{:.0f}".format)]
+            )
+    header = ["step", "part", "ms", "PREDICTED for an H200", "error of the prediction"]
+    return Table("Parts of a pre-training step", header, rows)
+
+
+def _beside(measured: float, predicted: float | None, words: Callable[[float], str]) -> tuple[str, str]:
+    if not predicted or not measured:
+        return "", ""
+    return words(predicted), f"{100 * (predicted / measured - 1):+.0f} percent"
+
+
+def starts_table(data: Data) -> Table:
+    rows = [[name, *(f"{found[key]:.1f}" for key in ("imports_s", "first_update_s", "ready_s"))]
+            for name, found in data.get("starts", {}).items()]  # fmt: skip
+    return Table("Start of a pre-training step, seconds", ["start", "imports", "first update", "at speed"], rows)
+
+
 PARTS = {
     "student_stem": "student's stem",
     "student": "student, stem included",
@@ -256,6 +283,8 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "headline": headline_table,
     "stem": stem_table,
     "step": step_table,
+    "parts": parts_table,
+    "starts": starts_table,
     "stem-sweep": sweep_table,
     "kernels": kernels_table,
     "fbank": fbank_table,

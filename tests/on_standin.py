@@ -49,6 +49,7 @@ def seeds(waits: dict[str, str]) -> None:
 
 
 def steps(waits: dict[str, str]) -> None:
+    from benchmarks.step_parts import Timer
     from cat.model import CAT, PRESETS, ObjectiveConfig
     from cat.training.optim import OptimConfig
     from cat.training.step import PretrainStep
@@ -62,6 +63,9 @@ def steps(waits: dict[str, str]) -> None:
         update(*batch, lr=1e-3, decay=0.9)
         with looked_at(f"step, kernels={kernels}", waits):
             update(*batch, lr=2e-3, decay=0.91)
+        if kernels == "auto":
+            with Timer(CUDA, model), looked_at("step, timed by parts", waits):
+                update(*batch, lr=2e-3, decay=0.92)
 
 
 def fine_tuning_steps(waits: dict[str, str]) -> None:

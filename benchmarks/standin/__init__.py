@@ -62,6 +62,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils import _foreach_utils  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
@@ -100,7 +101,7 @@ class _Mode(TorchDispatchMode):
         args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         try:
             with self.fake:
-                return func(*args, **kwargs)
+                return _as_cudnn(name, args, func(*args, **kwargs))
         except DataDependentOutputException:
             return self._made_up(args[0])
         except DynamicOutputShapeException:
@@ -139,6 +140,18 @@ def _largest(name: str, args: Any) -> Any:
     if name == "repeat_interleave":
         return first.new_empty((first.numel(),), dtype=torch.int64)
     return first.new_empty((first.numel(),))
+
+
+def _as_cudnn(name: str, args: Any, result: Any) -> Any:
+    """Convolutions of channels-last images give such; PyTorch without cuDNN has no fake form of that."""
+    if name not in ("convolution", "convolution_backward"):
+        return result
+    image = args[0 if name == "convolution" else 1]
+    if image.ndim != 4 or image.is_contiguous() or not image.is_contiguous(memory_format=torch.channels_last):
+        return result
+    return tree_map_only(
+        torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, result
+    )
 
 
 def _address(tensor: FakeTensor) -> int:
@@ -187,9 +200,22 @@ def _fake_cuda(architecture: int) -> None:
     for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "device"):
         setattr(torch.cuda, name, _Nothing)
     torch.Tensor.pin_memory = lambda self, *args: self
+    torch.nn.functional.scaled_dot_product_attention = _attention
+    _foreach_utils._foreach_supported_types.append(FakeTensor)  # lists go to the kernels for lists
     torch.Tensor.record_stream = lambda self, *args: None
     FakeTensor.data_ptr = _address
     FakeTensor.tolist = lambda self: torch.ones(self.shape, dtype=self.dtype).tolist()
+
+
+_plain_attention = torch.nn.functional.scaled_dot_product_attention
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PyTorch's choice on a GPU in 16 bits; it asks the device, which has no answer here."""
+    plain = args or any(value is not None for value in kwargs.values())
+    if plain or not isinstance(q, FakeTensor) or q.element_size() != 2:
+        return _plain_attention(q, k, v, *args, **kwargs)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 class _Driver:
