@@ -172,6 +172,21 @@ def test_rows_of_many_programs(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("size", [512, 700])
+def test_a_gradient_of_several_programs_is_scaled(monkeypatch, size):
+    """The last of them may have less to do."""
+    kernels = pytest.importorskip("cat_kernels.loss.kernels")
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton does not run here")
+    monkeypatch.setattr(kernels, "SCALED", 256)
+    gradient, grad = torch.arange(size, dtype=torch.float32, device=DEVICE), torch.tensor(3.0, device=DEVICE)
+    out = torch.full_like(gradient, torch.nan)
+    kernels.scale(gradient, grad, out)
+    assert torch.equal(out, 3 * gradient)
+    kernels.scale(gradient, grad, gradient)
+    assert torch.equal(gradient, out)
+
+
 def test_opcheck_of_the_kernels():
     if "triton" not in BACKENDS:
         pytest.skip("Triton does not run here")
