@@ -28,6 +28,11 @@ def _convolution_backward(
     return per_gradient * sum(bool(wanted) for wanted in output_mask[:2])
 
 
+def _bmm(a: tuple[int, ...], b: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """PyTorch's own takes the dtype of a float32 sum for a shape."""
+    return 2 * torch.Size(a).numel() * b[-1]
+
+
 def _grouped_conv2d(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     return 2 * torch.Size(x[:3]).numel() * torch.Size(weight).numel()
 
@@ -40,6 +45,7 @@ def _grouped_conv2d_backward(
 
 # In place of PyTorch's own, or for operators of ours that do products in one kernel; of shapes.
 FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.bmm: _bmm,
     torch.ops.aten.convolution_backward: _convolution_backward,
     ops.grouped_conv2d: _grouped_conv2d,
     ops.grouped_conv2d_backward: _grouped_conv2d_backward,
