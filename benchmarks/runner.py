@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -107,6 +108,14 @@ def distance(actual: Groups, reference: Groups) -> float:
 
 # ---------------------------------------------------------------- one case
 
+PRODUCT = "matrix product"  # PyTorch's own, among the candidates of a round: the rate that the others are held to
+PRODUCT_SIDE = 1024
+
+
+def square_product(dtype: str) -> Callable[[], object]:
+    a, b = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE).to(DTYPES[dtype]) for _ in range(2))
+    return lambda: a @ b
+
 
 class CaseRun:
     """The candidates of a case, built, checked and timed stage by stage."""
@@ -151,6 +160,9 @@ class CaseRun:
         if not self.alive:
             return
         key, calls = self.case.key, {name: provider.call for name, provider in self.alive.items()}
+        timed = [work for work in self.case.work.values() if "multiply_adds" in work and "bytes" not in work]
+        if by_product := self.device.type == "cpu" and bool(timed):
+            calls[PRODUCT] = square_product(key.dtype)
         try:
             times = interleaved(calls, self.device, min_rounds=min_rounds, budget_s=budget_s)
         except RuntimeError as error:  # e.g. together they need more than each alone
@@ -158,6 +170,10 @@ class CaseRun:
                 self.results.reject(key, name, reason(error))
             return
         self.results.forget(key)
+        if by_product:  # the floors at the rate of these very rounds: a CPU's does not stay what it was
+            product_ms = statistics.median(times.pop(PRODUCT))
+            for work in timed:
+                work["floor_ms"] = work["multiply_adds"] / PRODUCT_SIDE**3 * product_ms
         for name, provider in self.alive.items():
             self.results.add(
                 key,

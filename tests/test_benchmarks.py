@@ -27,6 +27,7 @@ from benchmarks import (
     plots,
     predict,
     report,
+    runner,
     sanitize,
     stem,
     tables,
@@ -248,6 +249,16 @@ def test_a_row_counts_only_with_parity(tmp_path):
     assert row["persistent_MiB"] == 1
     assert row["share_of_floor"] == pytest.approx(1e-9 / row["median_ms"])
     assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+
+
+def test_on_a_cpu_floors_are_at_the_rate_of_the_same_rounds(monkeypatch):
+    """A machine that is slow while a case runs is slow for its floor too."""
+    work = {"multiply_adds": 3 * runner.PRODUCT_SIDE**3, "floor_ms": 1e-9}  # 1e-9: by a rate measured earlier
+    monkeypatch.setattr(runner, "square_product", lambda dtype: lambda: time.sleep(0.02))
+    results = Results()
+    run_case(dataclasses.replace(constant_case(dense=1.0), work={"dense": work}), results, settings())
+    assert [row["provider"] for row in results.rows] == ["dense"]
+    assert results.rows[0]["floor_ms"] == pytest.approx(3 * 20, rel=0.5)
 
 
 def test_a_candidate_that_fails_costs_only_its_row():
