@@ -193,8 +193,10 @@ class Block(nn.Module):
         return x, low, t
 
     def _add(self, x_NSD: Tensor, branch_NSD: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        weights = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
-        return residual_layer_norm(x_NSD, branch_NSD, **weights, low_dtype=low_dtype(x_NSD), backend=self.backend)
+        low = low_dtype(x_NSD)
+        return residual_layer_norm(
+            x_NSD, branch_NSD, norm.weight, norm.bias, eps=norm.eps, low_dtype=low, backend=self.backend
+        )
 
 
 class PatchEmbed(nn.Module):

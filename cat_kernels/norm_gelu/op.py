@@ -176,10 +176,11 @@ def _backward(ctx: Any, grad: Tensor | None, grad_low: Tensor | None) -> tuple[T
     for_x, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
     # The sum of two gradients is the kernel's to write; a single one is the residual's already.
     wanted = ctx.residual_dtype if for_residual and len(given) == 2 else None
-    dx = dresidual = sums = None
+    found: tuple[Any, ...] = (None, None, None)
     if for_x or for_weight or for_bias or wanted:
         arguments = (grad, grad_low, x, weight, bias, ctx.eps, for_weight or for_bias, wanted)
-        dx, dresidual, sums = _backward_op(*arguments, backend=ctx.backend)
+        found = _backward_op(*arguments, backend=ctx.backend)
+    dx, dresidual, sums = found
     if for_residual and not wanted:
         dresidual = given[0].to(ctx.residual_dtype)
     return (

@@ -75,7 +75,8 @@ def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tup
     i = sample.inputs
     low_dtype = i.get("low_dtype")
     yield ops.layer_norm_gelu.default, (i["x"], i["residual"], i["weight"], i["bias"], 1e-5, low_dtype)
-    x, residual, weight, bias = (None if i[name] is None else i[name].detach() for name in DIFFERENTIABLE)
+    x = i["x"].detach()
+    residual, weight, bias = (None if i[name] is None else i[name].detach() for name in DIFFERENTIABLE[1:])
     grad = x.new_ones(x.shape, dtype=result_dtype([x, residual], low_dtype))
     grad_low = None if low_dtype is None else grad.to(low_dtype)
     residual_dtype = None if residual is None else residual.dtype

@@ -72,7 +72,7 @@ def _overload_calls(sample: Sample) -> Iterator[tuple[torch._ops.OpOverload, tup
     i = sample.inputs
     low_dtype = i.get("low_dtype")
     yield ops.residual_layer_norm.default, (i["x"], i["branch"], i["weight"], i["bias"], 1e-6, low_dtype)
-    x, branch, weight = (None if i[name] is None else i[name].detach() for name in ("x", "branch", "weight"))
+    x, branch, weight = i["x"].detach(), i["branch"].detach(), None if i["weight"] is None else i["weight"].detach()
     grad = x.new_ones(x.shape, dtype=result_dtype([x, branch], low_dtype))
     grad_low = None if low_dtype is None else grad.to(low_dtype)
     yield ops.residual_layer_norm_backward.default, (grad, grad_low, x, branch, weight, 1e-6, True)
