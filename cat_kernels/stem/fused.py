@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import register
 from . import composite
 from .layout import block_order, halo_rows, strides
+from .products import add_product
 from .visible import patch_weight
 from .weights import ConvBlock, Embed, StemWeights
 
@@ -81,13 +81,11 @@ def _stem(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None, recom
         for block in blocks:
             x = _conv_block(block, x, halo, order, keep=not recompute)
         # Side outputs and the last Linear are summed by the products themselves.
-        weight = patch_weight(side, coarser).to(x.dtype)
-        rows = x.reshape(N * K, weight.shape[1])
-        tokens = rows @ weight.T if tokens is None else torch.addmm(tokens, rows, weight.T)
+        weight = patch_weight(side, coarser)
+        tokens = add_product(tokens, x.reshape(N * K, weight.shape[1]), weight)
         bias = bias + cast(Tensor, side.bias)
-    weight, bias = stem.proj.weight.to(x.dtype), bias.to(x.dtype)
-    last = F.linear(x, weight, bias) if tokens is None else torch.addmm(tokens + bias, x, weight.T)
-    return last.unflatten(0, (N, K))
+    bias = bias.to(x.dtype)
+    return add_product(bias if tokens is None else tokens + bias, x, stem.proj.weight).unflatten(0, (N, K))
 
 
 def _embed_pixels(embed: Embed, spec: Tensor, visible: Tensor, resolutions: Sequence[int]) -> Tensor:
@@ -99,8 +97,8 @@ def _embed_pixels(embed: Embed, spec: Tensor, visible: Tensor, resolutions: Sequ
 
 
 def _embed(embed: Embed, x: Tensor, factor: int) -> Tensor:
-    weight = patch_weight(embed.proj, (factor,)).to(x.dtype)
-    rows = F.linear(x.reshape(-1, weight.shape[1]), weight, cast(Tensor, embed.proj.bias).to(x.dtype))
+    weight = patch_weight(embed.proj, (factor,))
+    rows = add_product(embed.proj.bias, x.reshape(-1, weight.shape[1]), weight)
     return _stem_layer_norm(rows, embed.norm.weight, embed.norm.bias, embed.norm.eps, backend="triton")
 
 

@@ -12,7 +12,7 @@ import torch
 from cat_kernels import MultiResConv
 from cat_kernels import spec as S
 from cat_kernels.backends import BackendError
-from cat_kernels.stem import fused
+from cat_kernels.stem import fused, products
 from cat_kernels.stem.layout import block_order, halo_rows
 from cat_kernels.stem.spec import SPEC, draw_visible
 
@@ -173,6 +173,10 @@ def test_opcheck():
         (fused._stem_conv_block, (x, halo, order, weights, 1e-5, False)),
         (fused._stem_conv_block_backward, (torch.ones_like(x), x, y, middle, halo, order, weights, 1e-5, True)),
     ]
+    matrix = rows.new_ones(3, 16)
+    calls += [(products._stem_add_product, (total, rows, matrix)) for total in (None, rows[0, :3], rows[:, :3])]
+    for wanted in ((True, False), (False, True)):
+        calls.append((products._stem_add_product_backward, (rows[:, :3], rows, matrix, *wanted)))
     for overload, arguments in calls:
         arguments = tuple(a.detach() if isinstance(a, torch.nn.Parameter) else a for a in arguments)
         torch.library.opcheck(overload, arguments, {"backend": "triton"}, test_utils=("test_schema", "test_faketensor"))
@@ -217,3 +221,22 @@ def test_the_specification_covers_the_kernels():
         resolutions, channels, dim = sample.inputs["settings"]
         stem = MultiResConv(resolutions, channels, dim, backend="triton")
         assert fused.why_not_fused(stem, torch.float32) is None, sample.name
+
+
+def test_products_keep_their_weights_gradient_in_float32():
+    """Of bf16 rows; and the sum that they are added to may be none, a vector or rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, whole = (torch.randn(50, c, generator=generator).to(DEVICE, torch.bfloat16) for c in (16, 3))
+    weight, vector = (torch.randn(*s, generator=generator).to(DEVICE) for s in ((3, 16), (3,)))
+    for total in (None, vector, whole):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, total) if t is not None]
+        found = products.add_product(leaves[2] if len(leaves) > 2 else None, *leaves[:2])
+        assert found.dtype == torch.bfloat16
+        exact = x.double() @ weight.bfloat16().double().t() + (0 if total is None else total.double())
+        torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=0.02)
+        dx, dweight, *dtotal = torch.autograd.grad(found, leaves, whole)
+        torch.testing.assert_close(dx.double(), whole.double() @ weight.bfloat16().double(), rtol=2**-7, atol=0.02)
+        torch.testing.assert_close(dweight.double(), whole.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+        for found in dtotal:
+            expected = whole if total.ndim == 2 else whole.float().sum(0)
+            torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""What all Triton kernels share: sums over many rows, in slices."""
+"""Sums over many rows, in slices: `_triton.product`, which gradients of weights go by."""
 
 import pytest
 import torch
