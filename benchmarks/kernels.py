@@ -96,6 +96,12 @@ def conv_linear_mixed(
     return torch.addmm(x + bias.to(x.dtype), ours("conv.depthwise")(y, halo, order, taps, taps_bias), weight.t())
 
 
+def norm_mlp_kept(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    fc1 = parameters[2]
+    pre = fc1.new_empty(x.shape[0], fc1.shape[0])
+    return ours("mlp.norm_mlp_residual")(x, *parameters, EPS, pre), pre
+
+
 def norm_mlp_mixed(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor, b2: Tensor
 ) -> Tensor:
@@ -151,7 +157,7 @@ def kernels(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         coarser = factors[:i:-1]
         halo = halo_rows(visible, grid, coarser, RADIUS)
         halo = torch.where(halo == patches * p * p, -1, halo).int()
-        yield from block_kernels(halo, block_order(coarser, device).int(), c, make)
+        yield from block_kernels(halo, block_order(coarser, device).int(), c, make, train=shape["masks"] > 0)
         yield from products(f"side {i}", patches, p * p * c, config.embed_dim, make, passes=(1, 1, 1))
         yield Kernel(  # what the next embedding and the side output send back
             f"sum of gradients c={c} p={p}",
@@ -213,8 +219,8 @@ def norm_kernels(R: int, c: int, make: Maker, *, embedding: bool, blocks: bool) 
     )
 
 
-def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[Kernel]:
-    """The conv blocks of one stage."""
+def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker, *, train: bool) -> Iterator[Kernel]:
+    """The conv blocks of one stage; ``train``: of a forward that keeps the rows in front of GELU for its backward."""
     S, h = order.numel(), 4 * c
     R, p = halo.shape[0] * S, math.isqrt(order.numel())
     norm = lambda: (make.vector(c), make.vector(c))  # noqa: E731
@@ -244,7 +250,15 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
         pytorch=composed.norm_mlp_residual,
         triton=functools.partial(ours("mlp.norm_mlp_residual"), eps=EPS),
         mixed=norm_mlp_mixed,
-        forward=BLOCKS,
+        forward=0 if train else BLOCKS,
+        scalar={"norm": R * c, "gelu": R * h},
+    )
+    yield Kernel(
+        f"norm_mlp_residual kept c={c}",
+        (make.rows(R, c), *mlp, make.vector(c)),
+        pytorch=composed.norm_mlp_residual_kept,
+        triton=norm_mlp_kept,
+        forward=BLOCKS if train else 0,
         scalar={"norm": R * c, "gelu": R * h},
     )
     yield Kernel(  # the whole of it; its parts are those that follow
@@ -253,16 +267,24 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
         pytorch=composed.norm_mlp_backward,
         triton=functools.partial(ours("mlp.norm_mlp_backward"), eps=EPS),
     )
-    yield Kernel(
+    scratch = 2 * h * make.dtype.itemsize
+    yield Kernel(  # where the rows in front of GELU are not kept
         f"mlp_hidden c={c}",
         (make.rows(R, c), make.rows(R, c), *mlp[2:]),
         pytorch=composed.mlp_hidden,
         triton=ours("mlp.mlp_hidden"),
+        scalar={"gelu_backward": R * h},
+        scratch=scratch,
+    )
+    yield Kernel(
+        f"mlp_hidden_kept c={c}",
+        (make.rows(R, h), make.rows(R, c), mlp[-1]),
+        pytorch=composed.mlp_hidden_kept,
+        triton=ours("mlp.mlp_hidden_kept"),
         backward=BLOCKS,
         scalar={"gelu_backward": R * h},
-        scratch=2 * h * make.dtype.itemsize,
+        scratch=scratch,
     )
-    scratch = 2 * h * make.dtype.itemsize
     yield from products("fc1", R, c, h, make, passes=(0, BLOCKS, BLOCKS), scratch=scratch)
     yield from products("fc2", R, h, c, make, passes=(0, 0, BLOCKS), scratch=scratch)
     yield Kernel(

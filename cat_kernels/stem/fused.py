@@ -67,7 +67,7 @@ def _stem(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None, recom
 
     factors, levels = strides(stem.resolutions), stem.levels()
     tokens: Tensor | None = None
-    bias: Tensor = stem.proj.bias
+    bias: Tensor = sum((cast(Tensor, side.bias) for side in stem.sides), stem.proj.bias).to(spec_BCTF.dtype)
     x = _embed_pixels(levels[0][0], spec_BCTF, visible_NK, stem.resolutions)
     for i, (embed, blocks, side) in enumerate(levels):
         if i:
@@ -80,14 +80,11 @@ def _stem(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None, recom
         order = block_order(coarser, x.device).int()
         for block in blocks:
             x = _conv_block(block, x, halo, order, keep=not recompute)
-        # Side outputs and the last Linear are summed by the products themselves.
+        # Side outputs, the last Linear and all of their biases are summed by the products themselves.
         weight = patch_weight(side, coarser).to(x.dtype)
-        rows = x.reshape(N * K, weight.shape[1])
-        tokens = rows @ weight.T if tokens is None else torch.addmm(tokens, rows, weight.T)
-        bias = bias + cast(Tensor, side.bias)
-    weight, bias = stem.proj.weight.to(x.dtype), bias.to(x.dtype)
-    last = F.linear(x, weight, bias) if tokens is None else torch.addmm(tokens + bias, x, weight.T)
-    return last.unflatten(0, (N, K))
+        tokens = torch.addmm(bias if tokens is None else tokens, x.reshape(N * K, weight.shape[1]), weight.T)
+    weight = stem.proj.weight.to(x.dtype)
+    return torch.addmm(bias if tokens is None else tokens, x, weight.T).unflatten(0, (N, K))
 
 
 def _embed_pixels(embed: Embed, spec: Tensor, visible: Tensor, resolutions: Sequence[int]) -> Tensor:
@@ -110,6 +107,7 @@ def _conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor, *, kee
         *(block.dwconv.weight.flatten(1), block.dwconv.bias, block.conv2.weight, block.conv2.bias),
         *(block.norm2.weight, block.norm2.bias, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias),
     ]
+    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return _stem_conv_block(x, halo, order, weights, block.norm1.eps, keep, backend="triton")[0]
 
 
@@ -325,15 +323,16 @@ class _BlockWeights(NamedTuple):
 
 def _conv_block_triton(
     x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.mlp import norm_mlp_residual
 
     x, w = x.contiguous(), _BlockWeights.of(weights, x.dtype)
     y, middle = _first_half(x, halo, order, w, eps)
-    out = norm_mlp_residual(
-        middle, w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, eps
-    )
-    return (out, y, middle) if keep else (out, *_nothing(x))
+    mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias
+    if not keep:
+        return norm_mlp_residual(middle, *mlp, eps), *_nothing(x, w)
+    pre = _new_pre(x, w)
+    return norm_mlp_residual(middle, *mlp, eps, pre if pre.shape[0] else None), y, middle, pre
 
 
 def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: _BlockWeights, eps: float) -> tuple[Tensor, Tensor]:
@@ -345,14 +344,27 @@ def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: _BlockWeights, eps: f
     return y, conv_linear_residual(x, y, halo, order, w.taps, w.taps_bias, w.conv2_weight, w.conv2_bias)
 
 
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1])
+def _new_pre(x: Tensor, w: _BlockWeights) -> Tensor:
+    """For the rows in front of GELU, (R, h) or, where they are made again in the backward, (0, h)."""
+    from .kernels.mlp import keeps_pre
+
+    h, c = w.fc1_weight.shape
+    return x.new_empty(x.shape[0] if keeps_pre(c, h, x.dtype, x.device) else 0, h)
+
+
+def _nothing(x: Tensor, w: _BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1]), x.new_empty(0, w.fc1_weight.shape[0])
 
 
 def _conv_block_fake(
     x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
 ) -> tuple[Tensor, ...]:
-    return _like(x, x, x) if keep else (*_like(x), *_nothing(x))
+    from .kernels.conv import middle_dtype
+
+    w = _BlockWeights(*weights)
+    if not keep:
+        return *_like(x), *_nothing(x, w)
+    return *_like(x, x), _like(x)[0].to(middle_dtype(x.dtype)), _new_pre(x, w)
 
 
 def _conv_block_backward_triton(
@@ -360,6 +372,7 @@ def _conv_block_backward_triton(
     x: Tensor,
     y: Tensor,
     middle: Tensor,
+    pre: Tensor,
     halo: Tensor,
     order: Tensor,
     weights: Sequence[Tensor],
@@ -376,7 +389,7 @@ def _conv_block_backward_triton(
         y, middle = _first_half(x, halo, order, w, eps)
 
     mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, eps
-    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp)
+    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp, pre if pre.shape[0] else None)
 
     dc2w = product(dmiddle.t(), depthwise(y, halo, order, w.taps, w.taps_bias))
     dz = dmiddle @ w.conv2_weight
@@ -392,30 +405,30 @@ def _conv_block_backward_triton(
 
 def _conv_block_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, halo, order, weights, ctx.eps, ctx.keep = inputs
-    _, y, middle = output
-    ctx.mark_non_differentiable(y, middle)
-    ctx.save_for_backward(x, y, middle, halo, order, *weights)
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, *kept, halo, order, *weights)
 
 
 def _conv_block_formula(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    x, y, middle, halo, order, *weights = ctx.saved_tensors
+    x, y, middle, pre, halo, order, *weights = ctx.saved_tensors
     dx, *dweights = _stem_conv_block_backward(
-        grad, x, y, middle, halo, order, weights, ctx.eps, ctx.keep, backend=ctx.backend
+        grad, x, y, middle, pre, halo, order, weights, ctx.eps, ctx.keep, backend=ctx.backend
     )
     return dx, None, None, dweights, None, None
 
 
 _stem_conv_block_backward = register(
     OPERATOR,
-    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor halo, Tensor order, "
+    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor pre, Tensor halo, Tensor order, "
     'Tensor[] weights, float eps, bool keep, *, str backend="auto") -> Tensor[]',
     {"triton": _conv_block_backward_triton},
-    fake=lambda grad, x, y, middle, halo, order, weights, eps, keep: list(_like(x, *weights)),
+    fake=lambda grad, x, y, middle, pre, halo, order, weights, eps, keep: list(_like(x, *weights)),
 )
 _stem_conv_block = register(
     OPERATOR,
     "stem_conv_block(Tensor x, Tensor halo, Tensor order, Tensor[] weights, float eps, bool keep, *, "
-    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
     {"triton": _conv_block_triton},
     fake=_conv_block_fake,
     setup_context=_conv_block_save,

@@ -129,9 +129,23 @@ def test_conv_linear_residual(factors: tuple[int, ...], kk: int, c: int, dtype: 
     tensors = (case.x, case.y, case.halo, case.order, case.dw_weight, case.dw_bias, case.weight, case.bias)
     before = [tensor.clone() for tensor in tensors]
     found = conv.conv_linear_residual(*tensors)
-    assert found.dtype == dtype
+    assert found.dtype == conv.middle_dtype(dtype)
     assert_close(found, case.linear(torch.float64), case.linear(dtype), dtype)
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_middle_beyond_float16(fused: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bfloat16 rows may hold and float16 ones not is the largest there; what is no number stays none."""
+    if not fused:
+        monkeypatch.setattr(conv.tiles, "conv_linear", lambda *args: None)
+    case = Case((2,), 1, 16, torch.bfloat16, device)
+    case.x[:3, 0] = torch.tensor([1e6, -1e6, math.nan], device=device, dtype=torch.bfloat16)
+    tensors = (case.x, case.y, case.halo, case.order, case.dw_weight, case.dw_bias, case.weight, case.bias)
+    found = conv.conv_linear_residual(*tensors)
+    assert found.dtype == torch.float16
+    assert found[:2, 0].tolist() == [65504, -65504]
+    assert found.isnan().nonzero().tolist() == [[2, 0]]
 
 
 @pytest.mark.parametrize(("factors", "kk", "c", "dtype"), CASES)

@@ -163,7 +163,7 @@ def test_opcheck():
     weights = [p.detach().flatten(1) if p.ndim == 4 else p.detach() for p in block.parameters()]
     rows = torch.randn(6, 16, device=DEVICE)
     with torch.no_grad():
-        _, y, middle = fused._stem_conv_block(x, halo, order, weights, 1e-5, True, backend="triton")
+        _, *kept = fused._stem_conv_block(x, halo, order, weights, 1e-5, True, backend="triton")
     calls = [
         (fused._stem_embed_pixels, pixels),
         (fused._stem_embed_pixels_backward, (torch.ones_like(x), *pixels[:5], [4, 8], 1e-5, True)),
@@ -171,7 +171,7 @@ def test_opcheck():
         (fused._stem_layer_norm_backward, (torch.ones_like(rows), rows, norm.weight, norm.bias, 1e-5)),
         (fused._stem_conv_block, (x, halo, order, weights, 1e-5, True)),
         (fused._stem_conv_block, (x, halo, order, weights, 1e-5, False)),
-        (fused._stem_conv_block_backward, (torch.ones_like(x), x, y, middle, halo, order, weights, 1e-5, True)),
+        (fused._stem_conv_block_backward, (torch.ones_like(x), x, *kept, halo, order, weights, 1e-5, True)),
     ]
     for overload, arguments in calls:
         arguments = tuple(a.detach() if isinstance(a, torch.nn.Parameter) else a for a in arguments)
