@@ -34,7 +34,7 @@ from benchmarks.flops import multiply_adds
 from benchmarks.results import Key, Results
 from benchmarks.runner import DTYPES, Case, Groups, Settings, arguments, finish, floor_ms, reason, run_case, say
 from benchmarks.stem import sizes, stem_inputs
-from cat_kernels.stem.layout import block_order, halo_rows, strides
+from cat_kernels.stem.layout import block_places, halo_rows, strides
 
 RADIUS, BLOCKS = 2, 2  # of the 5x5, conv blocks a stage
 MIXED = "triton, cublas"
@@ -91,9 +91,9 @@ def norm_linear_mixed(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Ten
 
 
 def conv_linear_mixed(
-    x: Tensor, y: Tensor, halo: Tensor, order: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
+    x: Tensor, y: Tensor, halo: Tensor, places: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    return torch.addmm(x + bias.to(x.dtype), ours("conv.depthwise")(y, halo, order, taps, taps_bias), weight.t())
+    return torch.addmm(x + bias.to(x.dtype), ours("conv.depthwise")(y, halo, places, taps, taps_bias), weight.t())
 
 
 def norm_mlp_kept(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def kernels(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         coarser = factors[:i:-1]
         halo = halo_rows(visible, grid, coarser, RADIUS)
         halo = torch.where(halo == patches * p * p, -1, halo).int()
-        yield from block_kernels(halo, block_order(coarser, device).int(), c, make, train=shape["masks"] > 0)
+        yield from block_kernels(halo, block_places(coarser, device).int(), c, make, train=shape["masks"] > 0)
         yield from products(f"side {i}", patches, p * p * c, config.embed_dim, make, passes=(1, 1, 1))
         yield Kernel(  # what the next embedding and the side output send back
             f"sum of gradients c={c} p={p}",
@@ -219,10 +219,10 @@ def norm_kernels(R: int, c: int, make: Maker, *, embedding: bool, blocks: bool) 
     )
 
 
-def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker, *, train: bool) -> Iterator[Kernel]:
+def block_kernels(halo: Tensor, places: Tensor, c: int, make: Maker, *, train: bool) -> Iterator[Kernel]:
     """The conv blocks of one stage; ``train``: of a forward that keeps the rows in front of GELU for its backward."""
-    S, h = order.numel(), 4 * c
-    R, p = halo.shape[0] * S, math.isqrt(order.numel())
+    S, h = places.numel(), 4 * c
+    R, p = halo.shape[0] * S, math.isqrt(places.numel())
     norm = lambda: (make.vector(c), make.vector(c))  # noqa: E731
     taps = lambda: make.vector(c, (2 * RADIUS + 1) ** 2)  # noqa: E731
     yield Kernel(
@@ -236,7 +236,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker, *, train: bo
     )
     yield Kernel(
         f"conv_linear_residual c={c} p={p}",
-        (make.rows(R, c), make.rows(R, c), halo, order, taps(), make.vector(c), make.matrix(c, c), make.vector(c)),
+        (make.rows(R, c), make.rows(R, c), halo, places, taps(), make.vector(c), make.matrix(c, c), make.vector(c)),
         pytorch=composed.conv_linear_residual,
         triton=ours("conv.conv_linear_residual"),
         mixed=conv_linear_mixed,
@@ -289,7 +289,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker, *, train: bo
     yield from products("fc2", R, h, c, make, passes=(0, 0, BLOCKS), scratch=scratch)
     yield Kernel(
         f"depthwise c={c} p={p}",
-        (make.rows(R, c), halo, order, taps(), make.vector(c)),
+        (make.rows(R, c), halo, places, taps(), make.vector(c)),
         pytorch=composed.depthwise,
         triton=ours("conv.depthwise"),
         backward=BLOCKS,
@@ -298,15 +298,15 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker, *, train: bo
     transposed = ours("conv.depthwise")
     yield Kernel(
         f"depthwise transposed c={c} p={p}",
-        (make.rows(R, c), halo, order, taps()),
+        (make.rows(R, c), halo, places, taps()),
         pytorch=composed.depthwise_transposed,
-        triton=lambda grad, halo, order, taps: transposed(grad, halo, order, taps, None, transpose=True),
+        triton=lambda grad, halo, places, taps: transposed(grad, halo, places, taps, None, transpose=True),
         backward=BLOCKS,
         scalar={"depthwise": R * c},
     )
     yield Kernel(
         f"depthwise_backward_weight c={c} p={p}",
-        (make.rows(R, c), make.rows(R, c), halo, order),
+        (make.rows(R, c), make.rows(R, c), halo, places),
         pytorch=composed.depthwise_backward_weight,
         triton=functools.partial(ours("conv.depthwise_backward_weight"), kernel_size=2 * RADIUS + 1),
         backward=BLOCKS,

@@ -183,7 +183,7 @@ def conv_linear_residual(
     x: Tensor,
     y: Tensor,
     halo: Tensor,
-    order: Tensor,
+    places: Tensor,
     dw_weight: Tensor,
     dw_bias: Tensor,
     weight: Tensor,
@@ -194,7 +194,7 @@ def conv_linear_residual(
     Args:
         x, y: (R, c) rows of visible patches, positions in block order.
         halo: (patches, side * side) int32, the row of y that each cell reads, -1 for zeros.
-        order: (S,) int32, row-major index in the patch of the position at each block place.
+        places: (S,) int32, `layout.block_places` of a patch.
         dw_weight: (c, kk * kk). dw_bias: (c,). bias: (c,); any float dtype.
         weight: (c, c), out x in, in the rows' dtype.
 
@@ -202,15 +202,15 @@ def conv_linear_residual(
         (R, c) in `middle_dtype` of the rows'.
     """
     R, c = x.shape
-    p, kk = _sides(halo, order)
+    p, kk = _sides(halo, places)
     options = tiles.conv_linear(c, p, x.dtype, tiles.Chip.of(x.device))
     dtype = middle_dtype(x.dtype)
     if options is None:
-        found = torch.addmm(x + bias.to(x.dtype), depthwise(y, halo, order, dw_weight, dw_bias), weight.t())
+        found = torch.addmm(x + bias.to(x.dtype), depthwise(y, halo, places, dw_weight, dw_bias), weight.t())
         return found if dtype == x.dtype else found.float().clamp(-65504, 65504).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
     grid = (triton.cdiv(R, options["BLOCK_R"]),)
-    tensors = (x, y, halo, _places(order), _taps(dw_weight), dw_bias, weight, bias, out)
+    tensors = (x, y, halo, places, _taps(dw_weight), dw_bias, weight, bias, out)
     sizes = {"c": c, "KK": kk, "P": p, "SATURATE": dtype != x.dtype}
     launch(_conv_linear_residual, grid, *tensors, R, **sizes, **options)
     return out
@@ -247,7 +247,7 @@ def _depthwise(
 
 
 def depthwise(
-    y: Tensor, halo: Tensor, order: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, *, transpose: bool = False
+    y: Tensor, halo: Tensor, places: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, *, transpose: bool = False
 ) -> Tensor:
     """DW(y) + dw_bias -> (R, c); arguments as in `conv_linear_residual`.
 
@@ -255,12 +255,12 @@ def depthwise(
     it is the same sum with the taps in reverse.
     """
     R, c = y.shape
-    p, kk = _sides(halo, order)
+    p, kk = _sides(halo, places)
     out = torch.empty_like(y)
     options = tiles.depthwise(c, p, y.dtype)
     grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(c, options["BLOCK_C"]),)
     taps = _taps(dw_weight)
-    tensors = (y, halo, _places(order), taps, taps if dw_bias is None else dw_bias, out)
+    tensors = (y, halo, places, taps, taps if dw_bias is None else dw_bias, out)
     sizes = {"c": c, "KK": kk, "P": p, "FLIP": transpose, "HAS_BIAS": dw_bias is not None}
     launch(_depthwise, grid, *tensors, R, **sizes, **options)
     return out
@@ -319,44 +319,38 @@ def _depthwise_backward_weight(
 
 
 def depthwise_backward_weight(
-    grad: Tensor, y: Tensor, halo: Tensor, order: Tensor, kernel_size: int
+    grad: Tensor, y: Tensor, halo: Tensor, places: Tensor, kernel_size: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight (c, kk * kk) and of the bias (c,), float32, summed in a fixed order.
 
     ``grad`` (R, c) is the gradient of DW(y); the other arguments as in `conv_linear_residual`.
     """
     R, c = y.shape
-    p, kk = _sides(halo, order, kernel_size)
+    p, kk = _sides(halo, places, kernel_size)
     options = tiles.depthwise(c, p, y.dtype)
     shares = min(SHARES, triton.cdiv(R, options["BLOCK_R"]))
     dtaps = y.new_empty((shares, kk * kk, c), dtype=torch.float32)
     dbias = y.new_empty((shares, c), dtype=torch.float32)
     grid = (shares * kk * triton.cdiv(c, options["BLOCK_C"]),)
-    tensors = (grad, y, halo, _places(order), dtaps, dbias)
+    tensors = (grad, y, halo, places, dtaps, dbias)
     launch(_depthwise_backward_weight, grid, *tensors, R, c=c, KK=kk, P=p, **options)
     return dtaps.sum(0).t().contiguous(), dbias.sum(0)
 
 
-def _sides(halo: Tensor, order: Tensor, kernel_size: int | None = None) -> tuple[int, int]:
+def _sides(halo: Tensor, places: Tensor, kernel_size: int | None = None) -> tuple[int, int]:
     """p and the kernel size, from the sizes of a patch and of its halo."""
-    p, side = math.isqrt(order.numel()), math.isqrt(halo.shape[1])
+    p, side = math.isqrt(places.numel()), math.isqrt(halo.shape[1])
     kk = side - p + 1
-    if p * p != order.numel() or side * side != halo.shape[1] or kernel_size not in (None, kk):
+    if p * p != places.numel() or side * side != halo.shape[1] or kernel_size not in (None, kk):
         raise ValueError(
-            f"halo {tuple(halo.shape)} and order {tuple(order.shape)} must be (patches, (p + kk - 1)^2) and (p^2,)"
+            f"halo {tuple(halo.shape)} and places {tuple(places.shape)} must be (patches, (p + kk - 1)^2) and (p^2,)"
             + (f" with kk = {kernel_size}" if kernel_size is not None else "")
         )
     return p, kk
 
 
-def _places(order: Tensor) -> Tensor:
-    """The inverse of ``order``: block place of every row-major position, int32."""
-    places = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
-    return torch.empty_like(places).scatter_(0, order.long(), places)
-
-
 def _taps(dw_weight: Tensor) -> Tensor:
-    """(c, kk * kk) -> (kk * kk, c): the channels of a tap adjacent, as the kernels read them."""
+    """(c, kk * kk) -> (kk * kk, c): the channels of a tap adjacent, as the kernels read them. A view where they are."""
     return dw_weight.t().contiguous()
 
 

@@ -68,6 +68,12 @@ def norm_linear(c: int, n: int, dtype: torch.dtype) -> Tiles | None:
     return {**sizes, "num_warps": 8, "num_stages": 3}
 
 
+def halo_rows(cells: int) -> Tiles:
+    """2048 cells: 16 for each thread of 4 warps."""
+    columns = min(256, padded(cells))
+    return {"BLOCK_R": 2048 // columns, "BLOCK_C": columns, "num_warps": 4, "num_stages": 1}
+
+
 def depthwise(c: int, p: int, dtype: torch.dtype) -> Tiles:
     """A thread gets one group of G rows and one load's worth of channels, 8 in half precision."""
     G = math.gcd(p, 4)
