@@ -69,6 +69,27 @@ class Ahead:
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+def _round_as_a_gpu_does() -> None:
+    """Triton 3.6's interpreter cuts float32 off to bfloat16, toward zero, where a GPU rounds to the nearest: twice the
+    error, and all of it on one side."""
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(values, source, target, mode)
+        bits = values.view("uint32")
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to even where two are as near
+        return (nearest * (values == values) + 0x7FC0 * (values != values)).astype("uint16")
+
+    interpreter._convert_float = rounded
+
+
+if triton.knobs.runtime.interpret:
+    _round_as_a_gpu_does()
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """`tl.dot` with an accumulator. The interpreter multiplies bfloat16 operands as integers, so it gets float32."""

@@ -4,14 +4,14 @@
     dpre = (grad @ W2) * GELU'(pre),  dxn = dpre @ W1,  dx = grad + LN'(dxn)
     dW1 = dpre.T @ xn,  db1 = sum dpre,  dW2 = grad.T @ hidden,  db2 = sum grad
 
-The hidden layer, four times as wide as x, is kept for nothing: the forward makes it a chunk at a time on the chip, the
-backward makes it again. Of what the chip has no room for (see `tiles.mlp`) and of the backward, a slice of rows at a
-time lies in memory, at most `SCRATCH` bytes however large the batch. In the backward that is what costs least: with
-hidden and dpre of a slice at hand, the three products that are left are plain ones, for the vendor's library; made
-again in each of two fused kernels, they cost 28 c^2 multiply-adds a row where this costs 20.
+The forward makes the hidden layer, four times as wide as x, a chunk at a time on the chip. Of what the chip has no room
+for (see `tiles.mlp`) and of the backward, a slice of rows at a time lies in memory (`scratch`): with hidden and dpre of
+a slice at hand, the three products that are left are plain ones, for the vendor's library; made again in each of two
+fused kernels, they would cost 28 c^2 multiply-adds a row where this costs 20, and 16 where the forward kept ``pre``
+(`keeps_pre`).
 
-A fused tile's columns are kept in two parts, c = HI + LO, both powers of two as tiles must be: 384 = 256 + 128, where
-one tile would need 512 columns, a third more of everything. `HI` is less than c, so that both parts always exist.
+A fused tile's columns are kept in parts, powers of two as tiles must be: 384 = 256 + 128, where one tile would need 512
+columns, a third more of everything; 256 is one part. See `tiles.split_width`.
 
 Shapes: R rows, c channels, h hidden; a tile has BLOCK_R rows and BLOCK_H hidden units.
 """
