@@ -108,7 +108,7 @@ def _conv_block(block: ConvBlock, x: Tensor, halo: Tensor, places: Tensor, *, ke
         *(block.dwconv.weight.flatten(1), block.dwconv.bias, block.conv2.weight, block.conv2.bias),
         *(block.norm2.weight, block.norm2.bias, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias),
     ]
-    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
     return _stem_conv_block(x, halo, places, weights, block.norm1.eps, keep, backend="triton")[0]
 
 

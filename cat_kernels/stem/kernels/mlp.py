@@ -168,9 +168,10 @@ def _norm_mlp_residual(
     xn = _load_rows(y_ptr, rows, R, c, HI, LO)
     tl.debug_barrier()
 
-    sums = (tl.zeros((BLOCK_R, HI), tl.float32),)
-    if LO:
-        sums = sums + (tl.zeros((BLOCK_R, LO), tl.float32),)
+    sums = tl.tuple([])
+    for part in tl.static_range(PARTS):
+        columns, _ = _columns(part, c, HI, LO)
+        sums = sums + (tl.zeros((BLOCK_R, columns.shape[0]), tl.float32),)
     for start in range(0, h, BLOCK_H):
         hs = start + tl.arange(0, BLOCK_H)
         in_h = (hs < h) | (h % BLOCK_H == 0)
@@ -405,7 +406,7 @@ def norm_mlp_backward(
         dfc1, dfc2 = product(dpre.t(), xn), product(grad[rows].t(), hidden)
         dnorm = layer_norm_backward(dpre @ fc1_weight, x[rows], ln_weight, eps, grad[rows], out=dx[rows])[1]
         found = [*dnorm[:2], dfc1, db1, dfc2, dnorm[2]]
-        total = torch._foreach_add(total, found) if total else found
+        total = list(torch._foreach_add(total, found)) if total else found
     return dx, *total
 
 
