@@ -64,24 +64,23 @@ def norm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, b
 
 
 def conv_linear_residual(
-    x: Tensor, y: Tensor, halo: Tensor, order: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
+    x: Tensor, y: Tensor, halo: Tensor, places: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    return x + F.linear(depthwise(y, halo, order, taps, taps_bias), weight, bias)
+    return x + F.linear(depthwise(y, halo, places, taps, taps_bias), weight, bias)
 
 
-def depthwise(y: Tensor, halo: Tensor, order: Tensor, taps: Tensor, taps_bias: Tensor | None) -> Tensor:
+def depthwise(y: Tensor, halo: Tensor, places: Tensor, taps: Tensor, taps_bias: Tensor | None) -> Tensor:
     kernel = _kernel(taps)
     out = F.conv2d(_windows(y, halo), kernel, taps_bias, groups=y.shape[1])
-    return out.permute(0, 2, 3, 1).flatten(1, 2)[:, order].flatten(0, 1)
+    return out.permute(0, 2, 3, 1).flatten(1, 2)[:, places.argsort()].flatten(0, 1)
 
 
-def depthwise_transposed(grad: Tensor, halo: Tensor, order: Tensor, taps: Tensor) -> Tensor:
-    return depthwise(grad, halo, order, taps.flip(1), None)
+def depthwise_transposed(grad: Tensor, halo: Tensor, places: Tensor, taps: Tensor) -> Tensor:
+    return depthwise(grad, halo, places, taps.flip(1), None)
 
 
-def depthwise_backward_weight(grad: Tensor, y: Tensor, halo: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    p, c = math.isqrt(order.numel()), y.shape[1]
-    places = torch.empty_like(order).scatter_(0, order.long(), torch.arange(p * p, device=order.device).to(order))
+def depthwise_backward_weight(grad: Tensor, y: Tensor, halo: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    p, c = math.isqrt(places.numel()), y.shape[1]
     grid = grad.unflatten(0, (-1, p * p))[:, places].unflatten(1, (p, p)).permute(0, 3, 1, 2)
     windows = _windows(y, halo)
     kernel = y.new_empty(c, 1, *(side - p + 1 for side in windows.shape[2:]))
@@ -117,6 +116,18 @@ def norm_mlp_backward(
     hidden, dpre, db1 = mlp_hidden(xn, grad, fc1, b1, fc2)
     dx, (dln_weight, dln_bias, db2) = layer_norm_backward(dpre @ fc1, x, ln_weight, grad)
     return dx, dln_weight, dln_bias, weight_gradient(dpre, xn), db1, weight_gradient(grad, hidden), db2
+
+
+def norm_mlp_residual_kept(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor]:
+    pre = norm_linear(x, ln_weight, ln_bias, fc1, b1)
+    return x + F.linear(F.gelu(pre), fc2, b2), pre
+
+
+def mlp_hidden_kept(pre: Tensor, grad: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dpre = aten.gelu_backward(grad @ fc2, pre)
+    return F.gelu(pre), dpre, dpre.sum(0)
 
 
 def mlp_hidden(xn: Tensor, grad: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

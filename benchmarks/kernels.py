@@ -36,7 +36,7 @@ from benchmarks.flops import multiply_adds
 from benchmarks.results import Key, Results
 from benchmarks.runner import DTYPES, Case, Groups, Settings, arguments, finish, floor_ms, reason, run_case, say
 from benchmarks.stem import sizes, stem_inputs
-from cat_kernels.stem.layout import block_order, halo_rows, strides
+from cat_kernels.stem.layout import block_places, halo_rows, strides
 
 RADIUS, BLOCKS = 2, 2  # of the 5x5, conv blocks a stage
 MIXED = "triton, cublas"
@@ -95,9 +95,15 @@ def norm_linear_mixed(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Ten
 
 
 def conv_linear_mixed(
-    x: Tensor, y: Tensor, halo: Tensor, order: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
+    x: Tensor, y: Tensor, halo: Tensor, places: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    return torch.addmm(x + bias.to(x.dtype), ours("conv.depthwise")(y, halo, order, taps, taps_bias), weight.t())
+    return torch.addmm(x + bias.to(x.dtype), ours("conv.depthwise")(y, halo, places, taps, taps_bias), weight.t())
+
+
+def norm_mlp_kept(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    fc1 = parameters[2]
+    pre = fc1.new_empty(x.shape[0], fc1.shape[0])
+    return ours("mlp.norm_mlp_residual")(x, *parameters, EPS, pre), pre
 
 
 def norm_mlp_mixed(
@@ -161,7 +167,7 @@ def kernels(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         coarser = factors[:i:-1]
         halo = halo_rows(visible, grid, coarser, RADIUS)
         halo = torch.where(halo == patches * p * p, -1, halo).int()
-        yield from block_kernels(halo, block_order(coarser, device).int(), c, make)
+        yield from block_kernels(halo, block_places(coarser, device).int(), c, make, train=shape["masks"] > 0)
         yield from products(f"side {i}", patches, p * p * c, config.embed_dim, make, passes=(1, 1, 1))
         yield Kernel(  # what the next embedding and the side output send back
             f"sum of gradients c={c} p={p}",
@@ -225,10 +231,10 @@ def norm_kernels(R: int, c: int, make: Maker, *, embedding: bool, blocks: bool) 
     )
 
 
-def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[Kernel]:
-    """The conv blocks of one stage."""
-    S, h = order.numel(), 4 * c
-    R, p = halo.shape[0] * S, math.isqrt(order.numel())
+def block_kernels(halo: Tensor, places: Tensor, c: int, make: Maker, *, train: bool) -> Iterator[Kernel]:
+    """The conv blocks of one stage; ``train``: of a forward that keeps the rows in front of GELU for its backward."""
+    S, h = places.numel(), 4 * c
+    R, p = halo.shape[0] * S, math.isqrt(places.numel())
     norm = lambda: (make.vector(c), make.vector(c))  # noqa: E731
     taps = lambda: make.vector(c, (2 * RADIUS + 1) ** 2)  # noqa: E731
     yield Kernel(
@@ -242,7 +248,7 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     )
     yield Kernel(
         f"conv_linear_residual c={c} p={p}",
-        (make.rows(R, c), make.rows(R, c), halo, order, taps(), make.vector(c), make.matrix(c, c), make.vector(c)),
+        (make.rows(R, c), make.rows(R, c), halo, places, taps(), make.vector(c), make.matrix(c, c), make.vector(c)),
         pytorch=composed.conv_linear_residual,
         triton=ours("conv.conv_linear_residual"),
         mixed=conv_linear_mixed,
@@ -256,7 +262,15 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
         pytorch=composed.norm_mlp_residual,
         triton=functools.partial(ours("mlp.norm_mlp_residual"), eps=EPS),
         mixed=norm_mlp_mixed,
-        forward=BLOCKS,
+        forward=0 if train else BLOCKS,
+        scalar={"norm": R * c, "gelu": R * h},
+    )
+    yield Kernel(
+        f"norm_mlp_residual kept c={c}",
+        (make.rows(R, c), *mlp, make.vector(c)),
+        pytorch=composed.norm_mlp_residual_kept,
+        triton=norm_mlp_kept,
+        forward=BLOCKS if train else 0,
         scalar={"norm": R * c, "gelu": R * h},
     )
     yield Kernel(  # the whole of it; its parts are those that follow
@@ -265,21 +279,29 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
         pytorch=composed.norm_mlp_backward,
         triton=functools.partial(ours("mlp.norm_mlp_backward"), eps=EPS),
     )
-    yield Kernel(
+    scratch = 2 * h * make.dtype.itemsize
+    yield Kernel(  # where the rows in front of GELU are not kept
         f"mlp_hidden c={c}",
         (make.rows(R, c), make.rows(R, c), *mlp[2:]),
         pytorch=composed.mlp_hidden,
         triton=ours("mlp.mlp_hidden"),
+        scalar={"gelu_backward": R * h},
+        scratch=scratch,
+    )
+    yield Kernel(
+        f"mlp_hidden_kept c={c}",
+        (make.rows(R, h), make.rows(R, c), mlp[-1]),
+        pytorch=composed.mlp_hidden_kept,
+        triton=ours("mlp.mlp_hidden_kept"),
         backward=BLOCKS,
         scalar={"gelu_backward": R * h},
-        scratch=2 * h * make.dtype.itemsize,
+        scratch=scratch,
     )
-    scratch = 2 * h * make.dtype.itemsize
     yield from products("fc1", R, c, h, make, passes=(0, BLOCKS, BLOCKS), scratch=scratch)
     yield from products("fc2", R, h, c, make, passes=(0, 0, BLOCKS), scratch=scratch)
     yield Kernel(
         f"depthwise c={c} p={p}",
-        (make.rows(R, c), halo, order, taps(), make.vector(c)),
+        (make.rows(R, c), halo, places, taps(), make.vector(c)),
         pytorch=composed.depthwise,
         triton=ours("conv.depthwise"),
         backward=BLOCKS,
@@ -288,15 +310,15 @@ def block_kernels(halo: Tensor, order: Tensor, c: int, make: Maker) -> Iterator[
     transposed = ours("conv.depthwise")
     yield Kernel(
         f"depthwise transposed c={c} p={p}",
-        (make.rows(R, c), halo, order, taps()),
+        (make.rows(R, c), halo, places, taps()),
         pytorch=composed.depthwise_transposed,
-        triton=lambda grad, halo, order, taps: transposed(grad, halo, order, taps, None, transpose=True),
+        triton=lambda grad, halo, places, taps: transposed(grad, halo, places, taps, None, transpose=True),
         backward=BLOCKS,
         scalar={"depthwise": R * c},
     )
     yield Kernel(
         f"depthwise_backward_weight c={c} p={p}",
-        (make.rows(R, c), make.rows(R, c), halo, order),
+        (make.rows(R, c), make.rows(R, c), halo, places),
         pytorch=composed.depthwise_backward_weight,
         triton=functools.partial(ours("conv.depthwise_backward_weight"), kernel_size=2 * RADIUS + 1),
         backward=BLOCKS,

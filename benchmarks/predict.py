@@ -89,7 +89,7 @@ def resident(r: Resources, a: Assumptions) -> int:
 def cache_bytes(name: str, sizes: dict[str, Any], R: int) -> int:
     """What all programs of a kernel of ours read and write through the L2, from its tiles; 2 bytes an element.
 
-    A tile that is read three times counts three times; a patch's halo once a program.
+    A tile that is read twice counts twice; a patch's halo once a program.
     """
     z, c, rows = sizes, sizes["c"], R * sizes["c"]
     programs = math.ceil(R / z["BLOCK_R"]) if "BLOCK_R" in z else 0
@@ -97,9 +97,11 @@ def cache_bytes(name: str, sizes: dict[str, Any], R: int) -> int:
     match name.split()[0]:
         case "norm_linear":
             columns = math.ceil(z["n"] / z["BLOCK_N"])
-            elements = columns * (3 * rows + programs * z["BLOCK_N"] * c) + R * z["n"]
+            elements = columns * (2 * rows + programs * z["BLOCK_N"] * c) + R * z["n"]
         case "norm_mlp_residual":
-            elements = programs * 2 * c * z["h"] + 7 * rows
+            elements = programs * 2 * c * z["h"] + 7 * rows + (R * z["h"] if z["KEEP"] else 0)
+        case "mlp_hidden_kept":
+            elements = programs * c * z["h"] + rows + 3 * R * z["h"]
         case "mlp_hidden":
             columns = math.ceil(z["h"] / z["BLOCK_H"])
             elements = columns * (2 * rows + programs * 2 * z["BLOCK_H"] * c) + 2 * R * z["h"]
@@ -166,10 +168,12 @@ def floor_ms(moved: int, flops: int, a: Assumptions) -> float:
 
 
 def slices(kernel: Kernel) -> int:
-    """Launches that a kernel's work is cut into: the MLP's backward goes slice by slice."""
-    from cat_kernels.stem.kernels.mlp import SCRATCH
+    """Launches that a kernel's work is cut into: the MLP's backward goes slice by slice, with 80 GB in one."""
+    from cat_kernels.stem.kernels.mlp import scratch
 
-    return max(1, math.ceil(kernel.scratch * kernel.inputs[0].shape[0] / SCRATCH))
+    first = kernel.inputs[0]
+    assert first is not None
+    return max(1, math.ceil(kernel.scratch * first.shape[0] / scratch(first.device)))
 
 
 def rows(kernel: Kernel, c: int) -> int:
@@ -252,7 +256,7 @@ def main() -> int:
         print("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it", file=sys.stderr)
         return 2
     a, masked, dense = Assumptions(), stem(SHAPE["masks"]), stem(0)
-    compiled = compile_needed(compiled_names(masked))
+    compiled = compile_needed(compiled_names([*masked, *dense]))
     predictions = predict_all(masked, compiled, a)
     step = whole.predicted(SHAPE, a)
     tables = [whole.step_table(step), whole.kind_table(step), whole.memory_table(step)]

@@ -52,6 +52,7 @@ class Chip:
 
     architecture: int = 90
     multiprocessors: int = 132
+    memory: int = 141 << 30  # bytes
 
     @property
     def shared_kib(self) -> int:
@@ -71,7 +72,7 @@ class Chip:
         if device.type != "cuda":
             return Chip()
         found = torch.cuda.get_device_properties(device)
-        return Chip(10 * found.major + found.minor, found.multi_processor_count)
+        return Chip(10 * found.major + found.minor, found.multi_processor_count, found.total_memory)
 
 
 # Triton's names of the dtypes that kernels take.
@@ -144,6 +145,27 @@ class Ahead:
 
 # Read once: Triton too decides when it is imported.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def _round_as_a_gpu_does() -> None:
+    """Triton 3.6's interpreter cuts float32 off to bfloat16, toward zero, where a GPU rounds to the nearest: twice the
+    error, and all of it on one side."""
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(values, source, target, mode)
+        bits = values.view("uint32")
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to even where two are as near
+        return (nearest * (values == values) + 0x7FC0 * (values != values)).astype("uint16")
+
+    interpreter._convert_float = rounded
+
+
+if triton.knobs.runtime.interpret:
+    _round_as_a_gpu_does()
 
 
 @triton.jit

@@ -487,6 +487,7 @@ def test_multiply_adds_of_the_kernels_add_up_to_the_stem():
     R, c = 4 * 102 * 16, 256
     assert by_name["norm_linear c=256"] == (2 * R * c * 2 + (c * c) * 2 + 3 * c * 4, R * c * c)
     assert by_name["mlp_hidden c=256"][1] == 8 * R * c * c
+    assert by_name["mlp_hidden_kept c=256"] == (2 * R * (c + 3 * 4 * c) + 2 * 4 * c * c + 2 * 4 * c, 4 * R * c * c)
 
 
 def test_kernels_give_what_pytorchs_operations_give():
@@ -596,7 +597,7 @@ def test_prediction_takes_the_slowest_and_adds_up_a_lone_programs_work():
     a = predict.Assumptions(launch_us=0.0)
     listed = {k.name: k for k in predict.stem(4)}
     kernel = listed["norm_mlp_residual c=256"]
-    sizes = {"c": 256, "h": 1024, "BLOCK_R": 128, "BLOCK_H": 32}
+    sizes = {"c": 256, "h": 1024, "KEEP": False, "BLOCK_R": 128, "BLOCK_H": 32}
 
     def predicted(registers):
         resources = predict.Resources("stem", kernel.name, 90, 8, registers, 20 << 10, 0)

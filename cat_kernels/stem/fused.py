@@ -1,8 +1,9 @@
 """The stem in Triton: the visible-only stem (`visible.py`), its memory-bound chains of operations fused.
 
-Three registered operators carry the fusion; what is one plain matrix product is left to PyTorch:
+Four registered operators carry the fusion; what is one plain matrix product is left to PyTorch:
 
 - `stem_embed_pixels`: pixels of visible patches -> embedding -> LayerNorm
+- `stem_halo_rows`: the table of neighbours
 - `stem_layer_norm`: LayerNorm of the coarser embeddings
 - `stem_conv_block`: LN + 1x1; depthwise + 1x1 + residual; LN + MLP + residual
 
@@ -11,6 +12,7 @@ Shapes: N clone rows, K visible patches each, S positions in a patch of a stage,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .._library import register
 from . import composite
-from .layout import block_order, halo_rows, strides
+from .layout import block_places, strides
 from .products import add_product
 from .visible import patch_weight
 from .weights import ConvBlock, Embed, StemWeights
@@ -66,8 +68,8 @@ def _stem(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None, recom
     N, K = visible_NK.shape
 
     factors, levels = strides(stem.resolutions), stem.levels()
-    tokens: Tensor | None = None
-    bias: Tensor = stem.proj.bias
+    # Side outputs, the last Linear and all of their biases are summed by the products themselves.
+    tokens: Tensor = sum((cast(Tensor, side.bias) for side in stem.sides), stem.proj.bias)
     x = _embed_pixels(levels[0][0], spec_BCTF, visible_NK, stem.resolutions)
     for i, (embed, blocks, side) in enumerate(levels):
         if i:
@@ -75,17 +77,13 @@ def _stem(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tensor | None, recom
         if side is None:
             break
         coarser = factors[:i:-1]  # k_{n-1} .. k_{i+1}
-        halo = halo_rows(visible_NK, (H, W), coarser, stem.kernel_size // 2)
-        halo = torch.where(halo == x.shape[0], -1, halo).int()
-        order = block_order(coarser, x.device).int()
+        places = block_places(coarser, x.device).int()
+        halo = _stem_halo_rows(visible_NK, places, [H, W], stem.kernel_size // 2, backend="triton")
         for block in blocks:
-            x = _conv_block(block, x, halo, order, keep=not recompute)
-        # Side outputs and the last Linear are summed by the products themselves.
+            x = _conv_block(block, x, halo, places, keep=not recompute)
         weight = patch_weight(side, coarser)
         tokens = add_product(tokens, x.reshape(N * K, weight.shape[1]), weight)
-        bias = bias + cast(Tensor, side.bias)
-    bias = bias.to(x.dtype)
-    return add_product(bias if tokens is None else tokens + bias, x, stem.proj.weight).unflatten(0, (N, K))
+    return add_product(tokens, x, stem.proj.weight).unflatten(0, (N, K))
 
 
 def _embed_pixels(embed: Embed, spec: Tensor, visible: Tensor, resolutions: Sequence[int]) -> Tensor:
@@ -102,13 +100,14 @@ def _embed(embed: Embed, x: Tensor, factor: int) -> Tensor:
     return _stem_layer_norm(rows, embed.norm.weight, embed.norm.bias, embed.norm.eps, backend="triton")
 
 
-def _conv_block(block: ConvBlock, x: Tensor, halo: Tensor, order: Tensor, *, keep: bool) -> Tensor:
+def _conv_block(block: ConvBlock, x: Tensor, halo: Tensor, places: Tensor, *, keep: bool) -> Tensor:
     weights = [
         *(block.norm1.weight, block.norm1.bias, block.conv1.weight, block.conv1.bias),
         *(block.dwconv.weight.flatten(1), block.dwconv.bias, block.conv2.weight, block.conv2.bias),
         *(block.norm2.weight, block.norm2.bias, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias),
     ]
-    return _stem_conv_block(x, halo, order, weights, block.norm1.eps, keep, backend="triton")[0]
+    keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
+    return _stem_conv_block(x, halo, places, weights, block.norm1.eps, keep, backend="triton")[0]
 
 
 # --- embedding of pixels ---------------------------------------------------------------------------------------------
@@ -238,6 +237,28 @@ _stem_embed_pixels = register(
 )
 
 
+# --- table of neighbours ---------------------------------------------------------------------------------------------
+
+
+def _halo_rows_triton(visible: Tensor, places: Tensor, grid: Sequence[int], radius: int) -> Tensor:
+    from .kernels.halo import halo_rows
+
+    return halo_rows(visible, places, (grid[0], grid[1]), radius)
+
+
+def _halo_rows_fake(visible: Tensor, places: Tensor, grid: Sequence[int], radius: int) -> Tensor:
+    side = math.isqrt(places.shape[0]) + 2 * radius
+    return places.new_empty(visible.shape[0] * visible.shape[1], side * side)
+
+
+_stem_halo_rows = register(
+    OPERATOR,
+    'stem_halo_rows(Tensor visible, Tensor places, int[] grid, int radius, *, str backend="auto") -> Tensor',
+    {"triton": _halo_rows_triton},
+    fake=_halo_rows_fake,
+)
+
+
 # --- LayerNorm of rows -----------------------------------------------------------------------------------------------
 
 
@@ -293,7 +314,7 @@ _stem_layer_norm = register(
 
 class _BlockWeights(NamedTuple):
     """A conv block's parameters in the order of the operator's list. As the kernels take them: matrices in the
-    activations' dtype; vectors and the depthwise taps as they are."""
+    activations' dtype; vectors and the depthwise taps as they are, the channels of a tap adjacent."""
 
     norm1_weight: Tensor
     norm1_bias: Tensor
@@ -314,6 +335,7 @@ class _BlockWeights(NamedTuple):
     def of(weights: Sequence[Tensor], dtype: torch.dtype) -> _BlockWeights:
         w = _BlockWeights(*(weight.contiguous() for weight in weights))
         return w._replace(
+            taps=w.taps.t().contiguous().t(),
             conv1_weight=w.conv1_weight.to(dtype),
             conv2_weight=w.conv2_weight.to(dtype),
             fc1_weight=w.fc1_weight.to(dtype),
@@ -322,35 +344,49 @@ class _BlockWeights(NamedTuple):
 
 
 def _conv_block_triton(
-    x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, halo: Tensor, places: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.mlp import norm_mlp_residual
 
     x, w = x.contiguous(), _BlockWeights.of(weights, x.dtype)
-    y, middle = _first_half(x, halo, order, w, eps)
-    out = norm_mlp_residual(
-        middle, w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, eps
-    )
-    return (out, y, middle) if keep else (out, *_nothing(x))
+    y, middle = _first_half(x, halo, places, w, eps)
+    mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias
+    if not keep:
+        return norm_mlp_residual(middle, *mlp, eps), *_nothing(x, w)
+    pre = _new_pre(x, w)
+    return norm_mlp_residual(middle, *mlp, eps, pre if pre.shape[0] else None), y, middle, pre
 
 
-def _first_half(x: Tensor, halo: Tensor, order: Tensor, w: _BlockWeights, eps: float) -> tuple[Tensor, Tensor]:
+def _first_half(x: Tensor, halo: Tensor, places: Tensor, w: _BlockWeights, eps: float) -> tuple[Tensor, Tensor]:
     """What the depthwise convolution reads, and the block's middle: the rows after the first residual."""
     from .kernels.conv import conv_linear_residual
     from .kernels.linear import norm_linear
 
     y = norm_linear(x, w.norm1_weight, w.norm1_bias, w.conv1_weight, w.conv1_bias, eps)
-    return y, conv_linear_residual(x, y, halo, order, w.taps, w.taps_bias, w.conv2_weight, w.conv2_bias)
+    return y, conv_linear_residual(x, y, halo, places, w.taps, w.taps_bias, w.conv2_weight, w.conv2_bias)
 
 
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1])
+def _new_pre(x: Tensor, w: _BlockWeights) -> Tensor:
+    """For the rows in front of GELU, (R, h) or, where they are made again in the backward, (0, h)."""
+    from .kernels.mlp import keeps_pre
+
+    h, c = w.fc1_weight.shape
+    return x.new_empty(x.shape[0] if keeps_pre(c, h, x.dtype, x.device) else 0, h)
+
+
+def _nothing(x: Tensor, w: _BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1]), x.new_empty(0, w.fc1_weight.shape[0])
 
 
 def _conv_block_fake(
-    x: Tensor, halo: Tensor, order: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
+    x: Tensor, halo: Tensor, places: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
 ) -> tuple[Tensor, ...]:
-    return _like(x, x, x) if keep else (*_like(x), *_nothing(x))
+    from .kernels.conv import middle_dtype
+
+    w = _BlockWeights(*weights)
+    if not keep:
+        return *_like(x), *_nothing(x, w)
+    return *_like(x, x), _like(x)[0].to(middle_dtype(x.dtype)), _new_pre(x, w)
 
 
 def _conv_block_backward_triton(
@@ -358,8 +394,9 @@ def _conv_block_backward_triton(
     x: Tensor,
     y: Tensor,
     middle: Tensor,
+    pre: Tensor,
     halo: Tensor,
-    order: Tensor,
+    places: Tensor,
     weights: Sequence[Tensor],
     eps: float,
     keep: bool,
@@ -371,15 +408,15 @@ def _conv_block_backward_triton(
 
     grad, x, w = grad.contiguous(), x.contiguous(), _BlockWeights.of(weights, x.dtype)
     if not keep:
-        y, middle = _first_half(x, halo, order, w, eps)
+        y, middle = _first_half(x, halo, places, w, eps)
 
     mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, eps
-    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp)
+    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp, pre if pre.shape[0] else None)
 
-    dc2w = product(dmiddle.t(), depthwise(y, halo, order, w.taps, w.taps_bias))
+    dc2w = product(dmiddle.t(), depthwise(y, halo, places, w.taps, w.taps_bias))
     dz = dmiddle @ w.conv2_weight
-    dtaps, dtaps_bias = depthwise_backward_weight(dz, y, halo, order, round(w.taps.shape[1] ** 0.5))
-    dy = depthwise(dz, halo, order, w.taps, None, transpose=True)
+    dtaps, dtaps_bias = depthwise_backward_weight(dz, y, halo, places, round(w.taps.shape[1] ** 0.5))
+    dy = depthwise(dz, halo, places, w.taps, None, transpose=True)
 
     dc1w, dc1b = product(dy.t(), layer_norm(x, w.norm1_weight, w.norm1_bias, eps)), dy.sum(0, dtype=torch.float32)
     dx, (dn1w, dn1b, dc2b) = layer_norm_backward(dy @ w.conv1_weight, x, w.norm1_weight, eps, dmiddle)
@@ -389,31 +426,31 @@ def _conv_block_backward_triton(
 
 
 def _conv_block_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, halo, order, weights, ctx.eps, ctx.keep = inputs
-    _, y, middle = output
-    ctx.mark_non_differentiable(y, middle)
-    ctx.save_for_backward(x, y, middle, halo, order, *weights)
+    x, halo, places, weights, ctx.eps, ctx.keep = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, *kept, halo, places, *weights)
 
 
 def _conv_block_formula(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    x, y, middle, halo, order, *weights = ctx.saved_tensors
+    x, y, middle, pre, halo, places, *weights = ctx.saved_tensors
     dx, *dweights = _stem_conv_block_backward(
-        grad, x, y, middle, halo, order, weights, ctx.eps, ctx.keep, backend=ctx.backend
+        grad, x, y, middle, pre, halo, places, weights, ctx.eps, ctx.keep, backend=ctx.backend
     )
     return dx, None, None, dweights, None, None
 
 
 _stem_conv_block_backward = register(
     OPERATOR,
-    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor halo, Tensor order, "
+    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor pre, Tensor halo, Tensor places, "
     'Tensor[] weights, float eps, bool keep, *, str backend="auto") -> Tensor[]',
     {"triton": _conv_block_backward_triton},
-    fake=lambda grad, x, y, middle, halo, order, weights, eps, keep: list(_like(x, *weights)),
+    fake=lambda grad, x, y, middle, pre, halo, places, weights, eps, keep: list(_like(x, *weights)),
 )
 _stem_conv_block = register(
     OPERATOR,
-    "stem_conv_block(Tensor x, Tensor halo, Tensor order, Tensor[] weights, float eps, bool keep, *, "
-    'str backend="auto") -> (Tensor, Tensor, Tensor)',
+    "stem_conv_block(Tensor x, Tensor halo, Tensor places, Tensor[] weights, float eps, bool keep, *, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
     {"triton": _conv_block_triton},
     fake=_conv_block_fake,
     setup_context=_conv_block_save,

@@ -37,6 +37,14 @@ def block_order(factors: tuple[int, ...], device: torch.device) -> Tensor:
     return index.permute(interleaved).reshape(-1)
 
 
+def block_places(factors: tuple[int, ...], device: torch.device) -> Tensor:
+    """`block_order` undone: the place in block order of every row-major position, (p*p,) int64."""
+    n = len(factors)
+    squares = [k for factor in factors for k in (factor, factor)]
+    places = torch.arange(math.prod(squares), device=device).reshape(squares)
+    return places.permute([*range(0, 2 * n, 2), *range(1, 2 * n, 2)]).reshape(-1)
+
+
 def patchify(spec_BCTF: Tensor, resolutions: tuple[int, ...]) -> Tensor:
     """Cut a spectrogram into patches: (B, C, T, F) -> (B, L, S_0, r_0 * r_0 * C), positions in block order.
 
@@ -88,13 +96,12 @@ def halo_rows(visible_NK: Tensor, grid: tuple[int, int], factors: tuple[int, ...
     device = visible_NK.device
     side = math.prod(factors)
     reach = (side - 1 + radius) // side  # patches the halo reaches into, on either side
-    order = block_order(factors, device)
-    block_index = torch.empty_like(order).scatter(0, order, torch.arange(side * side, device=device))
+    places = block_places(factors, device)
 
     halo = torch.arange(-radius, side + radius, device=device)
     patch_offset = torch.div(halo, side, rounding_mode="floor")
     inside = halo - patch_offset * side
-    position_hw = block_index[inside[:, None] * side + inside]
+    position_hw = places[inside[:, None] * side + inside]
     rows = (visible_NK // W)[:, :, None] + patch_offset + reach
     columns = (visible_NK % W)[:, :, None] + patch_offset + reach
     place = rows[:, :, :, None] * (W + 2 * reach) + columns[:, :, None, :]

@@ -5,7 +5,7 @@ import torch
 
 from cat_kernels import MultiResConv
 from cat_kernels.stem import visible as visible_formulation
-from cat_kernels.stem.layout import block_order, halo_rows, patchify, strides
+from cat_kernels.stem.layout import block_order, block_places, halo_rows, patchify, strides
 from cat_kernels.stem.spec import RESOLUTION_SETS, draw_visible
 
 SMALL = {"resolutions": (4, 8, 16), "channels": (6, 10), "embed_dim": 14}
@@ -142,6 +142,12 @@ def test_block_order_is_z_order_for_factors_of_two():
     order = block_order((2, 2), torch.device("cpu"))
     assert order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
     assert block_order((4,), torch.device("cpu")).tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("factors", [(), (3,), (2, 3), (2, 4, 2)])
+def test_block_places_undo_block_order(factors):
+    order, places = (f(factors, torch.device("cpu")) for f in (block_order, block_places))
+    assert places[order].tolist() == list(range(order.numel()))
 
 
 @pytest.mark.parametrize("resolutions", [s[0] for s in RESOLUTION_SETS])

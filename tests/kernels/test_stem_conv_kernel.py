@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from cat_kernels.stem.kernels import conv
-from cat_kernels.stem.layout import block_order, halo_rows
+from cat_kernels.stem.layout import block_order, block_places, halo_rows
 
 if not torch.cuda.is_available() and not conv.triton.knobs.runtime.interpret:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
@@ -52,8 +52,8 @@ class Case:
         K = K or max(1, min(11, 20 // math.prod(factors) ** 2))
         chances = torch.rand(N, grid[0] * grid[1], generator=torch.Generator().manual_seed(1))
         visible = chances.argsort(1)[:, :K]  # in no order
-        self.order = block_order(factors, torch.device("cpu")).int().to(device)
-        rows = N * K * self.order.numel()
+        self.factors, self.places = factors, block_places(factors, torch.device(device)).int()
+        rows = N * K * self.places.numel()
         halo = halo_rows(visible, grid, factors, kk // 2)
         self.halo = torch.where(halo == rows, -1, halo).int().to(device)
         self.kk, self.dtype = kk, dtype
@@ -72,7 +72,7 @@ class Case:
         side = round(self.halo.shape[1] ** 0.5)
         window = F.pad(y, (0, 0, 0, 1))[self.halo.long()].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         out = F.conv2d(window, dw_weight.unflatten(1, (self.kk, self.kk)).unsqueeze(1), dw_bias, groups=y.shape[1])
-        return out.flatten(2).transpose(1, 2)[:, self.order.long()].flatten(0, 1)
+        return out.flatten(2).transpose(1, 2)[:, block_order(self.factors, self.places.device)].flatten(0, 1)
 
     def linear(self, dtype: torch.dtype) -> Tensor:
         return self.x.to(dtype) + F.linear(self.plain(dtype), self.weight.to(dtype), self.bias.to(dtype))
@@ -126,18 +126,32 @@ FUSED_CASES = [(*SHAPES[0], dtype) for dtype in DTYPES] + [(*shape, torch.bfloat
 @pytest.mark.parametrize(("factors", "kk", "c", "dtype"), FUSED_CASES)
 def test_conv_linear_residual(factors: tuple[int, ...], kk: int, c: int, dtype: torch.dtype, device: str) -> None:
     case = Case(factors, kk, c, dtype, device)
-    tensors = (case.x, case.y, case.halo, case.order, case.dw_weight, case.dw_bias, case.weight, case.bias)
+    tensors = (case.x, case.y, case.halo, case.places, case.dw_weight, case.dw_bias, case.weight, case.bias)
     before = [tensor.clone() for tensor in tensors]
     found = conv.conv_linear_residual(*tensors)
-    assert found.dtype == dtype
+    assert found.dtype == conv.middle_dtype(dtype)
     assert_close(found, case.linear(torch.float64), case.linear(dtype), dtype)
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_middle_beyond_float16(fused: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bfloat16 rows may hold and float16 ones not is the largest there; what is no number stays none."""
+    if not fused:
+        monkeypatch.setattr(conv.tiles, "conv_linear", lambda *args: None)
+    case = Case((2,), 1, 16, torch.bfloat16, device)
+    case.x[:3, 0] = torch.tensor([1e6, -1e6, math.nan], device=device, dtype=torch.bfloat16)
+    tensors = (case.x, case.y, case.halo, case.places, case.dw_weight, case.dw_bias, case.weight, case.bias)
+    found = conv.conv_linear_residual(*tensors)
+    assert found.dtype == torch.float16
+    assert found[:2, 0].tolist() == [65504, -65504]
+    assert found.isnan().nonzero().tolist() == [[2, 0]]
 
 
 @pytest.mark.parametrize(("factors", "kk", "c", "dtype"), CASES)
 def test_depthwise(factors: tuple[int, ...], kk: int, c: int, dtype: torch.dtype, device: str) -> None:
     case = Case(factors, kk, c, dtype, device)
-    found = conv.depthwise(case.y, case.halo, case.order, case.dw_weight, case.dw_bias)
+    found = conv.depthwise(case.y, case.halo, case.places, case.dw_weight, case.dw_bias)
     assert found.dtype == dtype
     assert_close(found, case.plain(torch.float64), case.plain(dtype), dtype)
 
@@ -146,8 +160,8 @@ def test_depthwise(factors: tuple[int, ...], kk: int, c: int, dtype: torch.dtype
 def test_gradients(factors: tuple[int, ...], kk: int, c: int, dtype: torch.dtype, device: str) -> None:
     """Of y by the transposed kernel, of weight and bias by theirs, against autograd."""
     case = Case(factors, kk, c, dtype, device)
-    dy = conv.depthwise(case.grad, case.halo, case.order, case.dw_weight, None, transpose=True)
-    dweight, dbias = conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.order, kk)
+    dy = conv.depthwise(case.grad, case.halo, case.places, case.dw_weight, None, transpose=True)
+    dweight, dbias = conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.places, kk)
     assert (dweight.dtype, dbias.dtype) == (torch.float32, torch.float32)
     for found, exact, eager in zip(
         (dy, dweight, dbias), case.gradients(torch.float64), case.gradients(dtype), strict=True
@@ -159,7 +173,7 @@ def test_weight_gradient_of_few_shares(device: str, monkeypatch: pytest.MonkeyPa
     """A program that owns several tiles of rows sums over them; the same twice, to the bit."""
     case = Case((2, 2), 5, 16, torch.float32, device, N=3, K=3)
     monkeypatch.setattr(conv, "SHARES", 2)
-    runs = [conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.order, 5) for _ in range(2)]
+    runs = [conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.places, 5) for _ in range(2)]
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
     exact, eager = case.gradients(torch.float64)[1:], case.gradients(torch.float32)[1:]
     for found, double, single in zip(runs[0], exact, eager, strict=True):
@@ -169,7 +183,7 @@ def test_weight_gradient_of_few_shares(device: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("K", [1, 12])
 def test_one_patch_and_all(K: int, device: str) -> None:
     case = Case((2, 2), 5, 16, torch.float32, device, N=1, K=K)
-    tensors = (case.x, case.y, case.halo, case.order, case.dw_weight, case.dw_bias, case.weight, case.bias)
+    tensors = (case.x, case.y, case.halo, case.places, case.dw_weight, case.dw_bias, case.weight, case.bias)
     found = conv.conv_linear_residual(*tensors)
     assert_close(found, case.linear(torch.float64), case.linear(torch.float32), torch.float32)
 
@@ -178,18 +192,18 @@ def test_a_masked_neighbour_is_not_read(device: str) -> None:
     """Not even as 0 * NaN: rows that no halo names may hold anything."""
     case = Case((2, 2), 5, 16, torch.float32, device, N=1, K=12)
     case.halo[case.halo >= 5 * 16] = -1
-    found = conv.depthwise(case.y, case.halo, case.order, case.dw_weight, case.dw_bias)
+    found = conv.depthwise(case.y, case.halo, case.places, case.dw_weight, case.dw_bias)
     case.y[5 * 16 :] = float("nan")
-    assert torch.equal(conv.depthwise(case.y, case.halo, case.order, case.dw_weight, case.dw_bias), found)
+    assert torch.equal(conv.depthwise(case.y, case.halo, case.places, case.dw_weight, case.dw_bias), found)
 
 
 def test_no_rows(device: str) -> None:
     case = Case((2,), 5, 32, torch.float32, device)
     x, halo = case.x[:0], case.halo[:0]
     weights = (case.dw_weight, case.dw_bias, case.weight, case.bias)
-    assert conv.conv_linear_residual(x, x, halo, case.order, *weights).shape == (0, 32)
-    assert conv.depthwise(x, halo, case.order, case.dw_weight, None).shape == (0, 32)
-    dweight, dbias = conv.depthwise_backward_weight(x, x, halo, case.order, 5)
+    assert conv.conv_linear_residual(x, x, halo, case.places, *weights).shape == (0, 32)
+    assert conv.depthwise(x, halo, case.places, case.dw_weight, None).shape == (0, 32)
+    dweight, dbias = conv.depthwise_backward_weight(x, x, halo, case.places, 5)
     assert torch.equal(dweight, torch.zeros_like(case.dw_weight))
     assert torch.equal(dbias, torch.zeros_like(case.dw_bias))
 
@@ -197,7 +211,7 @@ def test_no_rows(device: str) -> None:
 def test_halo_that_does_not_fit(device: str) -> None:
     case = Case((2,), 5, 16, torch.float32, device)
     with pytest.raises(ValueError, match="kk = 3"):
-        conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.order, 3)
+        conv.depthwise_backward_weight(case.grad, case.y, case.halo, case.places, 3)
 
 
 @pytest.mark.gpu
@@ -212,7 +226,7 @@ def test_offsets_past_two_to_the_31(device: str, gpu_memory: Callable[[float], N
     halo = torch.where(case.halo < 0, -1, case.halo + first).flatten(0, 1)
     x, y = case.x.repeat(copies, 1), case.y.repeat(copies, 1)
     taps, last = (case.dw_weight, case.dw_bias), (case.weight, case.bias)
-    small = conv.depthwise(case.y, case.halo, case.order, *taps)
-    assert torch.equal(conv.depthwise(y, halo, case.order, *taps)[-rows:], small)
-    small = conv.conv_linear_residual(case.x, case.y, case.halo, case.order, *taps, *last)
-    assert torch.equal(conv.conv_linear_residual(x, y, halo, case.order, *taps, *last)[-rows:], small)
+    small = conv.depthwise(case.y, case.halo, case.places, *taps)
+    assert torch.equal(conv.depthwise(y, halo, case.places, *taps)[-rows:], small)
+    small = conv.conv_linear_residual(case.x, case.y, case.halo, case.places, *taps, *last)
+    assert torch.equal(conv.conv_linear_residual(x, y, halo, case.places, *taps, *last)[-rows:], small)

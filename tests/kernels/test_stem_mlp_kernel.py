@@ -13,6 +13,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from cat_kernels.stem.kernels import mlp
+from cat_kernels.stem.kernels.conv import middle_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.either
@@ -44,9 +45,10 @@ def eager(x: Tensor, parameters: list[Tensor], grad: Tensor, dtype: torch.dtype)
     return {"y": y.detach(), **dict(zip(("x", *NAMES), grads, strict=True))}
 
 
-def kernels(x: Tensor, parameters: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
-    y = mlp.norm_mlp_residual(x, *parameters, EPS)
-    dx, *grads = mlp.norm_mlp_backward(grad, x, *parameters[:-1], EPS)
+def kernels(x: Tensor, parameters: list[Tensor], grad: Tensor, keep: bool = False) -> dict[str, Tensor]:
+    pre = x.new_empty(x.shape[0], parameters[2].shape[0], dtype=grad.dtype) if keep else None
+    y = mlp.norm_mlp_residual(x, *parameters, EPS, pre)
+    dx, *grads = mlp.norm_mlp_backward(grad, x, *parameters[:-1], EPS, pre)
     return {"y": y, "x": dx, **dict(zip(NAMES, grads, strict=True))}
 
 
@@ -58,13 +60,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("R", "c", "h"), [(19, 48, 80), (20, 32, 48), (5, 16, 16), (1, 80, 112)])
-def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
+SHAPES = [(19, 48, 80), (20, 32, 48), (5, 16, 16), (1, 80, 112)]
+
+
+def check(R: int, c: int, h: int, dtype: torch.dtype, keep: bool = False, middle: bool = False) -> None:
+    """``keep``: the rows in front of GELU; ``middle``: x as the stem has it, float16 where the rest is bfloat16."""
     x, parameters, grad = inputs(R, c, h, dtype)
+    if middle:
+        x = x.to(middle_dtype(dtype))
     before = [t.clone() for t in (x, *parameters, grad)]
-    found = kernels(x, parameters, grad)
+    found = kernels(x, parameters, grad, keep)
     exact = eager(x, parameters, grad, torch.float64)
     same = eager(x, parameters, grad, dtype)
     for name, value in found.items():
@@ -77,17 +82,51 @@ def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (x, *parameters, grad), strict=True))
 
 
-def test_several_tiles_of_rows() -> None:
-    test_parity(130, 32, 32, torch.bfloat16)
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("R", "c", "h"), SHAPES)
+def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
+    check(R, c, h, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_slice_of_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("R", "c", "h"), SHAPES)
+def test_parity_of_what_the_stem_runs(R: int, c: int, h: int, keep: bool) -> None:
+    assert mlp.keeps_pre(c, h, torch.bfloat16, torch.device("cpu"))
+    check(R, c, h, torch.bfloat16, keep, middle=True)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_several_tiles_of_rows(keep: bool) -> None:
+    check(130, 32, 32, torch.bfloat16, keep)
+
+
+@pytest.mark.parametrize(("dtype", "middle"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_a_slice_of_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, middle: bool) -> None:
     """Where no fused kernel has room and the scratch memory holds fewer rows than there are."""
-    monkeypatch.setattr(mlp, "SCRATCH", 1)
+    monkeypatch.setattr(mlp, "scratch", lambda device: 1)
     monkeypatch.setattr(mlp.tiles, "mlp", lambda *args: None)
-    assert [rows.stop for rows in mlp._slices(300, 64)] == [128, 256, 300]
-    test_parity(140, 32, 32, dtype)
+    assert [rows.stop for rows in mlp._slices(300, 64, torch.device(DEVICE))] == [128, 256, 300]
+    assert not mlp.keeps_pre(32, 32, dtype, torch.device(DEVICE))
+    check(140, 32, 32, dtype, middle=middle)
+
+
+def test_slices_of_kept_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "scratch", lambda device: 1)
+    check(140, 32, 32, torch.bfloat16, keep=True)
+
+
+@pytest.mark.parametrize(("gib", "kept", "slices"), [(24, False, 4), (48, True, 2), (80, True, 1), (141, True, 1)])
+def test_what_is_kept_goes_by_the_memory_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, gib: int, kept: bool, slices: int
+) -> None:
+    """Not by what is free: all ranks and all steps do the same. Rows of 96 clips of the base model."""
+    monkeypatch.setattr(mlp.tiles.Chip, "of", lambda device: mlp.tiles.Chip(90, memory=gib << 30))
+    device = torch.device("meta")
+    assert mlp.keeps_pre(256, 1024, torch.bfloat16, device) == kept
+    assert len(list(mlp._slices(96 * 4 * 102 * 16, 2 * 1024 * 2, device))) == slices
+    assert not mlp.keeps_pre(256, 1024, torch.float32, device)
 
 
 def test_no_rows() -> None:
@@ -108,16 +147,16 @@ def test_twice_the_same_bits() -> None:
 @pytest.mark.parametrize("c", range(16, 1040, 16))
 def test_split_width_covers_every_column(c: int) -> None:
     HI, LO = mlp.tiles.split_width(c)
-    assert HI <= c <= HI + LO
+    assert 16 <= HI <= c <= HI + LO
     assert all(part & (part - 1) == 0 for part in (HI, LO))
-    assert min(HI, LO) >= 16
+    assert LO == 0 or LO >= 16
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", [256, 384, 768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parity_at_base_width(c: int, dtype: torch.dtype) -> None:
-    test_parity(1000, c, 4 * c, dtype)
+    check(1000, c, 4 * c, dtype)
 
 
 @pytest.mark.gpu

@@ -121,6 +121,7 @@ def _conv_linear_residual(
     c: tl.constexpr,
     KK: tl.constexpr,
     P: tl.constexpr,
+    SATURATE: tl.constexpr,
     G: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,14 +165,25 @@ def _conv_linear_residual(
             ks = k * BLOCK_C + chunk
             weight = tl.load(weight_ptr + outs * c + ks[:, None], (outs < c) & (ks < c)[:, None], 0.0)
             acc = dot(operand[k], weight, acc, "ieee")
+        if SATURATE:
+            acc = tl.maximum(acc, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+            acc = tl.minimum(acc, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out_ptr + row_at + outs, acc, mask)
+
+
+def middle_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a block's middle, the rows between its two residuals, where they are alone in having it.
+
+    float16 for bfloat16 rows: eight times as close at the same size, and saturating where it has no such number.
+    """
+    return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 def conv_linear_residual(
     x: Tensor,
     y: Tensor,
     halo: Tensor,
-    order: Tensor,
+    places: Tensor,
     dw_weight: Tensor,
     dw_bias: Tensor,
     weight: Tensor,
@@ -182,22 +194,24 @@ def conv_linear_residual(
     Args:
         x, y: (R, c) rows of visible patches, positions in block order.
         halo: (patches, side * side) int32, the row of y that each cell reads, -1 for zeros.
-        order: (S,) int32, row-major index in the patch of the position at each block place.
+        places: (S,) int32, `layout.block_places` of a patch.
         dw_weight: (c, kk * kk). dw_bias: (c,). bias: (c,); any float dtype.
         weight: (c, c), out x in, in the rows' dtype.
 
     Returns:
-        (R, c) in the rows' dtype.
+        (R, c) in `middle_dtype` of the rows'.
     """
     R, c = x.shape
-    p, kk = _sides(halo, order)
-    options = tiles.conv_linear(c, p, x.dtype)
+    p, kk = _sides(halo, places)
+    options = tiles.conv_linear(c, p, x.dtype, tiles.Chip.of(x.device))
+    dtype = middle_dtype(x.dtype)
     if options is None:
-        return torch.addmm(x + bias.to(x.dtype), depthwise(y, halo, order, dw_weight, dw_bias), weight.t())
-    out = torch.empty_like(x)
+        found = torch.addmm(x + bias.to(x.dtype), depthwise(y, halo, places, dw_weight, dw_bias), weight.t())
+        return found if dtype == x.dtype else found.float().clamp(-65504, 65504).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
     grid = (triton.cdiv(R, options["BLOCK_R"]),)
-    tensors = (x, y, halo, _places(order), _taps(dw_weight), dw_bias, weight, bias, out)
-    sizes = {"c": c, "KK": kk, "P": p}
+    tensors = (x, y, halo, places, _taps(dw_weight), dw_bias, weight, bias, out)
+    sizes = {"c": c, "KK": kk, "P": p, "SATURATE": dtype != x.dtype}
     launch(_conv_linear_residual, grid, *tensors, R, **sizes, **options)
     return out
 
@@ -233,7 +247,7 @@ def _depthwise(
 
 
 def depthwise(
-    y: Tensor, halo: Tensor, order: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, *, transpose: bool = False
+    y: Tensor, halo: Tensor, places: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, *, transpose: bool = False
 ) -> Tensor:
     """DW(y) + dw_bias -> (R, c); arguments as in `conv_linear_residual`.
 
@@ -241,12 +255,12 @@ def depthwise(
     it is the same sum with the taps in reverse.
     """
     R, c = y.shape
-    p, kk = _sides(halo, order)
+    p, kk = _sides(halo, places)
     out = torch.empty_like(y)
     options = tiles.depthwise(c, p, y.dtype)
     grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(c, options["BLOCK_C"]),)
     taps = _taps(dw_weight)
-    tensors = (y, halo, _places(order), taps, taps if dw_bias is None else dw_bias, out)
+    tensors = (y, halo, places, taps, taps if dw_bias is None else dw_bias, out)
     sizes = {"c": c, "KK": kk, "P": p, "FLIP": transpose, "HAS_BIAS": dw_bias is not None}
     launch(_depthwise, grid, *tensors, R, **sizes, **options)
     return out
@@ -305,44 +319,38 @@ def _depthwise_backward_weight(
 
 
 def depthwise_backward_weight(
-    grad: Tensor, y: Tensor, halo: Tensor, order: Tensor, kernel_size: int
+    grad: Tensor, y: Tensor, halo: Tensor, places: Tensor, kernel_size: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight (c, kk * kk) and of the bias (c,), float32, summed in a fixed order.
 
     ``grad`` (R, c) is the gradient of DW(y); the other arguments as in `conv_linear_residual`.
     """
     R, c = y.shape
-    p, kk = _sides(halo, order, kernel_size)
+    p, kk = _sides(halo, places, kernel_size)
     options = tiles.depthwise(c, p, y.dtype)
     shares = min(SHARES, triton.cdiv(R, options["BLOCK_R"]))
     dtaps = y.new_empty((shares, kk * kk, c), dtype=torch.float32)
     dbias = y.new_empty((shares, c), dtype=torch.float32)
     grid = (shares * kk * triton.cdiv(c, options["BLOCK_C"]),)
-    tensors = (grad, y, halo, _places(order), dtaps, dbias)
+    tensors = (grad, y, halo, places, dtaps, dbias)
     launch(_depthwise_backward_weight, grid, *tensors, R, c=c, KK=kk, P=p, **options)
     return dtaps.sum(0).t().contiguous(), dbias.sum(0)
 
 
-def _sides(halo: Tensor, order: Tensor, kernel_size: int | None = None) -> tuple[int, int]:
+def _sides(halo: Tensor, places: Tensor, kernel_size: int | None = None) -> tuple[int, int]:
     """p and the kernel size, from the sizes of a patch and of its halo."""
-    p, side = math.isqrt(order.numel()), math.isqrt(halo.shape[1])
+    p, side = math.isqrt(places.numel()), math.isqrt(halo.shape[1])
     kk = side - p + 1
-    if p * p != order.numel() or side * side != halo.shape[1] or kernel_size not in (None, kk):
+    if p * p != places.numel() or side * side != halo.shape[1] or kernel_size not in (None, kk):
         raise ValueError(
-            f"halo {tuple(halo.shape)} and order {tuple(order.shape)} must be (patches, (p + kk - 1)^2) and (p^2,)"
+            f"halo {tuple(halo.shape)} and places {tuple(places.shape)} must be (patches, (p + kk - 1)^2) and (p^2,)"
             + (f" with kk = {kernel_size}" if kernel_size is not None else "")
         )
     return p, kk
 
 
-def _places(order: Tensor) -> Tensor:
-    """The inverse of ``order``: block place of every row-major position, int32."""
-    places = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
-    return torch.empty_like(places).scatter_(0, order.long(), places)
-
-
 def _taps(dw_weight: Tensor) -> Tensor:
-    """(c, kk * kk) -> (kk * kk, c): the channels of a tap adjacent, as the kernels read them."""
+    """(c, kk * kk) -> (kk * kk, c): the channels of a tap adjacent, as the kernels read them. A view where they are."""
     return dw_weight.t().contiguous()
 
 
@@ -356,12 +364,19 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     backward = {"grad_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "halo_ptr": "*i32", "place_ptr": "*i32"}
     backward |= {"dtaps_ptr": "*fp32", "dbias_ptr": "*fp32", "R": "i32"}
 
-    found = []
+    middle = {"out_ptr": "*fp16" if dtype == "bf16" else f"*{dtype}"}
+    found, chip = [], tiles.Chip(architecture)
     for c, p in tiles.STAGES:
         sizes = {"c": c, "KK": 5, "P": p}
         plain_tiles = tiles.depthwise(c, p, DTYPES[dtype])
         for name, kernel, signature, more, chosen in (
-            ("conv_linear_residual", _conv_linear_residual, fused, {}, tiles.conv_linear(c, p, DTYPES[dtype])),
+            (
+                "conv_linear_residual",
+                _conv_linear_residual,
+                fused | middle,
+                {"SATURATE": dtype == "bf16"},
+                tiles.conv_linear(c, p, DTYPES[dtype], chip),
+            ),
             ("depthwise", _depthwise, plain, {"FLIP": False, "HAS_BIAS": True}, plain_tiles),
             ("depthwise transposed", _depthwise, plain, {"FLIP": True, "HAS_BIAS": False}, plain_tiles),
             ("depthwise_backward_weight", _depthwise_backward_weight, backward, {}, plain_tiles),

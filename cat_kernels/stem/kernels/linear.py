@@ -1,7 +1,7 @@
 """LayerNorm, a linear layer and, where asked, GELU in one pass: y = GELU(LN(x) @ weight.T + bias).
 
-The normalised rows are never in memory. A tile of rows is read three times, twice for its statistics and once as the
-operand, but for the first from the cache.
+The normalised rows are never in memory. A tile of rows is read twice, for its statistics and as the operand, the
+second time from the cache.
 
 Shapes: R rows, c channels in, n channels out.
 """
@@ -46,16 +46,17 @@ def _norm_linear(
     row_at = rows.to(tl.int64)[:, None] * c
     inside = (rows < R)[:, None]
 
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for k in range(0, c, BLOCK_K):
-        x = tl.load(x_ptr + row_at + (k + ks), inside & (k + ks < c), 0.0).to(tl.float32)
-        total += tl.sum(x, 1)
-    mean = total / c
+    # Mean and squares around it, of all columns so far, joined with those of the next ones (Chan et al.).
+    mean = tl.zeros((BLOCK_R,), tl.float32)
     squares = tl.zeros((BLOCK_R,), tl.float32)
     for k in range(0, c, BLOCK_K):
         x = tl.load(x_ptr + row_at + (k + ks), inside & (k + ks < c), 0.0).to(tl.float32)
-        centred = tl.where(k + ks < c, x - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
+        width = tl.minimum(c - k, BLOCK_K).to(tl.float32)
+        piece = tl.sum(x, 1) / width
+        centred = tl.where(k + ks < c, x - piece[:, None], 0.0)
+        shift, share = piece - mean, width / (k + width)
+        squares += tl.sum(centred * centred, 1) + shift * shift * k * share
+        mean += shift * share
     rstd = tl.rsqrt(squares / c + eps)
 
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -83,14 +84,14 @@ def norm_linear(
     *,
     activation: bool = False,
 ) -> Tensor:
-    """(R, c) -> (R, n); weight (n, c) in x's dtype. ``activation``: GELU of the result."""
+    """(R, c) -> (R, n) in the dtype of weight (n, c). ``activation``: GELU of the result."""
     R, c = x.shape
     n = weight.shape[0]
-    options = tiles.norm_linear(c, n, x.dtype)
+    options = tiles.norm_linear(c, n, weight.dtype)
     if options is None:
         y = F.linear(layer_norm(x, ln_weight, ln_bias, eps), weight, bias.to(x.dtype))
         return F.gelu(y) if activation else y
-    y = x.new_empty(R, n)
+    y = weight.new_empty(R, n)
     grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(n, options["BLOCK_N"]),)
     tensors = (x, ln_weight, ln_bias, weight, bias, y)
     launch(_norm_linear, grid, *tensors, R, eps, c=c, n=n, GELU=activation, **options)

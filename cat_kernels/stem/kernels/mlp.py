@@ -4,14 +4,14 @@
     dpre = (grad @ W2) * GELU'(pre),  dxn = dpre @ W1,  dx = grad + LN'(dxn)
     dW1 = dpre.T @ xn,  db1 = sum dpre,  dW2 = grad.T @ hidden,  db2 = sum grad
 
-The hidden layer, four times as wide as x, is kept for nothing: the forward makes it a chunk at a time on the chip, the
-backward makes it again. Of what the chip has no room for (see `tiles.mlp`) and of the backward, a slice of rows at a
-time lies in memory, at most `SCRATCH` bytes however large the batch. In the backward that is what costs least: with
-hidden and dpre of a slice at hand, the three products that are left are plain ones, for the vendor's library; made
-again in each of two fused kernels, they cost 28 c^2 multiply-adds a row where this costs 20.
+The forward makes the hidden layer, four times as wide as x, a chunk at a time on the chip. Of what the chip has no room
+for (see `tiles.mlp`) and of the backward, a slice of rows at a time lies in memory (`scratch`): with hidden and dpre of
+a slice at hand, the three products that are left are plain ones, for the vendor's library; made again in each of two
+fused kernels, they would cost 28 c^2 multiply-adds a row where this costs 20, and 16 where the forward kept ``pre``
+(`keeps_pre`).
 
-A fused tile's columns are kept in two parts, c = HI + LO, both powers of two as tiles must be: 384 = 256 + 128, where
-one tile would need 512 columns, a third more of everything. `HI` is less than c, so that both parts always exist.
+A fused tile's columns are kept in parts, powers of two as tiles must be: 384 = 256 + 128, where one tile would need 512
+columns, a third more of everything; 256 is one part. See `tiles.split_width`.
 
 Shapes: R rows, c channels, h hidden; a tile has BLOCK_R rows and BLOCK_H hidden units.
 """
@@ -33,57 +33,82 @@ from . import tiles
 from .linear import norm_linear
 from .rows import layer_norm, layer_norm_backward
 
-# Bytes of hidden layer, and of its gradient, in memory at a time: 32,768 rows or more of the base model's, some 0.1 ms
-# of work for ten launches.
+# Of the GPU's memory for a hidden layer and its gradient, and the least of it in bytes: one slice for 96 clips of the
+# base model with 80 GB. With 256 MiB it would be ten slices of a dozen launches, most of them too small to fill a GPU.
+SHARE = 32
 SCRATCH = 256 << 20
+
+# Bytes of a GPU's memory from which the rows in front of GELU are kept: 37 MB a clip of the base model with 4 masks.
+KEEP_FROM = 40 << 30
 
 # Rows that LayerNorm takes at a time: a whole tile of them in float32 would not fit in the registers.
 PART = tl.constexpr(16)
 
 
 @triton.jit
-def _columns(c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
-    """Numbers of the columns of both parts, and which of the second are inside: those of the first all are."""
-    hi = tl.arange(0, HI)
-    lo = HI + tl.arange(0, LO)
-    return hi, lo, (lo < c) | (c == HI + LO)
+def _columns(PART: tl.constexpr, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
+    """Numbers of the columns of one part, and which of them are inside: those of the first all are."""
+    if PART == 0:
+        columns = tl.arange(0, HI)
+        inside = (columns < c) | (c >= HI)
+    else:
+        columns = HI + tl.arange(0, LO)
+        inside = (columns < c) | (c >= HI + LO)
+    return columns, inside
 
 
 @triton.jit
 def _load_rows(ptr, rows, R, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
-    """The rows of (R, c), zeros beyond it: (len(rows), HI), (len(rows), LO)."""
-    hi, lo, in_lo = _columns(c, HI, LO)
+    """The rows of (R, c), zeros beyond it: a tuple of (len(rows), HI) and, where LO is not 0, (len(rows), LO)."""
+    PARTS: tl.constexpr = 2 if LO else 1
     at = rows.to(tl.int64)[:, None] * c
-    inside = (rows < R)[:, None]
-    return tl.load(ptr + at + hi, inside, 0.0), tl.load(ptr + at + lo, inside & in_lo, 0.0)
+    found = tl.tuple([])
+    for part in tl.static_range(PARTS):
+        columns, inside = _columns(part, c, HI, LO)
+        found = found + (tl.load(ptr + at + columns, (rows < R)[:, None] & inside, 0.0),)
+    return found
 
 
 @triton.jit
-def _store_rows(ptr, y_hi, y_lo, rows, R, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
-    hi, lo, in_lo = _columns(c, HI, LO)
+def _store_rows(ptr, parts, rows, R, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
+    PARTS: tl.constexpr = 2 if LO else 1
     at = rows.to(tl.int64)[:, None] * c
-    inside = (rows < R)[:, None]
-    tl.store(ptr + at + hi, y_hi, inside)
-    tl.store(ptr + at + lo, y_lo, inside & in_lo)
+    for part in tl.static_range(PARTS):
+        columns, inside = _columns(part, c, HI, LO)
+        tl.store(ptr + at + columns, parts[part], (rows < R)[:, None] & inside)
 
 
 @triton.jit
 def _load_vector(ptr, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
-    """(c,) -> (HI,), (LO,) in float32, zeros beyond c."""
-    hi, lo, in_lo = _columns(c, HI, LO)
-    return tl.load(ptr + hi).to(tl.float32), tl.load(ptr + lo, in_lo, 0.0).to(tl.float32)
+    """(c,) -> a tuple of (HI,) and (LO,) in float32, zeros beyond c."""
+    PARTS: tl.constexpr = 2 if LO else 1
+    found = tl.tuple([])
+    for part in tl.static_range(PARTS):
+        columns, inside = _columns(part, c, HI, LO)
+        found = found + (tl.load(ptr + columns, inside, 0.0).to(tl.float32),)
+    return found
 
 
 @triton.jit
-def _normalise(x_hi, x_lo, eps, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
-    """(x - mean) * rstd of every row in float32, zeros beyond c, and rstd (BLOCK_R,)."""
-    x_hi = x_hi.to(tl.float32)
-    x_lo = x_lo.to(tl.float32)
-    mean = (tl.sum(x_hi, 1) + tl.sum(x_lo, 1)) / c
-    x_hi = x_hi - mean[:, None]
-    x_lo = tl.where(HI + tl.arange(0, LO) < c, x_lo - mean[:, None], 0.0)
-    rstd = tl.rsqrt((tl.sum(x_hi * x_hi, 1) + tl.sum(x_lo * x_lo, 1)) / c + eps)
-    return x_hi * rstd[:, None], x_lo * rstd[:, None], rstd
+def _normalise(x, eps, c: tl.constexpr, HI: tl.constexpr, LO: tl.constexpr):
+    """(x - mean) * rstd of every row in float32, zeros beyond c."""
+    PARTS: tl.constexpr = 2 if LO else 1
+    mean = tl.sum(x[0].to(tl.float32), 1)
+    if LO:
+        mean += tl.sum(x[1].to(tl.float32), 1)
+    mean = mean / c
+    centred = tl.tuple([])
+    squares = tl.zeros_like(mean)
+    for part in tl.static_range(PARTS):
+        _, inside = _columns(part, c, HI, LO)
+        some = tl.where(inside, x[part].to(tl.float32) - mean[:, None], 0.0)
+        squares += tl.sum(some * some, 1)
+        centred = centred + (some,)
+    rstd = tl.rsqrt(squares / c + eps)
+    found = tl.tuple([])
+    for part in tl.static_range(PARTS):
+        found = found + (centred[part] * rstd[:, None],)
+    return found
 
 
 @triton.jit
@@ -101,13 +126,16 @@ def _layer_norm_rows(
     BLOCK_R: tl.constexpr,
 ):
     """xn = LN(x) for the rows of one tile, a few at a time to need few registers, and visible to the whole program."""
-    w_hi, w_lo = _load_vector(ln_weight_ptr, c, HI, LO)
-    b_hi, b_lo = _load_vector(ln_bias_ptr, c, HI, LO)
+    PARTS: tl.constexpr = 2 if LO else 1
+    weight = _load_vector(ln_weight_ptr, c, HI, LO)
+    bias = _load_vector(ln_bias_ptr, c, HI, LO)
     for part in range(0, BLOCK_R, PART):
         rows = first + part + tl.arange(0, PART)
-        x_hi, x_lo = _load_rows(x_ptr, rows, R, c, HI, LO)
-        xhat_hi, xhat_lo, _ = _normalise(x_hi, x_lo, eps, c, HI, LO)
-        _store_rows(xn_ptr, xhat_hi * w_hi + b_hi, xhat_lo * w_lo + b_lo, rows, R, c, HI, LO)
+        xhat = _normalise(_load_rows(x_ptr, rows, R, c, HI, LO), eps, c, HI, LO)
+        xn = tl.tuple([])
+        for i in tl.static_range(PARTS):
+            xn = xn + (xhat[i] * weight[i] + bias[i],)
+        _store_rows(xn_ptr, xn, rows, R, c, HI, LO)
     tl.debug_barrier()
 
 
@@ -121,54 +149,66 @@ def _norm_mlp_residual(
     fc2_ptr,
     b2_ptr,
     y_ptr,
+    pre_ptr,
     R,
     eps,
     c: tl.constexpr,
     h: tl.constexpr,
+    KEEP: tl.constexpr,
     HI: tl.constexpr,
     LO: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    PARTS: tl.constexpr = 2 if LO else 1
     first = tl.program_id(0) * BLOCK_R
     rows = first + tl.arange(0, BLOCK_R)
-    hi, lo, in_lo = _columns(c, HI, LO)
     # LN(x) goes through y's own rows, written for good at the end: Triton keeps a left operand in shared memory only
     # when it was loaded, and otherwise in registers, which the accumulators need.
     _layer_norm_rows(x_ptr, ln_weight_ptr, ln_bias_ptr, y_ptr, first, R, eps, c, HI, LO, BLOCK_R)
-    xn_hi, xn_lo = _load_rows(y_ptr, rows, R, c, HI, LO)
+    xn = _load_rows(y_ptr, rows, R, c, HI, LO)
     tl.debug_barrier()
 
-    acc_hi = tl.zeros((BLOCK_R, HI), tl.float32)
-    acc_lo = tl.zeros((BLOCK_R, LO), tl.float32)
+    sums = tl.tuple([])
+    for part in tl.static_range(PARTS):
+        columns, _ = _columns(part, c, HI, LO)
+        sums = sums + (tl.zeros((BLOCK_R, columns.shape[0]), tl.float32),)
     for start in range(0, h, BLOCK_H):
         hs = start + tl.arange(0, BLOCK_H)
         in_h = (hs < h) | (h % BLOCK_H == 0)
-        fc1_hi = tl.load(fc1_ptr + hs * c + hi[:, None], in_h, 0.0)
-        fc1_lo = tl.load(fc1_ptr + hs * c + lo[:, None], in_h & in_lo[:, None], 0.0)
-        pre = dot(xn_hi, fc1_hi, tl.zeros((BLOCK_R, BLOCK_H), tl.float32), "ieee")
-        pre = dot(xn_lo, fc1_lo, pre, "ieee")
+        pre = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+        for part in tl.static_range(PARTS):
+            columns, inside = _columns(part, c, HI, LO)
+            fc1 = tl.load(fc1_ptr + hs * c + columns[:, None], in_h & inside[:, None], 0.0)
+            pre = dot(xn[part], fc1, pre, "ieee")
         pre += tl.load(b1_ptr + hs, in_h, 0.0).to(tl.float32)
-        hidden = gelu(pre).to(x_ptr.dtype.element_ty)
-        fc2_hi = tl.load(fc2_ptr + hi * h + hs[:, None], in_h[:, None], 0.0)
-        fc2_lo = tl.load(fc2_ptr + lo * h + hs[:, None], in_h[:, None] & in_lo, 0.0)
-        acc_hi = dot(hidden, fc2_hi, acc_hi, "ieee")
-        acc_lo = dot(hidden, fc2_lo, acc_lo, "ieee")
+        if KEEP:
+            tl.store(pre_ptr + rows.to(tl.int64)[:, None] * h + hs, pre, (rows < R)[:, None] & in_h)
+        hidden = gelu(pre).to(y_ptr.dtype.element_ty)
+        added = tl.tuple([])
+        for part in tl.static_range(PARTS):
+            columns, inside = _columns(part, c, HI, LO)
+            fc2 = tl.load(fc2_ptr + columns * h + hs[:, None], in_h[:, None] & inside, 0.0)
+            added = added + (dot(hidden, fc2, sums[part], "ieee"),)
+        sums = added
 
     # As before the loop, for who does not know that the second number is always 0: addresses are made anew, where the
     # compiler would otherwise keep them in registers, or out of them, all the way.
     first = (tl.program_id(0) + tl.program_id(1)) * BLOCK_R
     rows = first + tl.arange(0, BLOCK_R)
     # The MLP's result too is stored and added to x a few rows at a time: beside the accumulators there is no room.
-    _store_rows(y_ptr, acc_hi, acc_lo, rows, R, c, HI, LO)
+    _store_rows(y_ptr, sums, rows, R, c, HI, LO)
     tl.debug_barrier()
-    b_hi, b_lo = _load_vector(b2_ptr, c, HI, LO)
+    bias = _load_vector(b2_ptr, c, HI, LO)
     for part in range(0, BLOCK_R, PART):
         some = first + part + tl.arange(0, PART)
-        x_hi, x_lo = _load_rows(x_ptr, some, R, c, HI, LO)
-        y_hi, y_lo = _load_rows(y_ptr, some, R, c, HI, LO)
+        x = _load_rows(x_ptr, some, R, c, HI, LO)
+        y = _load_rows(y_ptr, some, R, c, HI, LO)
         tl.debug_barrier()
-        _store_rows(y_ptr, x_hi + (y_hi + b_hi), x_lo + (y_lo + b_lo), some, R, c, HI, LO)
+        total = tl.tuple([])
+        for i in tl.static_range(PARTS):
+            total = total + (x[i] + (y[i] + bias[i]),)
+        _store_rows(y_ptr, total, some, R, c, HI, LO)
 
 
 def norm_mlp_residual(
@@ -180,29 +220,48 @@ def norm_mlp_residual(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     eps: float,
+    pre: Tensor | None = None,
 ) -> Tensor:
-    """(R, c) -> (R, c); fc1_weight (h, c) and fc2_weight (c, h) in x's dtype."""
-    (R, c), h = x.shape, fc1_weight.shape[0]
-    y = torch.empty_like(x)
-    options = tiles.mlp(c, h, x.dtype, tiles.Chip.of(x.device))
+    """(R, c) -> (R, c) in the dtype of fc1_weight (h, c) and fc2_weight (c, h).
+
+    ``pre`` (R, h): where to put the rows in front of GELU for the backward, if `keeps_pre` says so.
+    """
+    (R, c), h, dtype = x.shape, fc1_weight.shape[0], fc1_weight.dtype
+    y = torch.empty_like(x, dtype=dtype)
+    options = tiles.mlp(c, h, dtype, tiles.Chip.of(x.device))
     if options is None:
-        for rows in _slices(R, h * x.element_size()):
+        for rows in _slices(R, h * x.element_size(), x.device):
             hidden = norm_linear(x[rows], ln_weight, ln_bias, fc1_weight, fc1_bias, eps, activation=True)
-            torch.addmm(x[rows] + fc2_bias.to(x.dtype), hidden, fc2_weight.t(), out=y[rows])
+            torch.addmm((x[rows] + fc2_bias).to(dtype), hidden, fc2_weight.t(), out=y[rows])
         return y
     HI, LO = tiles.split_width(c)
-    tensors = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, y)
-    launch(
-        _norm_mlp_residual, (triton.cdiv(R, options["BLOCK_R"]),), *tensors, R, eps, c=c, h=h, HI=HI, LO=LO, **options
-    )
+    tensors = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, y, y if pre is None else pre)
+    sizes = {"c": c, "h": h, "HI": HI, "LO": LO, "KEEP": pre is not None}
+    launch(_norm_mlp_residual, (triton.cdiv(R, options["BLOCK_R"]),), *tensors, R, eps, **sizes, **options)
     return y
 
 
-def _slices(R: int, row_bytes: int) -> Iterator[slice]:
-    """Rows in slices of at most `SCRATCH` bytes, whole tiles."""
-    size = max(128, SCRATCH // row_bytes // 128 * 128)
-    for first in range(0, R, size):
+def keeps_pre(c: int, h: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the rows in front of GELU are kept for the backward, of a stem that does not ``recompute``: where the
+    forward is fused, on a GPU with room for them."""
+    chip = tiles.Chip.of(device)
+    return chip.memory >= KEEP_FROM and tiles.mlp(c, h, dtype, chip) is not None
+
+
+def _slices(R: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
+    """Rows in slices of at most `scratch` bytes, whole tiles; at least one, empty where there are no rows."""
+    size = max(128, scratch(device) // row_bytes // 128 * 128)
+    for first in range(0, max(R, 1), size):
         yield slice(first, min(first + size, R))
+
+
+def scratch(device: torch.device) -> int:
+    """Bytes of hidden layer, and of its gradient, in memory at a time.
+
+    A share of the GPU's memory, which is the same at every step and on all ranks; what is free is not. The backward of
+    the stem is the last of a step, when what the rest has kept is free again.
+    """
+    return max(SCRATCH, tiles.Chip.of(device).memory // SHARE)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -269,6 +328,58 @@ def mlp_hidden(
     return hidden, dpre, db1.sum(0)
 
 
+@triton.jit(do_not_specialize=["R"])
+def _mlp_hidden_kept(
+    pre_ptr,
+    grad_ptr,
+    fc2_ptr,
+    hidden_ptr,
+    dpre_ptr,
+    db1_ptr,
+    R,
+    c: tl.constexpr,
+    h: tl.constexpr,
+    HI: tl.constexpr,
+    LO: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    # The gradients of a tile's rows stay in shared memory while fc2's weights pass by. db1 as in `_mlp_hidden`.
+    PARTS: tl.constexpr = 2 if LO else 1
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (rows < R)[:, None]
+    row_at = rows.to(tl.int64)[:, None] * h
+    sums_ptr = db1_ptr + tl.program_id(0).to(tl.int64) * h
+    grad = _load_rows(grad_ptr, rows, R, c, HI, LO)
+    for start in range(0, h, BLOCK_H):
+        hs = start + tl.arange(0, BLOCK_H)
+        in_h = (hs < h) | (h % BLOCK_H == 0)
+        pre = tl.load(pre_ptr + row_at + hs, inside & in_h, 0.0).to(tl.float32)
+        dhidden = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+        for part in tl.static_range(PARTS):
+            columns, in_c = _columns(part, c, HI, LO)
+            fc2 = tl.load(fc2_ptr + columns[:, None] * h + hs, in_h & in_c[:, None], 0.0)
+            dhidden = dot(grad[part], fc2, dhidden, "ieee")
+        phi, density = normal(pre)
+        dpre = dhidden * (phi + 0.3989422804014327 * pre * density)
+        tl.store(hidden_ptr + row_at + hs, pre * phi, inside & in_h)
+        tl.store(dpre_ptr + row_at + hs, dpre, inside & in_h)
+        tl.store(sums_ptr + hs, tl.sum(dpre, 0), in_h)
+
+
+def mlp_hidden_kept(pre: Tensor, grad: Tensor, fc2_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `mlp_hidden` returns, from the kept rows in front of GELU (R, h)."""
+    (R, h), c = pre.shape, grad.shape[1]
+    options = tiles.mlp_hidden_kept(c, h, tiles.Chip.of(pre.device))
+    HI, LO = tiles.split_width(c)
+    hidden, dpre = torch.empty_like(pre), torch.empty_like(pre)
+    tiles_r = triton.cdiv(R, options["BLOCK_R"])
+    db1 = pre.new_empty((tiles_r, h), dtype=torch.float32)
+    tensors = (pre, grad, fc2_weight, hidden, dpre, db1)
+    launch(_mlp_hidden_kept, (tiles_r,), *tensors, R, c=c, h=h, HI=HI, LO=LO, **options)
+    return hidden, dpre, db1.sum(0)
+
+
 def norm_mlp_backward(
     grad: Tensor,
     x: Tensor,
@@ -278,39 +389,49 @@ def norm_mlp_backward(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     eps: float,
+    pre: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradient of the result (R, c), and the inputs -> dx (R, c) in x's dtype; in float32 and summed in a fixed order,
-    dln_weight and dln_bias (c,), dfc1_weight (h, c), dfc1_bias (h,), dfc2_weight (c, h) and dfc2_bias (c,)."""
-    (R, c), h = x.shape, fc1_weight.shape[0]
-    dx = torch.empty_like(x)
-    dnorm = x.new_zeros((3, c), dtype=torch.float32)  # of LayerNorm's weight and bias, and of fc2's bias
-    dfc1, dfc2 = x.new_zeros((h, c), dtype=torch.float32), x.new_zeros((c, h), dtype=torch.float32)
-    db1 = x.new_zeros(h, dtype=torch.float32)
-    for rows in _slices(R, 2 * h * x.element_size()):
-        xn = layer_norm(x[rows], ln_weight, ln_bias, eps)
-        hidden, dpre, sums = mlp_hidden(xn, grad[rows], fc1_weight, fc1_bias, fc2_weight)
-        product(dpre.t(), xn, dfc1)
-        product(grad[rows].t(), hidden, dfc2)
-        db1 += sums
-        dnorm += layer_norm_backward(dpre @ fc1_weight, x[rows], ln_weight, eps, grad[rows], out=dx[rows])[1]
-    return dx, dnorm[0], dnorm[1], dfc1, db1, dfc2, dnorm[2]
+    """Gradient of the result (R, c), and the inputs -> dx (R, c) in its dtype; in float32 and summed in a fixed order,
+    dln_weight and dln_bias (c,), dfc1_weight (h, c), dfc1_bias (h,), dfc2_weight (c, h) and dfc2_bias (c,).
+
+    ``pre`` (R, h): the rows in front of GELU, where the forward kept them.
+    """
+    h, dx = fc1_weight.shape[0], torch.empty_like(grad)
+    total: list[Tensor] = []
+    for rows in _slices(x.shape[0], 2 * h * grad.element_size(), x.device):
+        xn = layer_norm(x[rows], ln_weight, ln_bias, eps, dtype=grad.dtype)
+        if pre is None:
+            hidden, dpre, db1 = mlp_hidden(xn, grad[rows], fc1_weight, fc1_bias, fc2_weight)
+        else:
+            hidden, dpre, db1 = mlp_hidden_kept(pre[rows], grad[rows], fc2_weight)
+        dfc1, dfc2 = product(dpre.t(), xn), product(grad[rows].t(), hidden)
+        dnorm = layer_norm_backward(dpre @ fc1_weight, x[rows], ln_weight, eps, grad[rows], out=dx[rows])[1]
+        found = [*dnorm[:2], dfc1, db1, dfc2, dnorm[2]]
+        total = list(torch._foreach_add(total, found)) if total else found
+    return dx, *total
 
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     """The instantiations of the base model, with the tiles of ``architecture``."""
     norm = {"ln_weight_ptr": "*fp32", "ln_bias_ptr": "*fp32"}
     weights = {"fc1_ptr": f"*{dtype}", "b1_ptr": "*fp32", "fc2_ptr": f"*{dtype}"}
-    x, xn, grad, y = ({f"{name}_ptr": f"*{dtype}"} for name in ("x", "xn", "grad", "y"))
+    xn, grad, y = ({f"{name}_ptr": f"*{dtype}"} for name in ("xn", "grad", "y"))
+    x = {"x_ptr": f"*{'fp16' if dtype == 'bf16' else dtype}"}  # see `conv.middle_dtype`
     hidden = {"hidden_ptr": f"*{dtype}", "dpre_ptr": f"*{dtype}", "db1_ptr": "*fp32", "R": "i32"}
-    forward: dict[str, str] = x | norm | weights | {"b2_ptr": "*fp32"} | y | {"R": "i32", "eps": "fp32"}
+    pre = {"pre_ptr": f"*{dtype}"}
+    forward: dict[str, str] = x | norm | weights | {"b2_ptr": "*fp32"} | y | pre | {"R": "i32", "eps": "fp32"}
+    kept: dict[str, str] = pre | grad | {"fc2_ptr": f"*{dtype}"} | hidden
     found, chip = [], tiles.Chip(architecture)
     for c in sorted({c for c, _ in tiles.STAGES}):
         HI, LO = tiles.split_width(c)
+        parts = {"HI": HI, "LO": LO}
+        fused = tiles.mlp(c, 4 * c, DTYPES[dtype], chip)
         for name, kernel, signature, more, chosen in (
-            ("norm_mlp_residual", _norm_mlp_residual, forward, {"HI": HI, "LO": LO},
-             tiles.mlp(c, 4 * c, DTYPES[dtype], chip)),
+            ("norm_mlp_residual", _norm_mlp_residual, forward, {**parts, "KEEP": False}, fused),
+            ("norm_mlp_residual kept", _norm_mlp_residual, forward, {**parts, "KEEP": True}, fused),
             ("mlp_hidden", _mlp_hidden, xn | grad | weights | hidden, {},
              tiles.mlp_hidden(c, 4 * c, DTYPES[dtype], chip)),
+            ("mlp_hidden_kept", _mlp_hidden_kept, kept, parts, fused and tiles.mlp_hidden_kept(c, 4 * c, chip)),
         ):  # fmt: skip
             if chosen is None:
                 continue

@@ -38,10 +38,10 @@ def _layer_norm(x_ptr, weight_ptr, bias_ptr, y_ptr, R, eps, c: tl.constexpr, C: 
     tl.store(y_ptr + at, centred * rstd[:, None] * weight + bias, mask)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(R, c) -> (R, c) in x's dtype."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """(R, c) -> (R, c) in ``dtype``; without it, in x's."""
     R, c = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     options = tiles.layer_norm(c)
     grid = (triton.cdiv(R, options["BLOCK_R"]),)
     launch(_layer_norm, grid, x, weight, bias, y, R, eps, c=c, C=padded(c), **options)
@@ -63,12 +63,13 @@ def _layer_norm_backward(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # sums (programs, 3, c): of this program's rows, dweight, dbias and the residual's sum.
+    # sums (programs, 3, c): of this program's rows, dweight, dbias and the residual's sum. They stay apart for every
+    # row of a tile until the end: a sum over rows in the loop is a barrier of all warps.
     columns = tl.arange(0, C)
     weight = tl.load(weight_ptr + columns, columns < c, 0.0).to(tl.float32)
-    dweight = tl.zeros((C,), tl.float32)
-    dbias = tl.zeros((C,), tl.float32)
-    dresidual = tl.zeros((C,), tl.float32)
+    dweight = tl.zeros((BLOCK_R, C), tl.float32)
+    dbias = tl.zeros((BLOCK_R, C), tl.float32)
+    dresidual = tl.zeros((BLOCK_R, C), tl.float32)
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
         at = rows.to(tl.int64)[:, None] * c + columns
@@ -84,27 +85,27 @@ def _layer_norm_backward(
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
             dx += residual
-            dresidual += tl.sum(residual, 0)
+            dresidual += residual
         tl.store(dx_ptr + at, dx, mask)
-        dweight += tl.sum(grad * xhat, 0)
-        dbias += tl.sum(grad, 0)
+        dweight += grad * xhat
+        dbias += grad
     out = sums_ptr + tl.program_id(0) * 3 * c + columns
-    tl.store(out, dweight, columns < c)
-    tl.store(out + c, dbias, columns < c)
+    tl.store(out, tl.sum(dweight, 0), columns < c)
+    tl.store(out + c, tl.sum(dbias, 0), columns < c)
     if HAS_RESIDUAL:
-        tl.store(out + 2 * c, dresidual, columns < c)
+        tl.store(out + 2 * c, tl.sum(dresidual, 0), columns < c)
 
 
 def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the result, and the input -> dx (R, c) in x's dtype, with ``residual`` (R, c) added, written to
-    ``out`` where given; and (3, c) float32, summed in a fixed order: dweight, dbias, the residual's sum over the rows
-    (without a residual: 2 rows)."""
+    """Gradient of the result, and the input -> dx (R, c) in the gradient's dtype, with ``residual`` (R, c) added,
+    written to ``out`` where given; and (3, c) float32, summed in a fixed order: dweight, dbias, the residual's sum over
+    the rows (without a residual: 2 rows)."""
     R, c = x.shape
-    options = tiles.layer_norm(c)
+    options = tiles.layer_norm_backward(c)
     programs = min(PROGRAMS, triton.cdiv(R, options["BLOCK_R"]))
-    dx = torch.empty_like(x) if out is None else out
+    dx = torch.empty_like(grad) if out is None else out
     sums = x.new_empty((programs, 3, c), dtype=torch.float32)
     tensors = (grad, x, weight, grad if residual is None else residual, dx, sums)
     sizes = {"c": c, "C": padded(c), "HAS_RESIDUAL": residual is not None}
@@ -124,7 +125,8 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
         tensors = dict.fromkeys(("grad_ptr", "x_ptr"), f"*{dtype}") | {"weight_ptr": "*fp32"}
         tensors |= dict.fromkeys(("residual_ptr", "dx_ptr"), f"*{dtype}")
         tensors |= {"sums_ptr": "*fp32"}
-        constexprs = {**sizes, "HAS_RESIDUAL": True}
+        options = tiles.layer_norm_backward(c)
+        constexprs = {**sizes, "BLOCK_R": options.pop("BLOCK_R"), "HAS_RESIDUAL": True}
         found.append(
             Ahead(f"layer_norm_backward c={c}", _layer_norm_backward, {**tensors, **ends}, constexprs, options)
         )

@@ -24,6 +24,13 @@ def layer_norm(c: int) -> Tiles:
     return {"BLOCK_R": max(1, 4096 // padded(c)), "num_warps": 4, "num_stages": 2}
 
 
+def layer_norm_backward(c: int) -> Tiles:
+    """A row a warp up to 512 channels: its sums take no barrier. Three accumulators as large as the tile stay in
+    registers."""
+    rows = max(1024 // padded(c), min(4, 2048 // padded(c)), 1)
+    return {"BLOCK_R": rows, "num_warps": 4, "num_stages": 2}
+
+
 def norm_linear(c: int, n: int, dtype: torch.dtype) -> Tiles | None:
     """The matrix units' 128 x 128; operands in pieces so short that a multiprocessor holds two programs, and one's norm
     is computed beside the other's product."""
@@ -33,6 +40,12 @@ def norm_linear(c: int, n: int, dtype: torch.dtype) -> Tiles | None:
     return {**sizes, "num_warps": 8, "num_stages": 3}
 
 
+def halo_rows(cells: int) -> Tiles:
+    """2048 cells: 16 for each thread of 4 warps."""
+    columns = min(256, padded(cells))
+    return {"BLOCK_R": 2048 // columns, "BLOCK_C": columns, "num_warps": 4, "num_stages": 1}
+
+
 def depthwise(c: int, p: int, dtype: torch.dtype) -> Tiles:
     """A thread gets one group of G rows and one load's worth of channels, 8 in half precision."""
     G = math.gcd(p, 4)
@@ -40,16 +53,18 @@ def depthwise(c: int, p: int, dtype: torch.dtype) -> Tiles:
     return {"G": G, "BLOCK_R": 16 * G, "BLOCK_C": min(chunk, padded(c)), "num_warps": 4, "num_stages": 1}
 
 
-def conv_linear(c: int, p: int, dtype: torch.dtype) -> Tiles | None:
+def conv_linear(c: int, p: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
     """DW(y) of the tile's rows, all channels, stays in shared memory beside the tiles of the weight that stream past
     it: about 100 KB at c = 256, so that a multiprocessor of an H200 holds two programs.
 
     Chunks of channels are unrolled; in wide kernels they are two loads wide (6 chunks made ptxas spill at c = 384 for
-    sm_100).
+    sm_100). On Hopper, whose product of 64 x 16 waits for its operands, four programs of 4 warps each at c = 384.
     """
     if dtype == torch.float32 or c > 1024:
         return None
     G = math.gcd(p, 4)
+    if chip.hopper and 256 < c <= 384:
+        return {"G": G, "BLOCK_R": 64, "BLOCK_N": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1}
     rows = 128 if c <= 256 else 64 if c <= 384 else 32
     return {
         "G": G,
@@ -62,21 +77,26 @@ def conv_linear(c: int, p: int, dtype: torch.dtype) -> Tiles | None:
 
 
 def split_width(c: int) -> tuple[int, int]:
-    """c -> HI, LO: the largest power of two below c, and the tile that holds the rest; both at least 16."""
-    HI = max(16, padded(c) // 2)
-    return HI, padded(c - HI)
+    """c -> HI, LO: the largest power of two in c, and the tile that holds the rest, at least 16; 0 where nothing is
+    left."""
+    HI = 1 << (c.bit_length() - 1)
+    return HI, padded(c - HI) if c > HI else 0
 
 
 def mlp(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
     """A tile of rows stays in shared memory while the weights pass by, accumulators as wide as c stay in registers.
-    There is no room for them above c = 384. At 256 a multiprocessor holds two programs of 64 rows, and one's GELU is
-    computed beside the other's products; on Hopper that takes 4 warps a program."""
+    There is no room for them above c = 384.
+
+    128 rows where the accumulators fit: all weights pass by every tile, and with 64 rows the L2 cache, not the matrix
+    units, would say how long that takes. Hopper's product of 64 x 32 waits for its operands in shared memory; 64 hidden
+    columns at a time, where there is room.
+    """
     width = sum(split_width(c))
     if dtype == torch.float32 or width > 384 or (width > 256 and chip.shared_kib < 128):
         return None
-    rows = 64 if chip.architecture < 90 or chip.shared_kib < 128 or (chip.hopper and width <= 256) else 128
-    warps = 4 if chip.hopper and rows == 64 else 8
-    return {"BLOCK_R": rows, "BLOCK_H": min(32, padded(h)), "num_warps": warps, "num_stages": 2}
+    rows = 64 if chip.architecture < 90 or chip.shared_kib < 128 else 128
+    hidden = 64 if chip.hopper and width <= 256 else 32
+    return {"BLOCK_R": rows, "BLOCK_H": min(hidden, padded(h)), "num_warps": 8, "num_stages": 2}
 
 
 def mlp_hidden(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
@@ -87,6 +107,13 @@ def mlp_hidden(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
     hidden, warps = (128, 16) if chip.hopper and min(c, h) >= 128 else (64, 8)
     sizes = {"BLOCK_R": 128, "BLOCK_H": min(hidden, padded(h)), "BLOCK_K": min(32, padded(c))}
     return {**sizes, "num_warps": warps, "num_stages": 3}
+
+
+def mlp_hidden_kept(c: int, h: int, chip: Chip) -> Tiles:
+    """For what `mlp` takes: so many rows that a multiprocessor holds two programs, and one's GELU is computed beside
+    the other's product."""
+    rows = 128 if chip.hopper and c <= 256 else 64
+    return {"BLOCK_R": rows, "BLOCK_H": min(32, padded(h)), "num_warps": rows // 16, "num_stages": 2}
 
 
 WHOLE = 512  # columns of a row that one tile of `pixels` holds
