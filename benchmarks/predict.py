@@ -58,7 +58,7 @@ class Assumptions:
     instructions: dict[str, int] = field(
         default_factory=lambda: {
             **{"gelu": 17, "gelu_backward": 19, "norm": 8, "norm_backward": 16, "depthwise": 40},
-            **{"restore": 20, "loss": 25, "other": 4},
+            **{"restore": 19, "loss": 20, "other": 4},
         }
     )
 

@@ -258,11 +258,13 @@ def _features(shape: dict[str, Any], a: Assumptions) -> dict[str, float]:
 KEPT = {
     "stem_embed_pixels.0": "the finest embedding, after its LayerNorm",
     "stem_layer_norm.0": "an embedding, after its LayerNorm",
-    "addmm": "an embedding in front of its LayerNorm, or the tokens",
     "stem_conv_block.0": "a conv block's output",
     "stem_conv_block.1": "rows in front of the depthwise convolution",
     "stem_conv_block.2": "rows in front of the MLP",
-    "_to_copy": "neighbour tables, the spectrogram and weights in bf16",
+    "stem_conv_block.3": "rows in front of GELU",
+    "stem_halo_rows.0": "a table of neighbours",
+    "stem_add_product.0": "an embedding in front of its LayerNorm, or the tokens",
+    "_to_copy": "the spectrogram and weights in bf16",
 }
 RECOMPUTED = tuple(f"stem_conv_block.{i}" for i in range(1, 9))  # with recompute=True: all but the block's output
 

@@ -256,8 +256,9 @@ class CAT(nn.Module):
         """The student on its visible patches: last block's output (N, 1+K, D), and the CLS (N, D) that L_r looks at."""
         with part("stem"):
             x = self.student.embed(spec, visible)
-        cls, low = None, for_products(x)
+        cls = None
         with part("blocks"):
+            low = for_products(x)
             for i, block in enumerate(self.student.blocks, start=1):
                 x, low, t = block(x, low)
                 if i == self.objective.regularisation_layer:
