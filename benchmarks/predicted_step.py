@@ -264,6 +264,7 @@ KEPT = {
     "stem_conv_block.3": "rows in front of GELU",
     "stem_halo_rows.0": "a table of neighbours",
     "stem_add_product.0": "an embedding in front of its LayerNorm, or the tokens",
+    "clone": "weights in the order of the rows",
     "_to_copy": "the spectrogram and weights in bf16",
 }
 RECOMPUTED = tuple(f"stem_conv_block.{i}" for i in range(1, 9))  # with recompute=True: all but the block's output

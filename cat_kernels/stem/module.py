@@ -79,7 +79,9 @@ class MultiResConv(StemWeights):
             return multires_conv_triton(self, spec, visible, recompute=self.recompute)
         if backend == "dense":
             return multires_conv_dense(self, spec, visible)
-        if visible is None and torch.compiler.is_exporting():  # to whom a grid of one clip has other strides than of two
+        if (
+            visible is None and torch.compiler.is_exporting()
+        ):  # to whom a grid of one clip has other strides than of two
             visible = self._all_patches(spec)
         return multires_conv_whole(self, spec) if visible is None else multires_conv_visible(self, spec, visible)
 
