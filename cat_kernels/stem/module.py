@@ -79,10 +79,8 @@ class MultiResConv(StemWeights):
             return multires_conv_triton(self, spec, visible, recompute=self.recompute)
         if backend == "dense":
             return multires_conv_dense(self, spec, visible)
-        if (
-            visible is None and torch.compiler.is_exporting()
-        ):  # to whom a grid of one clip has other strides than of two
-            visible = self._all_patches(spec)
+        if visible is None and torch.compiler.is_exporting():
+            visible = self._all_patches(spec)  # a grid of a single clip would fix the batch: its strides are others
         return multires_conv_whole(self, spec) if visible is None else multires_conv_visible(self, spec, visible)
 
     def _all_patches(self, spec: Tensor) -> Tensor:
