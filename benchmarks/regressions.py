@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,8 +82,10 @@ def take(runs: int, seconds: float, select: Sequence[str]) -> Times:
             words = [sys.executable, "-m", "pytest", *select, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
             words += [f"--benchmark-json={out}", f"--benchmark-max-time={seconds}", "--benchmark-min-rounds=5"]
             words += ["--benchmark-disable-gc", "--benchmark-quiet"]
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
+            # Under pytest-xdist, as in the tests of this file, pytest-benchmark would time nothing.
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode or not out.exists():
                 raise RuntimeError(f"the calls could not be timed:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
             for call in json.loads(out.read_text())["benchmarks"]:
                 found.setdefault(call["name"].removeprefix("test_"), []).append(1e3 * call["stats"]["min"])
