@@ -1,6 +1,7 @@
 """Waveform in, embedding out: checkpoints of ours, other people's encoders, and encoders that never learned."""
 
 from cat.checkpoints.hub import POOLINGS
+from cat.encoders.ast import AstEncoder
 from cat.encoders.audio import CATEncoder, EncoderOutput, Layer
 from cat.encoders.build import USAGE, build_encoder
 from cat.encoders.checkpoint import CatEncoder
@@ -12,6 +13,7 @@ from cat.encoders.statistics import LogMelStatistics, RandomProjection
 __all__ = [
     "POOLINGS",
     "USAGE",
+    "AstEncoder",
     "CATEncoder",
     "CatEncoder",
     "ClapEncoder",

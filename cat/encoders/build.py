@@ -4,6 +4,7 @@
 ``clap``                  CLAP's audio tower with its projection, from the hub (laion/clap-htsat-fused)
 ``clap:NAME``             the same from a local directory, another hub name, or a file of LAION's own (``.pt``)
 ``laion-clap:PATH``       such a file through the package `laion-clap`
+``ast:NAME``              the Audio Spectrogram Transformer, from a local directory or the hub
 ``random``                control: a fixed random projection of log-mel statistics (``random:SEED`` for another one)
 ``logmel``                those statistics themselves: mean and deviation over time of every mel bin
 anything else             a CAT run directory, checkpoint directory or ``.safetensors`` file
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from cat.encoders.ast import AstEncoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import DEFAULT_CLAP, ClapEncoder
 from cat.encoders.frozen import FrozenEncoder, UnitLength
@@ -39,6 +41,7 @@ class Family:
 FAMILIES = {
     "clap": Family("clap[:PATH_OR_HUB_NAME]", lambda name, device: ClapEncoder(name or DEFAULT_CLAP, device=device)),
     "laion-clap": Family("laion-clap:PATH", lambda name, device: LaionClapEncoder(name, device=device)),
+    "ast": Family("ast:PATH_OR_HUB_NAME", lambda name, device: AstEncoder(name, device=device)),
     "random": Family("random[:SEED]", lambda seed, device: RandomProjection(seed=_seed(seed), device=device)),
     "logmel": Family("logmel", lambda _, device: LogMelStatistics(device=device)),
 }
