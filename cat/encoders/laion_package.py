@@ -78,7 +78,7 @@ def _package() -> Any:
     except Exception as error:  # RuntimeError and OSError too, of torchvision and torchaudio beside another torch
         raise ImportError(
             "laion-clap:PATH needs the package 'laion-clap', which cannot be imported "
-            f"({type(error).__name__}: {error}). It takes pip install laion-clap pillow, and torchvision, torchaudio "
+            f"({type(error).__name__}: {error}). It takes pip install laion-clap, and torchvision and torchaudio "
             "built for this torch: for a torch without CUDA from PyTorch's own index, as those on PyPI need CUDA's. "
             "clap:PATH reads the same files without it"
         ) from error
