@@ -123,6 +123,6 @@ def _finetuned(path: Path, recipe: str, data: Callable[[Path], None]) -> None:
 
 
 def clap(path: Path) -> None:
-    from tests.cat.encoders.test_frozen import save_clap
+    from tests.cat.encoders.test_clap import save_clap
 
     save_clap(path, mel_bins=16, truncation="rand_trunc")

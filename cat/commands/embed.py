@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
-from cat.encoders import POOLINGS, build_encoder
+from cat.encoders import POOLINGS, USAGE, build_encoder
 from cat.encoders.embed import write_embeddings
 from cat.encoders.outputs import claim_outputs
 from cat.progress import say
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         required=True,
-        help="clap, clap:PATH_OR_HUB_NAME, random, random:SEED, logmel, or a CAT run, checkpoint or .safetensors",
+        help=f"{USAGE}, or a CAT run, checkpoint or .safetensors",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy")
     parser.add_argument("--manifest-out", type=Path, default=None, metavar="FILE", help="default: OUT.jsonl")
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pooling", choices=POOLINGS, default="mean", help="of a CAT checkpoint's tokens (default mean)"
     )
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a CAT checkpoint")
+    parser.add_argument("--normalise", action="store_true", help="scale every embedding to unit length")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     for note in manifest.notes:
         say(note)
     outputs = claim_outputs(manifest, args.out, args.manifest_out, overwrite=args.overwrite)
-    encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
+    encoder = build_encoder(
+        args.encoder, pooling=args.pooling, weights=args.weights, normalise=args.normalise, device=device
+    )
     written, skipped = write_embeddings(
         manifest,
         encoder,

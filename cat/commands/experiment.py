@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cat.config import to_mapping
 from cat.data.synth import SynthConfig, synthesise
-from cat.encoders import build_encoder
+from cat.encoders import USAGE, build_encoder
 from cat.experiments.kernels import kernels
 from cat.experiments.overfit import overfit
 from cat.experiments.recipes import experiment_config
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, default=None, help="folder with train, valid and test.jsonl (default: made)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="default: %(default)s")
-    parser.add_argument("--encoder", default="random", help="of regularisation: random, clap[:PATH] or a checkpoint")
+    parser.add_argument("--encoder", default="random", help=f"of regularisation: {USAGE}, or a checkpoint")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files in OUT/NAME that experiment did not write"
     )

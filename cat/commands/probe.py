@@ -10,7 +10,7 @@ import torch
 
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
-from cat.encoders import POOLINGS, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
+from cat.encoders import POOLINGS, USAGE, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
 from cat.evaluation.cache import FeatureCache, default_folder
 from cat.evaluation.probe import SPLITS, TITLES, Report, format_report, is_report, report_json, run_probe
 from cat.evaluation.trained import PROTOTYPES
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Probes of frozen features on labelled manifests. Settings are chosen on valid, test is scored once."
     )
     parser.add_argument(
-        "encoder", metavar="CHECKPOINT", help="run directory, checkpoint directory, .safetensors, clap[:PATH] or random"
+        "encoder", metavar="ENCODER", help=f"run directory, checkpoint directory, .safetensors, or one of {USAGE}"
     )
     for split in SPLITS:
         parser.add_argument(f"--{split}", required=True, metavar="MANIFEST", help=f"labelled {split} split")

@@ -1,22 +1,28 @@
-"""Waveform in, embedding out: checkpoints of ours, CLAP, and encoders that never learned."""
+"""Waveform in, embedding out: checkpoints of ours, other people's encoders, and encoders that never learned."""
 
 from cat.checkpoints.hub import POOLINGS
+from cat.encoders.ast import AstEncoder
 from cat.encoders.audio import CATEncoder, EncoderOutput, Layer
-from cat.encoders.build import build_encoder
+from cat.encoders.build import USAGE, build_encoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import ClapEncoder
-from cat.encoders.frozen import FrozenEncoder
+from cat.encoders.frozen import FrozenEncoder, UnitLength
+from cat.encoders.laion_package import LaionClapEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
 
 __all__ = [
     "POOLINGS",
+    "USAGE",
+    "AstEncoder",
     "CATEncoder",
     "CatEncoder",
     "ClapEncoder",
     "EncoderOutput",
     "FrozenEncoder",
+    "LaionClapEncoder",
     "Layer",
     "LogMelStatistics",
     "RandomProjection",
+    "UnitLength",
     "build_encoder",
 ]

@@ -1,46 +1,86 @@
 """The one way to get a frozen encoder: by name.
 
-===================  ==================================================================================================
-``clap``             CLAP's audio tower with its projection, from the hub (laion/clap-htsat-fused)
-``clap:NAME``        the same from a local directory or another hub name
-``random``           control: a fixed random projection of log-mel statistics (``random:SEED`` for another one)
-``logmel``           those statistics themselves: mean and deviation over time of every mel bin
-anything else        a CAT run directory, checkpoint directory or ``.safetensors`` file
-===================  ==================================================================================================
+========================  =============================================================================================
+``clap``                  CLAP's audio tower with its projection, from the hub (laion/clap-htsat-fused)
+``clap:NAME``             the same from a local directory, another hub name, or a file of LAION's own (``.pt``)
+``laion-clap:PATH``       such a file through the package `laion-clap`
+``ast:NAME``              the Audio Spectrogram Transformer, from a local directory or the hub
+``random``                control: a fixed random projection of log-mel statistics (``random:SEED`` for another one)
+``logmel``                those statistics themselves: mean and deviation over time of every mel bin
+anything else             a CAT run directory, checkpoint directory or ``.safetensors`` file
+========================  =============================================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from cat.encoders.ast import AstEncoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import DEFAULT_CLAP, ClapEncoder
-from cat.encoders.frozen import FrozenEncoder
+from cat.encoders.frozen import FrozenEncoder, UnitLength
+from cat.encoders.laion_package import LaionClapEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Family:
+    """``usage`` as in help texts: what stands behind the name's colon in brackets may be left out. ``make`` gets it,
+    "" where it was, and the device."""
+
+    usage: str
+    make: Callable[[str, Device], FrozenEncoder]
+
+
+FAMILIES = {
+    "clap": Family("clap[:PATH_OR_HUB_NAME]", lambda name, device: ClapEncoder(name or DEFAULT_CLAP, device=device)),
+    "laion-clap": Family("laion-clap:PATH", lambda name, device: LaionClapEncoder(name, device=device)),
+    "ast": Family("ast:PATH_OR_HUB_NAME", lambda name, device: AstEncoder(name, device=device)),
+    "random": Family("random[:SEED]", lambda seed, device: RandomProjection(seed=_seed(seed), device=device)),
+    "logmel": Family("logmel", lambda _, device: LogMelStatistics(device=device)),
+}
+USAGE = ", ".join(family.usage for family in FAMILIES.values())
 
 
 def build_encoder(
-    spec: str, *, pooling: str = "mean", weights: str = "student", device: torch.device | str = "cpu"
+    spec: str,
+    *,
+    pooling: str = "mean",
+    weights: str = "student",
+    normalise: bool = False,
+    device: Device = "cpu",
 ) -> FrozenEncoder:
     """The encoder that `spec` names (see the table above).
 
     `pooling` ("mean" of the patch tokens, "cls", or "both" side by side) and `weights` ("student" or "teacher")
-    apply to CAT checkpoints only.
+    apply to CAT checkpoints only. `normalise`: embeddings of unit length (`UnitLength`).
     """
-    kind, _, rest = spec.partition(":")
-    if kind == "clap":
-        return ClapEncoder(rest or DEFAULT_CLAP, device=device)
-    if kind == "random":
-        if rest and not rest.isdecimal():
-            raise ValueError(f"encoder {spec!r}: the seed after 'random:' must be a whole number, got {rest!r}.")
-        return RandomProjection(seed=int(rest or 0), device=device)
-    if spec == "logmel":
-        return LogMelStatistics(device=device)
+    encoder = _build(spec, pooling, weights, device)
+    return UnitLength(encoder) if normalise else encoder
+
+
+def _build(spec: str, pooling: str, weights: str, device: Device) -> FrozenEncoder:
+    kind, colon, rest = spec.partition(":")
+    if family := FAMILIES.get(kind):
+        named = family.usage.removeprefix(kind)  # "", ":PATH" or "[:PATH]"
+        if (rest and not named) or (not rest and (colon or named.startswith(":"))):
+            raise ValueError(f"encoder {spec!r}; expected {family.usage}")
+        return family.make(rest, device)
     if not Path(spec).exists():
         raise FileNotFoundError(
-            f"encoder {spec!r} is neither 'clap', 'clap:PATH_OR_HUB_NAME', 'random', 'random:SEED', 'logmel' "
-            "nor an existing run directory, checkpoint directory or .safetensors file."
+            f"encoder {spec!r} is neither one of {USAGE}, nor an existing run directory, checkpoint directory or "
+            ".safetensors file."
         )
     return CatEncoder.from_checkpoint(spec, weights=weights, pooling=pooling, device=device)
+
+
+def _seed(text: str) -> int:
+    if text and not text.isdecimal():
+        raise ValueError(f"encoder 'random:{text}': the seed after 'random:' must be a whole number, got {text!r}.")
+    return int(text or 0)

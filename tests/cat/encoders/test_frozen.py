@@ -1,8 +1,7 @@
-"""Frozen encoders: CLAP's real architecture with random weights, the controls, a CAT checkpoint."""
+"""Frozen encoders: the controls, a CAT checkpoint, and how one is asked for."""
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from cat.data.features import FeatureConfig
 from cat.encoders import (
     CatEncoder,
-    ClapEncoder,
     FrozenEncoder,
     LogMelStatistics,
     RandomProjection,
@@ -23,42 +21,6 @@ from cat.model import Encoder, ModelConfig
 
 TINY = ModelConfig(channels=(8, 8), embed_dim=16, depth=2, num_heads=2, decoder_dim=16, decoder_layers=1)
 FEATURES = FeatureConfig(frames=64)
-
-
-def save_clap(directory, *, mel_bins: int, truncation: str, **audio) -> None:
-    """CLAP as transformers builds it, small, saved as a newcomer would have it on disk."""
-    transformers = pytest.importorskip("transformers")
-    audio |= {
-        "num_mel_bins": mel_bins,
-        "spec_size": 4 * mel_bins,
-        "patch_embeds_hidden_size": 8,
-        "hidden_size": 16,
-        "depths": [1, 1],
-        "num_attention_heads": [1, 2],
-        "num_hidden_layers": 2,
-        "window_size": 4,
-        "projection_dim": 24,
-    }
-    text = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "projection_dim": 24,
-    }
-    config = transformers.ClapConfig(audio_config=audio, text_config=text, projection_dim=24)
-    torch.manual_seed(0)
-    transformers.ClapModel(config).save_pretrained(directory)
-    extractor = transformers.ClapFeatureExtractor(feature_size=mel_bins, max_length_s=1, truncation=truncation)
-    extractor.save_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
-def clap_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("clap")
-    save_clap(directory, mel_bins=16, truncation="rand_trunc")
-    return directory
 
 
 def noise(clips: int, samples: int, seed: int = 0) -> torch.Tensor:
@@ -158,90 +120,19 @@ def test_random_projection_is_fixed_by_its_seed():
     assert (RandomProjection(seed=1)(2 * waveform) * embedding).sum(1).min() > 0.99  # it does not tell the level
 
 
-def test_clap_reads_a_local_directory(clap_directory):
-    encoder = build_encoder(f"clap:{clap_directory}")
-    assert (encoder.sample_rate, encoder.dim) == (48000, 24)
-    waveform, lengths = (
-        noise(3, 60000),
-        torch.tensor([60000, 48000, 20000]),
-    )  # longer than, exactly, less than its second
-    embedding = encoder(waveform, lengths)
-    assert embedding.shape == (3, 24)
-    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
-    state = np.random.get_state()[1].copy()  # noqa: NPY002
-    for b, n in enumerate(lengths.tolist()):
-        torch.testing.assert_close(encoder(waveform[b : b + 1, :n])[0], embedding[b], atol=1e-5, rtol=1e-4)
-    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
-
-
-def test_clap_with_feature_fusion(tmp_path):
-    """The default, laion/clap-htsat-fused, is of this kind; the extractor alone would embed short clips by chance."""
-    save_clap(tmp_path, mel_bins=64, truncation="fusion", enable_fusion=True, aff_block_r=2)
-    encoder, waveform, lengths = ClapEncoder(tmp_path), noise(3, 60000), torch.tensor([60000, 48000, 20000])
-    embedding = encoder(waveform, lengths)
-    for b, n in enumerate(lengths.tolist()):
-        torch.testing.assert_close(encoder(waveform[b : b + 1, :n])[0], embedding[b], atol=1e-5, rtol=1e-4)
-
-
-def test_clap_that_lacks_weights_is_an_error(clap_directory, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for file in clap_directory.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["audio_projection.linear1.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"lacks 1 tensors of the audio tower \(first: audio_projection.linear1.weight\)"
-    ):
-        ClapEncoder(tmp_path)
-
-
-def test_clap_agrees_with_transformers_own_path(clap_directory):
-    import transformers
-
-    model = transformers.ClapModel.from_pretrained(clap_directory).eval()
-    extractor = transformers.ClapFeatureExtractor.from_pretrained(clap_directory)
-    waveform = noise(1, 48000)
-    with torch.no_grad():
-        inputs = extractor(waveform[0].numpy(), sampling_rate=48000, return_tensors="pt")
-        features = model.get_audio_features(**inputs)
-    features = features if isinstance(features, torch.Tensor) else features.pooler_output
-    torch.testing.assert_close(ClapEncoder(clap_directory)(waveform), features, atol=1e-5, rtol=1e-4)
-
-
-def test_clap_refuses_pickled_weights(clap_directory, tmp_path):
-    for name in ("config.json", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((clap_directory / name).read_bytes())
-    torch.save({"audio_projection.linear1.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="Weights in pickles are refused"):
-        ClapEncoder(tmp_path)
-
-
-def test_clap_that_is_not_local_when_offline(monkeypatch):
-    pytest.importorskip("transformers")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="Give a local directory"):
-        ClapEncoder("nobody/has-this-model")
-
-
-def test_clap_without_transformers(monkeypatch):
-    real_import = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "transformers":
-            raise ImportError("No module named 'transformers'")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'cat-kernels\[clap\]'"):
-        ClapEncoder("anything")
+def test_unit_length_is_of_every_encoder():
+    waveform, lengths = noise(2, 9000), torch.tensor([9000, 5000])
+    plain, unit = build_encoder("logmel"), build_encoder("logmel", normalise=True)
+    assert isinstance(unit, FrozenEncoder)
+    assert (unit.name, unit.dim, unit.min_samples) == ("logmel, unit length", plain.dim, plain.min_samples)
+    rows = plain(waveform, lengths)
+    torch.testing.assert_close(unit(waveform, lengths), rows / rows.norm(dim=1, keepdim=True))
+    of_windows = unit.combine(unit(waveform, lengths), lengths)
+    torch.testing.assert_close(of_windows.norm(), torch.tensor(1.0))
 
 
 def test_bad_requests_say_what_was_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither 'clap'"):
+    with pytest.raises(FileNotFoundError, match="neither one of clap"):
         build_encoder(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="whole number, got 'x'"):
         build_encoder("random:x")
