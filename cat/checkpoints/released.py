@@ -7,17 +7,15 @@ checkpoint for every command that takes one.
 
 from __future__ import annotations
 
-import pickle  # for the name of an error only
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cat.checkpoints.store import CheckpointError, check_readable, read_tensors, unwrapped
+from cat.checkpoints.foreign import read_foreign
+from cat.checkpoints.store import unwrapped
 from cat.model import CAT, ModelConfig, ObjectiveConfig
 
 IMAGE = "modality_encoders.IMAGE."
@@ -217,48 +215,15 @@ def _translate(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-class _Inert:
-    """Stands for every class a released file mentions (fairseq, omegaconf, argparse): holds nothing, does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """(student, teacher or None) of a released ``.pt`` file, or of a ``.safetensors`` with the same names.
 
-    Nothing in the file is executed: it is read with ``weights_only=True``, and the classes it mentions (training
-    settings) are replaced by an empty one.
+    Nothing in the file is executed (`read_foreign`).
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    check_readable(path)
+    content = read_foreign(path)
     if path.suffix == ".safetensors":
-        return _split_teacher(read_tensors(path)[0])
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is not a PyTorch zip archive (written by PyTorch 1.6 or later); it may be cut short: "
-            f"{path.stat().st_size} bytes"
-        )
-    foreign: list[str] = []
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, when bytes are wrong
-        if foreign and isinstance(error, pickle.UnpicklingError):
-            raise ValueError(
-                f"{path} cannot be read without executing code it holds; it mentions {sorted(foreign)}. If you trust "
-                "it, save its weights alone where it came from: torch.save({'model': checkpoint['model']}, ...)"
-            ) from None
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is damaged or not a file of torch.save "
-            f"({type(error).__name__}: {error}); copy it again"
-        ) from error
+        return _split_teacher(content)
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError(
