@@ -3,9 +3,12 @@
 from cat.checkpoints.hub import POOLINGS
 from cat.encoders.ast import AstEncoder
 from cat.encoders.audio import CATEncoder, EncoderOutput, Layer
+from cat.encoders.audiomae import AudioMAEEncoder
+from cat.encoders.beats import BEATsEncoder
 from cat.encoders.build import USAGE, build_encoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import ClapEncoder
+from cat.encoders.dasheng import DashengEncoder
 from cat.encoders.frozen import FrozenEncoder, UnitLength
 from cat.encoders.laion_package import LaionClapEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
@@ -14,9 +17,12 @@ __all__ = [
     "POOLINGS",
     "USAGE",
     "AstEncoder",
+    "AudioMAEEncoder",
+    "BEATsEncoder",
     "CATEncoder",
     "CatEncoder",
     "ClapEncoder",
+    "DashengEncoder",
     "EncoderOutput",
     "FrozenEncoder",
     "LaionClapEncoder",

@@ -5,6 +5,9 @@
 ``clap:NAME``             the same from a local directory, another hub name, or a file of LAION's own (``.pt``)
 ``laion-clap:PATH``       such a file through the package `laion-clap`
 ``ast:NAME``              the Audio Spectrogram Transformer, from a local directory or the hub
+``audiomae:PATH``         Audio-MAE from its released file (16 kHz, 768; not for commercial use)
+``beats:PATH``            BEATs from one of its released files (16 kHz, 768)
+``dasheng:PATH``          Dasheng from one of its released files (16 kHz, 768, 1280 or 1536)
 ``random``                control: a fixed random projection of log-mel statistics (``random:SEED`` for another one)
 ``logmel``                those statistics themselves: mean and deviation over time of every mel bin
 anything else             a CAT run directory, checkpoint directory or ``.safetensors`` file
@@ -20,8 +23,11 @@ from pathlib import Path
 import torch
 
 from cat.encoders.ast import AstEncoder
+from cat.encoders.audiomae import AudioMAEEncoder
+from cat.encoders.beats import BEATsEncoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import DEFAULT_CLAP, ClapEncoder
+from cat.encoders.dasheng import DashengEncoder
 from cat.encoders.frozen import FrozenEncoder, UnitLength
 from cat.encoders.laion_package import LaionClapEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
@@ -42,6 +48,9 @@ FAMILIES = {
     "clap": Family("clap[:PATH_OR_HUB_NAME]", lambda name, device: ClapEncoder(name or DEFAULT_CLAP, device=device)),
     "laion-clap": Family("laion-clap:PATH", lambda name, device: LaionClapEncoder(name, device=device)),
     "ast": Family("ast:PATH_OR_HUB_NAME", lambda name, device: AstEncoder(name, device=device)),
+    "audiomae": Family("audiomae:PATH", lambda path, device: AudioMAEEncoder(path, device=device)),
+    "beats": Family("beats:PATH", lambda path, device: BEATsEncoder(path, device=device)),
+    "dasheng": Family("dasheng:PATH", lambda path, device: DashengEncoder(path, device=device)),
     "random": Family("random[:SEED]", lambda seed, device: RandomProjection(seed=_seed(seed), device=device)),
     "logmel": Family("logmel", lambda _, device: LogMelStatistics(device=device)),
 }
