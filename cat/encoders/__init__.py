@@ -1,4 +1,4 @@
-"""Waveform in, embedding out: checkpoints of ours, CLAP, and encoders that never learned."""
+"""Waveform in, embedding out: checkpoints of ours, CLAP, files of other networks, encoders that never learned."""
 
 from cat.checkpoints.hub import POOLINGS
 from cat.encoders.audio import CATEncoder, EncoderOutput, Layer
@@ -6,6 +6,7 @@ from cat.encoders.build import build_encoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import ClapEncoder
 from cat.encoders.frozen import FrozenEncoder
+from cat.encoders.modelfile import FileConfig, FileEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "CatEncoder",
     "ClapEncoder",
     "EncoderOutput",
+    "FileConfig",
+    "FileEncoder",
     "FrozenEncoder",
     "Layer",
     "LogMelStatistics",
