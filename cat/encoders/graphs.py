@@ -109,13 +109,14 @@ class TfliteGraph:
         _check_type(path, value["name"], np.dtype(value["dtype"]).name, "float32")
         signature = value["shape_signature"] if len(value["shape_signature"]) else value["shape"]
         self.shape: Shape = tuple(None if n < 0 else int(n) for n in signature)
-        self._interpreter, self._input, self._ready = interpreter, value["index"], ()
+        self._interpreter, self._input = interpreter, value["index"]
+        self._ready: tuple[int, ...] = ()  # shape that it is laid out for
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
         if array.shape != self._ready:
             self._interpreter.resize_tensor_input(self._input, array.shape)
             self._interpreter.allocate_tensors()
-            self._ready: tuple[int, ...] = array.shape
+            self._ready = array.shape
         self._interpreter.set_tensor(self._input, array)
         self._interpreter.invoke()
         return np.asarray(self._interpreter.get_tensor(self._index), dtype=np.float32)

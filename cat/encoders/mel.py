@@ -95,8 +95,8 @@ def mel_filters(config: MelConfig, sample_rate: int) -> Tensor:
             f"{nyquist:g}"
         )
     frequencies_K = torch.linspace(0, nyquist, config.n_fft // 2 + 1, dtype=torch.float64)
-    ends = to_mel(torch.tensor([config.low, high], dtype=torch.float64), config.scale)
-    edges_mel = torch.linspace(*ends.tolist(), config.bins + 2, dtype=torch.float64)
+    first, last = to_mel(torch.tensor([config.low, high], dtype=torch.float64), config.scale).tolist()
+    edges_mel = torch.linspace(first, last, config.bins + 2, dtype=torch.float64)
     edges_hz = to_hz(edges_mel, config.scale)
     edges = edges_hz if config.triangles == "hz" else edges_mel
     x_K = frequencies_K if config.triangles == "hz" else to_mel(frequencies_K, config.scale)

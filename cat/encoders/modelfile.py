@@ -13,6 +13,7 @@ Shapes: a clip is cut into pieces of n steps, samples or frames of F mel bins; B
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ class FileEncoder:
         self.sample_rate, self.device = config.sample_rate, torch.device(device)
         noise_n = 0.1 * torch.randn(self._trial(), generator=torch.Generator().manual_seed(0))
         self.dim = len(self._embed([noise_n])[0])
-        self.name = f"{name} ({self.sha256[:8]})"
+        what = hashlib.sha256(f"{self.sha256} {self.config}".encode()).hexdigest()
+        self.name = f"{name} ({what[:8]})"  # other weights or settings are another encoder, whatever the path
 
     @classmethod
     def from_file(cls, kind: str, spec: str, *, device: torch.device | str = "cpu") -> FileEncoder:

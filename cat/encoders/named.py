@@ -73,11 +73,13 @@ def check_encoder(encoder: Any, spec: str) -> None:
 
     if encoder is None:
         raise wrong("is None", "that the function returns an encoder")
-    for key, kind in (("name", str), ("sample_rate", int), ("dim", int)):
+    for key in ("name", "sample_rate", "dim"):
         value = getattr(encoder, key, None)
-        if not isinstance(value, kind) or isinstance(value, bool) or not value or (kind is int and value < 1):
+        named = isinstance(value, str) and value != ""
+        counted = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not (named if key == "name" else counted):
             have = f"has {key}={value!r}" if hasattr(encoder, key) else f"has no attribute {key!r}"
-            raise wrong(have, f"{key}, {'a name' if kind is str else 'a whole number above 0'}")
+            raise wrong(have, f"{key}, {'a name' if key == 'name' else 'a whole number above 0'}")
     if not callable(encoder):
         raise wrong("cannot be called", "encoder(waveform (B, n), lengths (B,)) -> (B, dim)")
     least = getattr(encoder, "min_samples", 1)

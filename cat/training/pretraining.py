@@ -96,11 +96,12 @@ class Pretraining:
 
     def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         lr, decay = learning_rate(self.config.optim, step), ema_decay(self.config.ema, step + 1)
-        scheduled = {}
+        told = {"lr": lr, "ema_decay": decay}
+        weight = None
         if self.config.objective.regularisation_schedule != "constant":
-            scheduled["regularisation_weight"] = regularisation_weight(self.config.objective, step)
-        values = self.step(*self._inputs(batch, step * NOISE_PER_STEP), lr=lr, decay=decay, **scheduled)
-        return values, {"lr": lr, "ema_decay": decay, **scheduled}
+            weight = told["regularisation_weight"] = regularisation_weight(self.config.objective, step)
+        inputs = self._inputs(batch, step * NOISE_PER_STEP)
+        return self.step(*inputs, lr=lr, decay=decay, regularisation_weight=weight), told
 
     def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """What the model takes, on its device."""
