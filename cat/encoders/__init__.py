@@ -11,6 +11,7 @@ from cat.encoders.clap import ClapEncoder
 from cat.encoders.dasheng import DashengEncoder
 from cat.encoders.frozen import FrozenEncoder, UnitLength
 from cat.encoders.laion_package import LaionClapEncoder
+from cat.encoders.modelfile import FileConfig, FileEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "ClapEncoder",
     "DashengEncoder",
     "EncoderOutput",
+    "FileConfig",
+    "FileEncoder",
     "FrozenEncoder",
     "LaionClapEncoder",
     "Layer",

@@ -10,6 +10,11 @@
 ``dasheng:PATH``          Dasheng from one of its released files (16 kHz, 768, 1280 or 1536)
 ``random``                control: a fixed random projection of log-mel statistics (``random:SEED`` for another one)
 ``logmel``                those statistics themselves: mean and deviation over time of every mel bin
+``onnx:PATH``             a network in an ONNX file; what it takes and gives stands in ``PATH.yaml`` (`FileConfig`), or
+                          behind the path: ``onnx:PATH?sample_rate=16000&output=NAME``
+``tflite:PATH``           the same in a TFLite file
+``MODULE:FUNCTION``       what a function of an installed module, or of a file ``path/to/file.py``, returns for a device
+``untrained:SPEC``        control: the same network with random weights (``untrained:SEED:SPEC`` for others)
 anything else             a CAT run directory, checkpoint directory or ``.safetensors`` file
 ========================  =============================================================================================
 """
@@ -30,6 +35,8 @@ from cat.encoders.clap import DEFAULT_CLAP, ClapEncoder
 from cat.encoders.dasheng import DashengEncoder
 from cat.encoders.frozen import FrozenEncoder, UnitLength
 from cat.encoders.laion_package import LaionClapEncoder
+from cat.encoders.modelfile import FileEncoder
+from cat.encoders.named import is_named, named_encoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
 
 Device = torch.device | str
@@ -51,10 +58,14 @@ FAMILIES = {
     "audiomae": Family("audiomae:PATH", lambda path, device: AudioMAEEncoder(path, device=device)),
     "beats": Family("beats:PATH", lambda path, device: BEATsEncoder(path, device=device)),
     "dasheng": Family("dasheng:PATH", lambda path, device: DashengEncoder(path, device=device)),
+    "onnx": Family("onnx:PATH", lambda path, device: FileEncoder.from_file("onnx", path, device=device)),
+    "tflite": Family("tflite:PATH", lambda path, device: FileEncoder.from_file("tflite", path, device=device)),
     "random": Family("random[:SEED]", lambda seed, device: RandomProjection(seed=_seed(seed), device=device)),
     "logmel": Family("logmel", lambda _, device: LogMelStatistics(device=device)),
 }
-USAGE = ", ".join(family.usage for family in FAMILIES.values())
+USAGE = ", ".join(
+    [*(family.usage for family in FAMILIES.values()), "untrained:[SEED:]ENCODER", "MODULE_OR_FILE.py:FUNCTION"]
+)
 
 
 def build_encoder(
@@ -81,12 +92,29 @@ def _build(spec: str, pooling: str, weights: str, device: Device) -> FrozenEncod
         if (rest and not named) or (not rest and (colon or named.startswith(":"))):
             raise ValueError(f"encoder {spec!r}; expected {family.usage}")
         return family.make(rest, device)
+    if kind == "untrained":
+        return _untrained(spec, rest, pooling, weights, device)
+    if is_named(spec) and not Path(spec).exists():
+        return named_encoder(spec, device=device)
     if not Path(spec).exists():
         raise FileNotFoundError(
             f"encoder {spec!r} is neither one of {USAGE}, nor an existing run directory, checkpoint directory or "
             ".safetensors file."
         )
     return CatEncoder.from_checkpoint(spec, weights=weights, pooling=pooling, device=device)
+
+
+def _untrained(spec: str, rest: str, pooling: str, weights: str, device: Device) -> FrozenEncoder:
+    seed, colon, trained = rest.partition(":")
+    if not (seed.isdecimal() and colon):
+        seed, trained = "0", rest
+    encoder = _build(trained, pooling, weights, device)
+    if not hasattr(encoder, "untrained_twin"):
+        raise ValueError(
+            f"encoder {spec!r}: {encoder.name} has no twin with random weights; expected a network of torch, such as a "
+            "CAT checkpoint"
+        )
+    return encoder.untrained_twin(int(seed))
 
 
 def _seed(text: str) -> int:

@@ -52,7 +52,8 @@ class CatEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = Encoder(self.encoder.config)
-        return CatEncoder(encoder, self.features, name=f"untrained:{seed}", pooling=self.pooling, device=self.device)
+        name = f"untrained:{seed}:{self.name}"
+        return CatEncoder(encoder, self.features, name=name, pooling=self.pooling, device=self.device)
 
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         ends = checked_lengths(waveform, lengths).tolist()

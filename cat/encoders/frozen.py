@@ -27,7 +27,7 @@ class FrozenEncoder(Protocol):
     clip that is longer than `WINDOW_SECONDS` comes in windows of equal length: as an iterable of arrays to the method
     ``of_stream(windows) -> (dim,)`` where there is one. An encoder without it embeds each, and what its method
     ``combine(rows (W, dim), lengths (W,))`` makes of theirs is the clip's embedding (dim,), or without such a method
-    their mean, weighted by `lengths`.
+    their mean, weighted by `lengths`. ``untrained_twin(seed)`` gives the same network with random weights.
     """
 
     name: str

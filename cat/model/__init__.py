@@ -4,6 +4,7 @@ from cat.model.classifier import Classifier, ClassifierOutput, HeadConfig
 from cat.model.encoder import PRESETS, Encoder, ModelConfig, rows_of, sincos_positions
 from cat.model.pretraining import (
     CAT,
+    SCHEDULES,
     ObjectiveConfig,
     PretrainOutput,
     masked_indices,
@@ -14,6 +15,7 @@ from cat.model.pretraining import (
 __all__ = [
     "CAT",
     "PRESETS",
+    "SCHEDULES",
     "Classifier",
     "ClassifierOutput",
     "Encoder",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -41,7 +41,10 @@ class ObjectiveConfig:
     number. ``regularisation_layer`` d: 0 takes the CLS token of the last block, d > 0 the one that block d's MLP puts
     out. ``regularisation_distance``: "l2" (the paper's s), "l1", "cosine" or "kl", see `DISTANCES`.
     ``regularisation_projection``: "student" projects the CLS token to the external embedding's width D_e, "external"
-    the embedding to the model's. ``teacher_top_k``: average the last k blocks into the target, 0 means all.
+    the embedding to the model's. ``regularisation_normalise`` scales external embeddings to unit length first: encoders
+    differ in it a hundredfold, and the distances with them. ``regularisation_schedule``: the weight is "constant",
+    rises from 0 over ``regularisation_steps`` updates ("warmup"), falls to 0 over them ("decay"), or is 0 after them
+    ("stop"). ``teacher_top_k``: average the last k blocks into the target, 0 means all.
     ``noise_std``: deviation of the noise that stands for masked patches in the decoder.
     """
 
@@ -50,6 +53,9 @@ class ObjectiveConfig:
     regularisation_layer: int = 0
     regularisation_distance: str = "l2"
     regularisation_projection: str = "student"
+    regularisation_normalise: bool = False
+    regularisation_schedule: str = "constant"
+    regularisation_steps: int = 0
     global_loss_reduction: str = "sum"
     teacher_top_k: int = 0
     noise_std: float = 0.01
@@ -62,6 +68,16 @@ class ObjectiveConfig:
         if self.regularisation_projection not in ("student", "external"):
             raise ValueError(
                 f"regularisation_projection={self.regularisation_projection!r}; expected 'student' or 'external'"
+            )
+        if self.regularisation_schedule not in SCHEDULES:
+            raise ValueError(
+                f"regularisation_schedule={self.regularisation_schedule!r}; expected one of {list(SCHEDULES)}"
+            )
+        scheduled = self.regularisation_schedule != "constant"
+        if self.regularisation_steps < scheduled:
+            raise ValueError(
+                f"regularisation_steps={self.regularisation_steps}; expected the updates that "
+                f"regularisation_schedule={self.regularisation_schedule} takes, {int(scheduled)} or more"
             )
         if self.global_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"global_loss_reduction={self.global_loss_reduction!r}; expected 'sum' or 'mean'")
@@ -81,6 +97,14 @@ class ObjectiveConfig:
             )
         return values
 
+
+# regularisation_schedule -> share of the weight in the update that follows ``step`` others, of ``steps``.
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda step, steps: 1.0,
+    "warmup": lambda step, steps: min(1.0, (step + 1) / (steps + 1)),
+    "decay": lambda step, steps: max(0.0, 1.0 - step / steps),
+    "stop": lambda step, steps: float(step < steps),
+}
 
 _FIRST_FIELDS = {"global_weight", "regularisation_weight", "regularisation_layer", "teacher_top_k", "noise_std"}
 _EARLIER = {"cosine": "bare_cosine", "kl": "kl_from_external"}
@@ -285,6 +309,7 @@ class CAT(nn.Module):
         *,
         rng: Tensor,
         mask_noise: Tensor | None = None,
+        regularisation_weight: Tensor | None = None,
     ) -> PretrainOutput:
         """Losses of one batch.
 
@@ -294,6 +319,7 @@ class CAT(nn.Module):
             embedding: (B, D_e) external embedding of every clip, or None.
             rng: (2,) int64, seed and offset of the noise in the decoder.
             mask_noise: (B*M, L-K, D) noise to use in place of drawn noise, masked patches in ascending order.
+            regularisation_weight: 0-dim float32 in place of the objective's, where a schedule moves it.
         """
         P = self.config.patch_size
         grid = (spec.shape[2] // P, spec.shape[3] // P)
@@ -303,7 +329,7 @@ class CAT(nn.Module):
         with part("decoder"):
             prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
         with part("loss"):
-            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embedding)
+            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embedding, regularisation_weight)
 
     def _losses(
         self,
@@ -313,6 +339,7 @@ class CAT(nn.Module):
         target_BLD: Tensor,
         visible: Tensor,
         embedding: Tensor | None,
+        weight: Tensor | None,
     ) -> PretrainOutput:
         regression, pred_std, target_std = masked_regression_loss(
             prediction_NLD, target_BLD, visible, backend=self.config.backend
@@ -328,6 +355,8 @@ class CAT(nn.Module):
         if self.regulariser is not None and o.regularisation_weight:
             if embedding is None:
                 raise ValueError("this model has a regularisation term, but the batch has no external embedding")
+            if o.regularisation_normalise:
+                embedding = F.normalize(embedding.float(), dim=-1)
             cls, external = (
                 (self.regulariser(cls), embedding)
                 if self._projects_student
@@ -335,7 +364,7 @@ class CAT(nn.Module):
             )
             distance = DISTANCES[o.regularisation_distance]
             regularisation = reduce(distance(cls.float(), external.float().repeat_interleave(M, dim=0)))
-            loss = loss + o.regularisation_weight * regularisation
+            loss = loss + (o.regularisation_weight if weight is None else weight) * regularisation
 
         return PretrainOutput(
             loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std

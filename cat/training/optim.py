@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from cat.model import SCHEDULES, ObjectiveConfig
+
 
 class AdamW(Protocol):
     """What the optimisers of all tasks have among their settings."""
@@ -103,6 +105,12 @@ def ema_decay(config: EmaConfig, step: int) -> float:
     if step >= config.steps:
         return config.end
     return config.end - (config.end - config.start) * (1.0 - step / config.steps)
+
+
+def regularisation_weight(config: ObjectiveConfig, step: int) -> float:
+    """What L_r counts in the update that follows ``step`` others."""
+    share = SCHEDULES[config.regularisation_schedule](step, config.regularisation_steps)
+    return config.regularisation_weight * share
 
 
 def decays(parameter: Tensor, on: Literal["all", "matrices"]) -> bool:

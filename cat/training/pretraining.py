@@ -15,7 +15,7 @@ from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
 from cat.training.identity import data_identity
-from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, restore_optimizer
+from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, regularisation_weight, restore_optimizer
 from cat.training.recipe import PretrainConfig, made_with, pick_device, pick_features, pick_precision
 from cat.training.records import CollapseCheck
 from cat.training.step import PretrainStep
@@ -96,8 +96,12 @@ class Pretraining:
 
     def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         lr, decay = learning_rate(self.config.optim, step), ema_decay(self.config.ema, step + 1)
-        values = self.step(*self._inputs(batch, step * NOISE_PER_STEP), lr=lr, decay=decay)
-        return values, {"lr": lr, "ema_decay": decay}
+        told = {"lr": lr, "ema_decay": decay}
+        weight = None
+        if self.config.objective.regularisation_schedule != "constant":
+            weight = told["regularisation_weight"] = regularisation_weight(self.config.objective, step)
+        inputs = self._inputs(batch, step * NOISE_PER_STEP)
+        return self.step(*inputs, lr=lr, decay=decay, regularisation_weight=weight), told
 
     def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """What the model takes, on its device."""
@@ -124,7 +128,8 @@ class Pretraining:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """The validation losses: centre crops, with masks and noise that are the same every time."""
+        """The validation losses: centre crops, with masks and noise that are the same every time, and L_r with the
+        whole weight, whatever its schedule: checkpoints of one run are compared."""
         config, clips = self.config, 0
         total = torch.zeros(len(LOSSES), device=self.device)
         self.model.eval()

@@ -5,7 +5,7 @@ the head's rate of every update, and in an evaluation the metrics of its task:
 
 - ``{"kind": "train", "step": s, "loss": ..., "regression": ..., "global": ..., "regularisation": ...,
   "pred_std": ..., "target_std": ..., "grad_norm": ..., "lr": ..., "ema_decay": ...}`` for every update; s counts
-  updates done, so the first is 1
+  updates done, so the first is 1; with "regularisation_weight" where that has a schedule
 - ``{"kind": "valid", "step": s, "loss": ..., ...}`` for every evaluation after update s
 - ``{"kind": "speed", "step": s, "clips_per_s": ..., "seconds": ...}`` every ``log_every`` updates
 

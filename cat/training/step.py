@@ -51,31 +51,55 @@ class PretrainStep:
             compile_blocks(model)
         self._forward = torch.compile(model, backend=COMPILER) if compile == "step" else model
         self._decay: float | Tensor = 1.0
+        # A tensor, that neither a graph nor a compiled loss has the number in it; none where it is always the same.
+        scheduled = model.objective.regularisation_schedule != "constant"
+        self._regularisation = torch.zeros((), device=self.device) if scheduled else None
         self._replay: Replay | None = None
         self.whole = True  # False after an error between two parts of an update: the weights fit no step
         if cuda_graph:
             self._decay = torch.ones((), dtype=torch.float64, device=self.device)
             self._replay = Replay(self._update, self.device)
 
-    def losses(self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor) -> PretrainOutput:
+    def losses(
+        self,
+        spec: Tensor,
+        visible: Tensor,
+        embedding: Tensor | None,
+        rng: Tensor,
+        regularisation_weight: Tensor | None = None,
+    ) -> PretrainOutput:
         """As `CAT.forward`, in the step's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16), part("forward, rest"):
-            return self._forward(spec, visible, embedding, rng=rng)
+            return self._forward(spec, visible, embedding, rng=rng, regularisation_weight=regularisation_weight)
 
     def __call__(
-        self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor, *, lr: float, decay: float
+        self,
+        spec: Tensor,
+        visible: Tensor,
+        embedding: Tensor | None,
+        rng: Tensor,
+        *,
+        lr: float,
+        decay: float,
+        regularisation_weight: float | None = None,
     ) -> Tensor:
-        """One update. Returns the fields of `PretrainOutput` and the gradient norm, (7,) float32; the next call may
-        overwrite them."""
+        """One update; the weight of L_r is needed where it has a schedule.
+
+        Returns the fields of `PretrainOutput` and the gradient norm, (7,) float32; the next call may overwrite them.
+        """
         set_learning_rate(self.optimizer, lr)
         if isinstance(self._decay, Tensor):
             self._decay.fill_(decay)
         else:
             self._decay = decay
+        if self._regularisation is not None:
+            if regularisation_weight is None:
+                raise ValueError("regularisation_weight is None; expected its value, since it has a schedule")
+            self._regularisation.fill_(regularisation_weight)
         return (self._replay or self._update)(spec, visible, embedding, rng)
 
     def _update(self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor) -> Tensor:
-        output = self.losses(spec, visible, embedding, rng)
+        output = self.losses(spec, visible, embedding, rng, self._regularisation)
         with part("backward"):
             output.loss.backward()
         with part("optimiser"):

@@ -225,6 +225,21 @@ def test_distances_are_the_released_ones():
     assert DISTANCES["cosine"](zero, torch.from_numpy(b[:1])).item() == pytest.approx(1 / root)
 
 
+@pytest.mark.parametrize("projection", ["student", "external"])
+def test_external_embeddings_of_unit_length(projection):
+    options = {"embedding_dim": 5, "regularisation_weight": 1.0, "regularisation_projection": projection}
+    model = small_cat(**options, regularisation_normalise=True)
+    plain = small_cat(**options)
+    plain.load_state_dict(model.state_dict())
+    spec, visible = small_batch(clips=2, masks=2)
+    embedding = 30 * torch.randn(2, 5)
+    embedding[1] = 0  # has no direction, and stays
+    unit = torch.stack([embedding[0] / embedding[0].norm(), embedding[1]])
+    found = model(spec, visible, embedding, rng=RNG).regularisation
+    torch.testing.assert_close(found, plain(spec, visible, unit, rng=RNG).regularisation)
+    assert (found - plain(spec, visible, embedding, rng=RNG).regularisation).abs() > 1
+
+
 def test_either_side_is_projected():
     """L_r by the formula, in float64: s(W cls + b, e) or s(cls, W e + b), summed over the clip-clones."""
     for projection, shape in (("student", (5, 32)), ("external", (32, 5))):
@@ -406,6 +421,9 @@ def test_impossible_architectures(bad, message):
     ({"regularisation_distance": "mse"}, "expected one of"),
     ({"global_loss_reduction": "none"}, "'sum' or 'mean'"),
     ({"regularisation_projection": "both"}, "'student' or 'external'"),
+    ({"regularisation_schedule": "cosine"}, "expected one of .'constant', 'warmup', 'decay', 'stop'"),
+    ({"regularisation_schedule": "stop"}, "regularisation_steps=0; expected the updates .* 1 or more"),
+    ({"regularisation_steps": -1}, "regularisation_steps=-1; expected the updates .* 0 or more"),
     ({"noise_std": -0.1}, "noise_std=-0.1"),
 ])  # fmt: skip
 def test_impossible_objectives(bad, message):

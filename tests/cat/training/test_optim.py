@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from cat.model import ObjectiveConfig
 from cat.training.optim import (
     EmaConfig,
     OptimConfig,
@@ -17,6 +18,7 @@ from cat.training.optim import (
     ema_decay,
     learning_rate,
     optimizer_tensors,
+    regularisation_weight,
     restore_optimizer,
     set_learning_rate,
     trainable,
@@ -48,6 +50,20 @@ def test_ema_decay_is_linear_then_constant():
     assert ema_decay(config, 50_000) == pytest.approx((0.9998 + 0.99999) / 2, abs=1e-12)
     assert ema_decay(config, 100_000) == ema_decay(config, 10**9) == 0.99999
     assert ema_decay(EmaConfig(0.5, 0.9, 0), 0) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [2.0] * 6),
+        ("warmup", [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]),
+        ("decay", [2.0, 1.5, 1.0, 0.5, 0.0, 0.0]),
+        ("stop", [2.0, 2.0, 2.0, 2.0, 0.0, 0.0]),
+    ],
+)
+def test_weight_of_the_regularisation(schedule, expected):
+    config = ObjectiveConfig(regularisation_weight=2.0, regularisation_schedule=schedule, regularisation_steps=4)
+    assert [regularisation_weight(config, step) for step in range(6)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

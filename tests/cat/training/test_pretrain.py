@@ -186,13 +186,19 @@ def test_bf16_autocast(tmp_path, recipe, uninterrupted):
         pretrain(load_recipe(recipe, ["run.precision=fp32"]), tmp_path / "run", resume=True, progress=False)
 
 
-def test_regularisation_by_external_embeddings(tmp_path, recipe, audio):
+@pytest.fixture
+def embedded(tmp_path, audio) -> list[str]:
+    """Changes of a recipe: clips with embeddings, and no validation."""
     manifest = load_manifest(audio / "train")
     rows = np.random.default_rng(0).standard_normal((len(manifest), 6)).astype(np.float32)
     with EmbeddingWriter(tmp_path / "e.npy", manifest, dim=6, encoder="test") as writer:
         writer.append(range(len(manifest)), rows)
     write_manifest(writer.manifest, tmp_path / "train.jsonl")
-    changes = [f"data.train={tmp_path / 'train.jsonl'}", "data.valid=null", "run.stop_at=8"]
+    return [f"data.train={tmp_path / 'train.jsonl'}", "data.valid=null"]
+
+
+def test_regularisation_by_external_embeddings(tmp_path, recipe, embedded):
+    changes = [*embedded, "run.stop_at=8"]
     runs = {}
     for weight in (0.0, 1.0):
         runs[weight] = tmp_path / f"run-{weight}"
@@ -203,6 +209,33 @@ def test_regularisation_by_external_embeddings(tmp_path, recipe, audio):
     assert min(terms[1.0]) > 0
     saved = checkpoints.load(checkpoints.newest(runs[1.0])).model
     assert saved["regulariser.weight"].shape == (6, 16)
+
+
+def test_a_schedule_of_the_regularisation_is_a_function_of_the_step(tmp_path, recipe, embedded):
+    objective = ["regularisation_weight=2", "regularisation_schedule=decay", "regularisation_steps=4"]
+    changes = [*embedded, *(f"objective.{value}" for value in objective)]
+    for stop_at in (3, 6):
+        pretrain(load_recipe(recipe, [*changes, f"run.stop_at={stop_at}"]), tmp_path / "run", resume=True)
+    pretrain(load_recipe(recipe, [*changes, "run.stop_at=6"]), tmp_path / "whole", progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["regularisation_weight"] for row in rows] == [2.0, 1.5, 1.0, 0.5, 0.0, 0.0]
+    for other in ("regularisation_normalise=true", "regularisation_schedule=stop", "regularisation_steps=5"):
+        with pytest.raises(ConfigError, match=rf"objective\.{other.split('=')[0]} was"):
+            pretrain(load_recipe(recipe, [*changes, f"objective.{other}"]), tmp_path / "run", resume=True)
+
+
+def test_a_run_of_before_the_schedules_goes_on(tmp_path, recipe, embedded):
+    changes = [*embedded, "objective.regularisation_weight=1"]
+    pretrain(load_recipe(recipe, [*changes, "run.stop_at=6"]), tmp_path / "whole", progress=False)
+    pretrain(load_recipe(recipe, [*changes, "run.stop_at=3"]), tmp_path / "run", progress=False)
+    state_path = checkpoints.newest(tmp_path / "run") / "state.json"
+    state = json.loads(state_path.read_text())
+    for new in ("normalise", "schedule", "steps"):
+        del state["config"]["objective"][f"regularisation_{new}"]
+    state_path.write_text(json.dumps(state))
+    pretrain(load_recipe(recipe, [*changes, "run.stop_at=6"]), tmp_path / "run", resume=True, progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- profiling

@@ -26,9 +26,9 @@ MINUTE = dataclasses.replace(MODEL, resolutions=(8, 16), channels=(16,), embed_d
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, steps=100)
 
 
-def build(config=MODEL, device=CPU, seed=0):
+def build(config=MODEL, device=CPU, seed=0, **objective):
     torch.manual_seed(seed)
-    objective = ObjectiveConfig(global_loss_reduction="mean", regularisation_weight=0.1)
+    objective = ObjectiveConfig(global_loss_reduction="mean", regularisation_weight=0.1, **objective)
     return CAT(config, objective, embedding_dim=5).to(device).train()
 
 
@@ -106,6 +106,46 @@ def test_a_recorded_step_reads_only_what_it_is_given(monkeypatch):
         update(*batch(0, clips=1), lr=1e-3, decay=0.9)
 
 
+SCHEDULED = {"regularisation_schedule": "decay", "regularisation_steps": 100}
+
+
+def run_scheduled(update, weights, device=CPU):
+    kwargs = {"lr": 1e-3, "decay": 0.9}
+    rows = [update(*batch(i, device), **kwargs, regularisation_weight=w).clone() for i, w in enumerate(weights)]
+    return torch.stack(rows).cpu()
+
+
+def test_a_scheduled_weight_counts_as_the_recipe_s_own():
+    """To the last bit; and at 0 the term adds nothing."""
+    found = run_scheduled(PretrainStep(build(**SCHEDULED), OPTIM), [0.1, 0.1, 0.0])
+    update = PretrainStep(build(), OPTIM)
+    own = torch.stack([update(*batch(i), lr=1e-3, decay=0.9).clone() for i in range(2)])
+    assert torch.equal(found[:2], own)
+    loss, regression, global_ = found[2, :3]
+    assert loss == regression + global_
+    assert found[2, 3] > 0
+    with pytest.raises(ValueError, match="regularisation_weight is None; expected its value"):
+        PretrainStep(build(**SCHEDULED), OPTIM)(*batch(0), lr=1e-3, decay=0.9)
+
+
+def test_a_recorded_or_compiled_step_follows_the_schedule(monkeypatch):
+    """With a graph that runs its function and a compiler that counts: the weight is no number in either."""
+    monkeypatch.setattr(step, "record", lambda function, device: function)
+    monkeypatch.setattr(step.Replay, "_side_stream", lambda self: contextlib.nullcontext())
+    weights = [0.1, 0.08, 0.06, 0.04, 0.02, 0.0]
+    eager = run_scheduled(PretrainStep(build(**SCHEDULED), OPTIM), weights)
+    recorded = PretrainStep(build(**SCHEDULED), OPTIM, cuda_graph=True)
+    held = recorded._regularisation
+    torch.testing.assert_close(run_scheduled(recorded, weights), eager, rtol=1e-5, atol=1e-6)
+    assert recorded._regularisation is held
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(step, "COMPILER", counter)
+    compiled = PretrainStep(build(**SCHEDULED), OPTIM, compile="step")
+    torch.testing.assert_close(run_scheduled(compiled, weights), eager, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 1
+
+
 # ---------------------------------------------------------------- waiting
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_consecutive")
@@ -177,6 +217,14 @@ def test_a_cuda_graph_is_the_eager_step(compile):
     eager = run(PretrainStep(build(device=cuda), OPTIM, precision="bf16"), steps=8, device=cuda)
     update = PretrainStep(build(device=cuda), OPTIM, precision="bf16", compile=compile, cuda_graph=True)
     torch.testing.assert_close(run(update, steps=8, device=cuda), eager, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_follows_the_schedule():
+    cuda, weights = torch.device("cuda"), [0.1 * (1 - i / 8) for i in range(8)]
+    eager = run_scheduled(PretrainStep(build(device=cuda, **SCHEDULED), OPTIM, precision="bf16"), weights, cuda)
+    update = PretrainStep(build(device=cuda, **SCHEDULED), OPTIM, precision="bf16", cuda_graph=True)
+    torch.testing.assert_close(run_scheduled(update, weights, cuda), eager, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.gpu
