@@ -55,8 +55,8 @@ class AstEncoder:
         self.name = f"ast:{path}"
         self.sample_rate, self.min_samples, self.dim = 16000, _FRAME, config.hidden_size
         self.frames: int = config.max_length
-        normalised = extractor.do_normalize
-        self.mean, self.std = (extractor.mean, extractor.std) if normalised else (0.0, 0.5)
+        self.mean: float = extractor.mean if extractor.do_normalize else 0.0
+        self.std: float = extractor.std if extractor.do_normalize else 0.5
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from cat.encoders import ClapEncoder, build_encoder
+from cat.encoders.clap import ClapFeatures
 from tests.cat.encoders.test_frozen import noise
+
+transformers = pytest.importorskip("transformers")
 
 
 def save_clap(directory, *, mel_bins: int, truncation: str, **audio) -> None:
     """CLAP as transformers builds it, small, saved as a newcomer would have it on disk."""
-    transformers = pytest.importorskip("transformers")
     audio |= {
         "num_mel_bins": mel_bins,
         "spec_size": 4 * mel_bins,
@@ -73,6 +75,29 @@ def test_clap_with_feature_fusion(tmp_path):
         torch.testing.assert_close(encoder(waveform[b : b + 1, :n])[0], embedding[b], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("samples", [700, 48000, 48479, 48480, 50000, 200_000])
+@pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
+def test_features_are_those_of_transformers_extractor(truncation, samples):
+    extractor = transformers.ClapFeatureExtractor(max_length_s=1, truncation=truncation, frequency_min=50)
+    wave = noise(1, samples)[0]
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    spec, longer = ClapFeatures.of(extractor, quantised=False)(wave)
+    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002 - it draws crops from there
+    theirs = extractor(wave.numpy(), sampling_rate=48000, return_tensors="pt")["input_features"][0]
+    torch.testing.assert_close(spec, theirs.float(), atol=1e-3, rtol=0)
+    # Fused, a clip that is longer by less than a frame has no more frames. The extractor calls some clip longer always.
+    assert longer == (samples >= 48480 if truncation == "fusion" else samples > 48000)
+
+
+def test_clap_with_a_feature_extractor_of_another_network(clap_directory, tmp_path):
+    for file in clap_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    transformers.ClapFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"makes 64 mel bins with fusion .* a network of 16 without it"):
+        ClapEncoder(tmp_path)
+
+
 def test_clap_that_lacks_weights_is_an_error(clap_directory, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -89,8 +114,6 @@ def test_clap_that_lacks_weights_is_an_error(clap_directory, tmp_path):
 
 
 def test_clap_agrees_with_transformers_own_path(clap_directory):
-    import transformers
-
     model = transformers.ClapModel.from_pretrained(clap_directory).eval()
     extractor = transformers.ClapFeatureExtractor.from_pretrained(clap_directory)
     waveform = noise(1, 48000)
@@ -110,7 +133,6 @@ def test_clap_refuses_pickled_weights(clap_directory, tmp_path):
 
 
 def test_clap_that_is_not_local_when_offline(monkeypatch):
-    pytest.importorskip("transformers")
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
