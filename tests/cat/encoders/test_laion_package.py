@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from cat.encoders import build_encoder
+
+pytest.importorskip("transformers")  # of which the network is made whose tensors the package gets
+
 from tests.cat.encoders.test_frozen import noise
 from tests.cat.encoders.test_laion import laions, network, write
 
