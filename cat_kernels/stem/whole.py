@@ -3,8 +3,8 @@
 No table of neighbours is needed, and no layout changes: channels are last everywhere, so that a 1x1 convolution is one
 matrix product and LayerNorm reads what lies together.
 
-Measured on two cores, in turn with the formula (`reference.py`), without gradients: tiny 1.20x (16 clips) and 1.08x (one),
-small 1.29x, base 1.20x (4 clips), but 0.87x to 0.97x for a single clip of ten seconds.
+Measured on two cores, in turn with the formula (`reference.py`), without gradients: tiny 1.20x (16 clips) and 1.08x
+(one), small 1.29x, base 1.20x (4 clips), but 0.87x to 0.97x for a single clip of ten seconds.
 
 Shapes: B clips, T frames, F mel bins, H x W positions of a stage, R = B * H * W rows, c channels, D embedding width.
 """
