@@ -1,8 +1,8 @@
 """The whole pre-training step on an H200, by arithmetic: `benchmarks.predict` writes its tables.
 
-The step is traced without data (`benchmarks.traced_step`), and every operation takes as long as the slowest of what
-it needs, as in `benchmarks.predict`. A launch of a Triton kernel that `benchmarks.kernels` lists needs what that list
-says, in proportion to its rows; any other kernel its bytes, and `Assumptions.instructions` an element.
+The step is traced without data (`benchmarks.traced_step`), and every operation takes as long as the slowest of what it
+needs, as in `benchmarks.predicted_stem`. A launch of a Triton kernel that `benchmarks.kernels` lists needs what that
+list says, in proportion to its rows; any other kernel its bytes, and `Assumptions.instructions` an element.
 
 Compiled blocks: a run of element-wise operations and norms between products is one kernel, which reads what was made
 before it and writes what is read after it. That is a guess of what inductor does; it also keeps less for the backward.
@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predict
+from benchmarks import predicted_stem
 from benchmarks.ahead import Resources, modules
 from benchmarks.kernels import Kernel
-from benchmarks.predict import SHAPE, Assumptions, floor_ms, needs
+from benchmarks.predicted_stem import SHAPE, Assumptions, floor_ms, needs
 from benchmarks.results import ROOT, commit, versions, write_atomic
 from benchmarks.tables import Table
 from benchmarks.trace import name_of
@@ -95,9 +95,9 @@ class Model:
 
     def __init__(self, a: Assumptions) -> None:
         self.a = a
-        listed = [*predict.stem(0), *predict.stem(SHAPE["masks"])]
+        listed = [*predicted_stem.stem(0), *predicted_stem.stem(SHAPE["masks"])]
         self.kernels = {k.name: k for k in listed if k.forward + k.backward}
-        self.compiled = predict.compile_needed(predict.compiled_names(listed))
+        self.compiled = predicted_stem.compile_needed(predicted_stem.compiled_names(listed))
         self.ahead = [one for module in modules() for one in importlib.import_module(module).ahead("bf16", 90)]
 
     def cost(self, o: dict[str, Any]) -> Cost:
@@ -114,8 +114,8 @@ class Model:
                 flops = int(2 * kernel.work()[1] * part)
                 products = flops - int(50 * kernel.scalar.get("depthwise", 0) * part)
                 instructions = int(part * sum(a.instructions[name] * n for name, n in kernel.scalar.items()))
-                alone = predict.resident(resources, a) == 1
-                cached = predict.cache_bytes(kernel.name, tile, self._rows(o, tile["c"]))
+                alone = predicted_stem.resident(resources, a) == 1
+                cached = predicted_stem.cache_bytes(kernel.name, tile, self._rows(o, tile["c"]))
         found = needs(o["bytes"], products, instructions, share, a, cached=cached, alone=alone)
         ms = max(found.values()) + o["launches"] * a.launch_us / 1e3
         floor = floor_ms(o["bytes"], flops, a)
@@ -155,7 +155,7 @@ class Model:
 
     @staticmethod
     def _rows_of(kernel: Kernel, c: int) -> int:
-        return predict.rows(kernel, c) or kernel.scalar["norm"] // c
+        return predicted_stem.rows(kernel, c) or kernel.scalar["norm"] // c
 
 
 # ---------------------------------------------------------------- compiled blocks

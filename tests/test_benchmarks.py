@@ -25,7 +25,7 @@ from benchmarks import (
     operators,
     others,
     plots,
-    predict,
+    predicted_stem,
     report,
     runner,
     sanitize,
@@ -580,10 +580,12 @@ def test_tables_and_plots_of_kernels_and_batches(tmp_path):
 
 
 def test_programs_that_a_multiprocessor_holds():
-    a = predict.Assumptions()
+    a = predicted_stem.Assumptions()
 
     def held(warps, registers, shared_kib):
-        return predict.resident(predict.Resources("stem", "k", 90, warps, registers, shared_kib << 10, 0), a)
+        return predicted_stem.resident(
+            predicted_stem.Resources("stem", "k", 90, warps, registers, shared_kib << 10, 0), a
+        )
 
     assert held(8, 200, 20) == 1  # registers
     assert held(8, 128, 20) == 2
@@ -594,24 +596,24 @@ def test_programs_that_a_multiprocessor_holds():
 
 def test_prediction_takes_the_slowest_and_adds_up_a_lone_programs_work():
     pytest.importorskip("triton")
-    a = predict.Assumptions(launch_us=0.0)
-    listed = {k.name: k for k in predict.stem(4)}
+    a = predicted_stem.Assumptions(launch_us=0.0)
+    listed = {k.name: k for k in predicted_stem.stem(4)}
     kernel = listed["norm_mlp_residual c=256"]
     sizes = {"c": 256, "h": 1024, "KEEP": False, "BLOCK_R": 128, "BLOCK_H": 32}
 
     def predicted(registers):
-        resources = predict.Resources("stem", kernel.name, 90, 8, registers, 20 << 10, 0)
-        return predict.predict(kernel, {kernel.name: (resources, sizes)}, a)
+        resources = predicted_stem.Resources("stem", kernel.name, 90, 8, registers, 20 << 10, 0)
+        return predicted_stem.predict(kernel, {kernel.name: (resources, sizes)}, a)
 
     alone, two = predicted(250), predicted(128)
     assert alone.bound == "products + instructions"
     assert alone.ms == pytest.approx(two.needs["products"] + two.needs["instructions"])
     assert two.ms == max(two.needs.values()) >= two.floor_ms
     assert two.floor_ms == pytest.approx(2 * 8 * 256**2 * 96 * 4 * 102 * 16 / 790e9)
-    library = predict.predict(listed["side 0, 4096 to 768"], {}, a)
+    library = predicted_stem.predict(listed["side 0, 4096 to 768"], {}, a)
     assert library.resident is None
     assert library.ms == pytest.approx(library.floor_ms / a.library_share)
-    for table in (predict.kernel_table([alone, library]), predict.pass_table([alone], [library])):
+    for table in (predicted_stem.kernel_table([alone, library]), predicted_stem.pass_table([alone], [library])):
         assert table.title.startswith("PREDICTION, not measured")
 
 
@@ -619,9 +621,9 @@ def test_every_predicted_kernel_is_compiled_ahead():
     pytest.importorskip("triton")
 
     modules = [importlib.import_module(m) for m in ahead.modules() if m.startswith("cat_kernels.stem.")]
-    listed = {a.name for module in modules for a in module.ahead("bf16", predict.ARCHITECTURE)}
-    assert predict.compiled_names(predict.stem(4)) <= listed
-    assert predict.compiled_names(predict.stem(0)) <= listed
+    listed = {a.name for module in modules for a in module.ahead("bf16", predicted_stem.ARCHITECTURE)}
+    assert predicted_stem.compiled_names(predicted_stem.stem(4)) <= listed
+    assert predicted_stem.compiled_names(predicted_stem.stem(0)) <= listed
 
 
 def test_predictions_stay_out_of_result_files():
