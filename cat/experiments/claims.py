@@ -62,28 +62,29 @@ def _distillation(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm
 
 
 def _resolutions(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    """Each stem with the recipe's blocks, and with wider ones that bring it to the largest's parameters."""
     model = recipe.model
     c0, c1, width = *model.channels, model.embed_dim
     stems: dict[tuple[int, ...], tuple[int, ...]] = {
         (4,): (), (8,): (), (16,): (), (4, 8): (c1,), (4, 16): (c1,), (8, 16): (c1,), (4, 8, 16): (c0, c1),
         (2, 4, 8, 16): (c0, c1, width), (4, 8, 16, 32): (c0, c1, width),
     }  # fmt: skip
-    for resolutions, channels in stems.items():
-        name = "{" + ",".join(map(str, resolutions)) + "}"
-        changes = (f"model.resolutions={list(resolutions)}", f"model.channels={list(channels)}")
+    models = [dataclasses.replace(model, resolutions=r, channels=channels) for r, channels in stems.items()]
+    largest = max(map(_parameters, models))
+    for stem in models:
+        name = "{" + ",".join(map(str, stem.resolutions)) + "}"
+        changes = (f"model.resolutions={list(stem.resolutions)}", f"model.channels={list(stem.channels)}")
         yield Arm(name, changes)
-        if resolutions != model.resolutions:
-            ratio = _ratio_for(
-                _parameters(model), dataclasses.replace(model, resolutions=resolutions, channels=channels)
-            )
-            yield Arm(f"{name}, equal parameters", (*changes, f"model.mlp_ratio={ratio:.6g}"))
+        if ratio := _ratio_for(largest, stem):
+            yield Arm(f"{name}, equal parameters", (*changes, f"model.mlp_ratio={ratio!r}"))
 
 
-def _ratio_for(parameters: int, model: ModelConfig) -> float:
-    """The mlp_ratio that brings an encoder to so many parameters, to a hidden unit."""
+def _ratio_for(parameters: int, model: ModelConfig) -> float | None:
+    """The mlp_ratio that brings an encoder to so many parameters, to a hidden unit in each block; None where it has
+    them."""
     # hidden units cost 2 D + 1 parameters in each block
-    more = (parameters - _parameters(model)) / (model.depth * (2 * model.embed_dim + 1))
-    return max(1, round(model.embed_dim * model.mlp_ratio + more)) / model.embed_dim
+    more = round((parameters - _parameters(model)) / (model.depth * (2 * model.embed_dim + 1)))
+    return (model.embed_dim * model.mlp_ratio + more) / model.embed_dim if more else None
 
 
 def _parameters(model: ModelConfig) -> int:

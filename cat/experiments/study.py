@@ -158,7 +158,8 @@ def _overridden(config: PretrainConfig, overrides: Sequence[str]) -> PretrainCon
 
 def _trial(study: Study, arm: Arm, config: PretrainConfig, seed: int, folder: Path) -> Trial:
     run = dataclasses.replace(config.run, seed=seed, name="", threads=0, device="auto")
-    made_of = to_mapping(dataclasses.replace(config, run=run))
+    data = dataclasses.replace(config.data, train=str(study.pool))  # wherever its embeddings lie
+    made_of = [to_mapping(dataclasses.replace(config, run=run, data=data)), study.guides.get(arm.guide)]
     directory = (
         folder / "runs" / f"{_slug(arm.name)}-{seed}-{_digest([made_of, list(study.steps), _named(study.tasks)])}"
     )
