@@ -13,7 +13,6 @@ Shapes: B clips, n samples, T frames, F mel bins, P pieces, D embedding width.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.metadata
 import io
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from cat.encoders.frozen import checked_lengths
 from cat.encoders.graphs import TfliteGraph
 from cat.encoders.mel import MelConfig, mel_spectrogram
+from cat.encoders.untrained import drawn_again, untrained_twin
 from cat.encoders.windows import Windows
 
 SAMPLE_RATE = 16_000
@@ -92,8 +92,19 @@ SPEECH_MEL, SPEECH_EMBEDDING = (
 )
 
 
-def _yamnet_network() -> nn.Sequential:
+class YAMNetNetwork(nn.Sequential):
     """Log-mel patches (P, 1, 96, 64) -> (P, 1024)."""
+
+    def initialise(self) -> None:
+        """He's, which keeps the size of activations through 27 layers: batch normalisation, which did that where YAMNet
+        was trained, is folded into the weights."""
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+
+
+def _yamnet_network() -> YAMNetNetwork:
     try:
         import onnx
     except ImportError as error:
@@ -112,7 +123,7 @@ def _yamnet_network() -> nn.Sequential:
             settings = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
             weight, bias = (torch.from_numpy(tensors[name].copy()) for name in node.input[1:])
             layers += [_padding(settings["pads"]), _convolution(weight, bias, settings), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return YAMNetNetwork(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def _padding(pads: list[int]) -> nn.Module:
@@ -167,22 +178,14 @@ class YAMNetEncoder:
         **{"scale": "htk", "triangles": "mel", "norm": "none", "floor": 0.0, "offset": 1e-3},
     )
 
-    def __init__(self, network: nn.Module, name: str, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, network: YAMNetNetwork, name: str, *, device: torch.device | str = "cpu") -> None:
         self.model = network.eval().requires_grad_(False).to(device)
         self.name, self.sample_rate, self.device = name, SAMPLE_RATE, torch.device(device)
         self.dim = next(layer.out_channels for layer in reversed(self.model) if isinstance(layer, nn.Conv2d))
 
     def untrained_twin(self, seed: int = 0) -> YAMNetEncoder:
-        """The same network with He's initialisation and without biases, which keeps the size of activations through 27
-        layers; where YAMNet was trained, batch normalisation did that."""
-        twin = copy.deepcopy(self.model)
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
-        for layer in twin:
-            if isinstance(layer, nn.Conv2d):
-                weight = nn.init.kaiming_normal_(torch.empty(layer.weight.shape), generator=generator)
-                layer.weight.copy_(weight)
-                nn.init.zeros_(layer.bias)
-        return YAMNetEncoder(twin, f"untrained:{seed}:{self.name}", device=self.device)
+        """The same network with random weights."""
+        return untrained_twin(self, seed, lambda: drawn_again(self.model))
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

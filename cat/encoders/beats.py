@@ -6,6 +6,7 @@ Shapes: B clips, n samples, T frames, F mel bins, L tokens, D width, H heads.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from cat.checkpoints.store import CheckpointError
 from cat.encoders.frozen import checked_lengths
+from cat.encoders.untrained import drawn_again, initialise_layers, untrained_twin
 from cat.encoders.vit import real_tokens
 from cat.encoders.weights import Weights, read_weights
 from cat_kernels import fbank
@@ -57,6 +59,10 @@ class BEATsEncoder:
         self.name, self.sample_rate, self.dim = f"beats:{path}", 16_000, self.model.post_extract_proj.out_features
         self.min_samples = FRAME_LENGTH + (PATCH - 1) * FRAME_SHIFT
 
+    def untrained_twin(self, seed: int = 0) -> BEATsEncoder:
+        """The same network, initialised anew."""
+        return untrained_twin(self, seed, lambda: drawn_again(self.model))
+
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths_B = checked_lengths(waveform, lengths).clamp(max=MAX_SAMPLES)
@@ -89,6 +95,25 @@ class BEATsNetwork(nn.Module):
         self.layer_norm = nn.LayerNorm(patch_dim)
         self.post_extract_proj = nn.Linear(patch_dim, dim)
         self.encoder = Transformer(dim, depth, heads, hidden, kernel, groups, buckets)
+
+    def initialise(self) -> None:
+        """The released code's: BERT's, and deep norm's smaller weights (DeepNet, section 4)."""
+        for layer in (self.patch_embedding, self.post_extract_proj):
+            layer.reset_parameters()
+        initialise_layers(self.encoder, partial(nn.init.normal_, std=0.02))
+        nn.init.ones_(self.layer_norm.weight)
+        nn.init.zeros_(self.layer_norm.bias)
+        conv, layers = self.encoder.pos_conv[0], self.encoder.layers
+        nn.init.normal_(conv.weight, std=(4 / (conv.kernel_size[0] * conv.out_channels)) ** 0.5)
+        nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.encoder.relative_attention_bias, std=0.02)
+        for layer in layers:
+            attention, beta = layer.self_attn, (8 * len(layers)) ** -0.25
+            nn.init.ones_(attention.grep_a)
+            for linear in (attention.q_proj, attention.k_proj):
+                nn.init.xavier_normal_(linear.weight)
+            for linear in (attention.v_proj, attention.out_proj, layer.fc1, layer.fc2):
+                nn.init.xavier_normal_(linear.weight, gain=beta)
 
     def forward(self, spec_BTF: Tensor, tokens_B: Tensor) -> Tensor:
         patches_BLD = self.patch_embedding(spec_BTF[:, None]).flatten(2).transpose(1, 2)
