@@ -6,6 +6,7 @@ Shapes: B clips, n samples, L tokens, D width.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,9 @@ class AudioMAENetwork(nn.Module):
         """MAE's, where positions are sines that are not learned: they stay."""
         initialise_layers(self, nn.init.xavier_uniform_)
         nn.init.normal_(self.cls_token, std=0.02)
-        self.patch_embed["proj"].reset_parameters()
-        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.flatten(1))
+        projection: Any = self.patch_embed["proj"]
+        projection.reset_parameters()
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
 
     def forward(self, spec_B1TF: Tensor) -> Tensor:
         patches_BLD = self.patch_embed["proj"](spec_B1TF).flatten(2).transpose(1, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,23 +98,11 @@ class BEATsNetwork(nn.Module):
         self.encoder = Transformer(dim, depth, heads, hidden, kernel, groups, buckets)
 
     def initialise(self) -> None:
-        """The released code's: BERT's, and deep norm's smaller weights (DeepNet, section 4)."""
-        for layer in (self.patch_embedding, self.post_extract_proj):
-            layer.reset_parameters()
-        initialise_layers(self.encoder, partial(nn.init.normal_, std=0.02))
-        nn.init.ones_(self.layer_norm.weight)
-        nn.init.zeros_(self.layer_norm.bias)
-        conv, layers = self.encoder.pos_conv[0], self.encoder.layers
-        nn.init.normal_(conv.weight, std=(4 / (conv.kernel_size[0] * conv.out_channels)) ** 0.5)
-        nn.init.zeros_(conv.bias)
-        nn.init.normal_(self.encoder.relative_attention_bias, std=0.02)
-        for layer in layers:
-            attention, beta = layer.self_attn, (8 * len(layers)) ** -0.25
-            nn.init.ones_(attention.grep_a)
-            for linear in (attention.q_proj, attention.k_proj):
-                nn.init.xavier_normal_(linear.weight)
-            for linear in (attention.v_proj, attention.out_proj, layer.fc1, layer.fc2):
-                nn.init.xavier_normal_(linear.weight, gain=beta)
+        """As the released code does."""
+        self.patch_embedding.reset_parameters()
+        self.layer_norm.reset_parameters()
+        self.post_extract_proj.reset_parameters()
+        self.encoder.initialise()
 
     def forward(self, spec_BTF: Tensor, tokens_B: Tensor) -> Tensor:
         patches_BLD = self.patch_embedding(spec_BTF[:, None]).flatten(2).transpose(1, 2)
@@ -135,6 +124,17 @@ class Transformer(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(Layer(dim, heads, hidden, deep_norm_alpha(depth)) for _ in range(depth))
         self.relative_attention_bias = nn.Parameter(torch.empty(buckets, heads))
+
+    def initialise(self) -> None:
+        """BERT's, and deep norm's smaller weights (DeepNet, table 2, of an encoder alone)."""
+        initialise_layers(self, partial(nn.init.normal_, std=0.02))
+        nn.init.normal_(self.relative_attention_bias, std=0.02)
+        conv: Any = self.pos_conv[0]
+        nn.init.normal_(conv.weight, std=(4 / (conv.kernel_size[0] * conv.out_channels)) ** 0.5)
+        nn.init.zeros_(conv.bias)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.initialise((8 * len(layers)) ** -0.25)
 
     def forward(self, x_BLD: Tensor, real_BL: Tensor | None) -> Tensor:
         if real_BL is not None:  # the convolution would carry what stands behind a clip's end into it
@@ -160,6 +160,14 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
+
+    def initialise(self, beta: float) -> None:
+        attention = self.self_attn
+        nn.init.ones_(attention.grep_a)
+        for linear in (attention.q_proj, attention.k_proj):
+            nn.init.xavier_normal_(linear.weight)
+        for linear in (attention.v_proj, attention.out_proj, self.fc1, self.fc2):
+            nn.init.xavier_normal_(linear.weight, gain=beta)
 
     def forward(self, x_BLD: Tensor, bias_HLL: Tensor, real_BL: Tensor | None) -> Tensor:
         x_BLD = self.self_attn_layer_norm(self.alpha * x_BLD + self.self_attn(x_BLD, bias_HLL, real_BL))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ class DashengNetwork(nn.Module):
     def initialise(self) -> None:
         """As before training, but that the input is normalised with AudioSet's statistics, which `init_bn` keeps."""
         initialise_layers(self, partial(nn.init.trunc_normal_, std=0.02))
-        self.patch_embed["proj"].reset_parameters()
+        projection: Any = self.patch_embed["proj"]
+        projection.reset_parameters()
         for parameter in (self.time_pos_embed, self.freq_pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
 
