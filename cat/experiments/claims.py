@@ -62,7 +62,13 @@ def _distillation(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm
 
 
 def _resolutions(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
-    """Each stem with the recipe's blocks, and with wider ones that bring it to the largest's parameters."""
+    """Each stem with the recipe's blocks, and with wider ones that bring it to the largest's parameters.
+
+    The paper has {4,8,16,32} lose for the length of its sequence, a quarter of the others'. Two arms take that apart:
+    {4,8,32} has the short sequence without the fourth resolution; with four times the frames of the same sound
+    {4,8,16,32} has the others' length. (To keep the others' stride, patches would overlap, and what is hidden in one
+    would be seen in the next.)
+    """
     model = recipe.model
     c0, c1, width = *model.channels, model.embed_dim
     stems: dict[tuple[int, ...], tuple[int, ...]] = {
@@ -77,6 +83,10 @@ def _resolutions(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]
         yield Arm(name, changes)
         if ratio := _ratio_for(largest, stem):
             yield Arm(f"{name}, equal parameters", (*changes, f"model.mlp_ratio={ratio!r}"))
+    four = (f"model.resolutions={list(models[-1].resolutions)}", f"model.channels={list(models[-1].channels)}")
+    shift, frames = recipe.features.frame_shift_ms / 4, recipe.features.frames * 4
+    yield Arm("{4,8,16,32}, long sequence", (*four, f"features.frame_shift_ms={shift}", f"features.frames={frames}"))
+    yield Arm("{4,8,32}", ("model.resolutions=[4,8,32]", f"model.channels={list(model.channels)}"))
 
 
 def _ratio_for(parameters: int, model: ModelConfig) -> float | None:
