@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from benchmarks.report import write_between
-from benchmarks.results import RESULTS, ROOT, write_atomic
+from benchmarks.results import RESULTS, write_atomic
 from benchmarks.runner import say
 from benchmarks.tables import Table, origin
 from cat.data import Manifest, load_manifest, write_manifest
 from cat.data.labels import labels_of
 from cat.data.splits import fold_split, folds, hold_out
-from cat.provenance import made
+from cat.provenance import ROOT, made
 
 ROWS = ("from scratch", "fine-tuned", "linear probe", "log-mel")
 SPLITS = ("train", "valid", "test")

@@ -23,9 +23,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, ROOT, load, write_atomic
+from benchmarks.results import RESULTS, load, write_atomic
 from benchmarks.tables import TABLES, Table, machine_name, origin
 from cat.experiments.records import TABLE, read_record
+from cat.provenance import ROOT
 
 MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w -]*) -->\n).*?(<!-- benchmark:end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "evidence" / "records"
