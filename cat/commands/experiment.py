@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide", action="append", default=[], metavar="NAME=ENCODER", help=f"default random; repeat. ENCODER: {USAGE}"
     )
     studies.add_argument("--seeds", default="0,1,2", help="default %(default)s")
-    studies.add_argument("--probes", type=int, default=6, help="how often a run is probed (default %(default)s)")
+    studies.add_argument("--probes", type=int, default=0, help="how often a run is probed (default: by study)")
     studies.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
     studies.add_argument("--record", type=Path, metavar="FOLDER", help="keep what was found there, to compare with")
     studies.add_argument("--compare", type=Path, metavar="RECORD", help="does it agree with what was found there?")
@@ -140,9 +140,9 @@ def _options(args: argparse.Namespace, pool: Path, data: Path | None) -> Options
         guides[name] = spec
     if not all(seed.isdecimal() for seed in args.seeds.split(",")):
         raise ValueError(f"--seeds {args.seeds}; expected whole numbers with commas, such as 0,1,2")
-    for name in ("probes", "jobs"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}; expected at least 1")
+    for name, least in (("probes", 0), ("jobs", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}; expected at least {least}")
     return Options(
         pool=pool.resolve(),
         tasks=tuple(tasks),

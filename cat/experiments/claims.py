@@ -31,11 +31,15 @@ NONE = "none"  # the arm without a guide
 
 @dataclass(frozen=True)
 class Claim:
-    """`arms` of the guides' names and the recipe; `read` makes the verdict of what was found. ``guided``: it needs a
-    guide. ``curves``: the figure shows scores against steps, else those of the end."""
+    """`arms` of the guides' names and the recipe; `read` makes the verdict of what was found.
+
+    ``probes``: how often a run is probed. ``guided``: it needs a guide. ``curves``: the figure shows scores against
+    steps, else those of the end.
+    """
 
     arms: Callable[[Sequence[str], PretrainConfig], Iterator[Arm]]
     read: Callable[[Record], Verdict]
+    probes: int = 1
     guided: bool = True
     curves: bool = False
     recipe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -58,7 +62,6 @@ def _distillation(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm
         for schedule, steps, words in (("stop", half, "first half"), ("decay", recipe.optim.steps, "falling to 0")):
             changes = (f"objective.regularisation_schedule={schedule}", f"objective.regularisation_steps={steps}")
             yield Arm(f"{guide}, {words}", changes, guide=guide)
-        yield Arm(f"{guide} alone", ("objective.global_weight=0",), guide=guide, cost=10 * COST)
 
 
 def _resolutions(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
@@ -294,11 +297,16 @@ def _read_ends(record: Record) -> Verdict:
     return Verdict(True, f"{text}.", header, rows, _notes(record))
 
 
-SHORT = {"optim": {"steps": 300}, "ema": {"steps": 300}}
+SHORT: Mapping[str, Mapping[str, Any]] = {
+    "features": {"frames": 128},
+    "optim": {"steps": 300},
+    "ema": {"steps": 300},
+}
+LONGER: Mapping[str, Mapping[str, Any]] = {**SHORT, "features": {"frames": 192}}  # 24 patches of 32 x 32
 CLAIMS: dict[str, Claim] = {
-    "convergence": Claim(_convergence, _read_convergence, curves=True),
-    "distillation": Claim(_distillation, _read_distillation, curves=True),
-    "resolutions": Claim(_resolutions, _read_resolutions, guided=False, recipe={**SHORT, "features": {"frames": 192}}),
+    "convergence": Claim(_convergence, _read_convergence, probes=6, curves=True),
+    "distillation": Claim(_distillation, _read_distillation, probes=6, curves=True),
+    "resolutions": Claim(_resolutions, _read_resolutions, probes=3, guided=False, recipe=LONGER),
     "layer": Claim(_layer, _read_ends, recipe=SHORT),
     "cost": Claim(_cost, _read_ends, recipe=SHORT),
     "distance": Claim(_distance, _read_ends, recipe=SHORT),

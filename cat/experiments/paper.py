@@ -29,7 +29,7 @@ class Options:
     tasks: tuple[Task, ...]
     guides: Mapping[str, str]
     seeds: tuple[int, ...] = (0, 1, 2)
-    probes: int = 6
+    probes: int = 0  # how often a run is probed; 0: as often as the claim asks
     jobs: int = 1
     record: Path | None = None
     progress: bool = True
@@ -51,7 +51,7 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
         arms,
         {guide: spec for guide, spec in guides.items() if guide in used},
         options.seeds,
-        options.probes,
+        options.probes or claim.probes,
     )
     started = time.perf_counter()
     found = run_study(study, out / "studies", jobs=options.jobs, progress=options.progress)

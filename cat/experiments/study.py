@@ -34,7 +34,6 @@ from cat.progress import say
 from cat.training.recipe import SECTION_PRESETS, PretrainConfig, pick_device
 
 COST = 5.0  # of predicting the mean embedding; L_p begins at 8 to 10 and L_g at about the same
-PROBES = 6  # a run
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Study:
     arms: tuple[Arm, ...]
     guides: dict[str, str]
     seeds: tuple[int, ...]
-    probes: int = PROBES
+    probes: int
     bounds: bool = True
 
     @property

@@ -129,7 +129,7 @@ def test_a_weight_costs_the_same_whatever_the_guide(convergence, two_sounds):
     assert record["arms"]["noise"]["weight"] * constant == pytest.approx(study.COST, rel=1e-3)
     config = experiment_config("cost", two_sounds / "train.jsonl", SMALL)
     tasks = (trial.Task("sounds", two_sounds),)
-    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {"noise": "random:3"}, (0,))
+    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {"noise": "random:3"}, (0,), 1)
     guides = {"noise": study._Guide.made("noise", "random:3", given, out / "studies", False)}
     summed = study.Arm("sums", ("objective.global_loss_reduction=sum",), guide="noise")
     weight, made = study._configured(given, summed, guides)
