@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cat.config import to_mapping, write_yaml
-from cat.experiments.claims import CLAIMS, MAIN, curve, ends
+from cat.experiments.claims import CLAIMS
+from cat.experiments.readings import MAIN, curve, ends
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, run_study
 from cat.experiments.trial import Task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ STUDY: dict[str, Any] = {
 def experiment_config(name: str, train: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The recipe of an experiment on the manifest ``train``; `overrides` as for ``cat-audio pretrain``."""
     recipe = {section: dict(fields) for section, fields in RECIPE.items()}
-    layers = [{"overfit": OVERFIT, "kernels": KERNELS}.get(name, {})]
+    layers: list[Mapping[str, Any]] = [{"overfit": OVERFIT, "kernels": KERNELS}.get(name, {})]
     if name in CLAIMS:
         layers = [STUDY, CLAIMS[name].recipe]
     for layer in layers:

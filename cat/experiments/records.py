@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cat.experiments.claims import SHOWN, ends, percent
+from cat.experiments.readings import SHOWN, ends, percent
 from cat.experiments.verdict import Verdict
 from cat.files import replacing, write_json
 from cat.outputs import Output, claim, json_of

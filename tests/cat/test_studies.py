@@ -12,7 +12,7 @@ import torch
 
 from cat.commands import experiment
 from cat.data import load_manifest
-from cat.experiments import claims, records, study, trial
+from cat.experiments import claims, readings, records, study, trial
 from cat.experiments.recipes import experiment_config
 from cat.files import write_json
 from cat.model.encoder import Encoder
@@ -143,7 +143,7 @@ def test_a_record_that_differs_is_told(convergence, two_sounds, tmp_path, capsys
     record = json.loads((tmp_path / "record" / "record.json").read_text())
     for arm in record["arms"].values():
         for run in arm["runs"]:
-            run["rows"][-1]["test"][two_sounds.name] = dict.fromkeys(claims.SHOWN, -3.0)
+            run["rows"][-1]["test"][two_sounds.name] = dict.fromkeys(readings.SHOWN, -3.0)
     write_json(tmp_path / "record" / "record.json", record)
     assert command("convergence", two_sounds, out, *words, "--compare", str(tmp_path / "record")) == 1
     assert "FAIL: 0 of 6 scores agree with the record; off: none on" in capsys.readouterr().out
@@ -215,14 +215,14 @@ def test_every_arm_has_a_recipe(name, two_sounds):
 
 
 def test_reached():
-    assert claims.reached([100, 200, 300], [0.1, 0.3, 0.5], 0.4) == pytest.approx(250)
-    assert claims.reached([100, 200], [0.5, 0.6], 0.4) == 100
-    assert claims.reached([100, 200], [0.1, 0.2], 0.4) is None
+    assert readings.reached([100, 200, 300], [0.1, 0.3, 0.5], 0.4) == pytest.approx(250)
+    assert readings.reached([100, 200], [0.5, 0.6], 0.4) == 100
+    assert readings.reached([100, 200], [0.1, 0.2], 0.4) is None
 
 
 def test_a_table_of_scores_has_mean_and_deviation():
-    assert claims.percent([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
-    assert claims.percent([0.5]) == "50.0"
+    assert readings.percent([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
+    assert readings.percent([0.5]) == "50.0"
 
 
 def test_a_probe_of_pooling_both_is_of_each_half(two_sounds):
