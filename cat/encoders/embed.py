@@ -23,13 +23,12 @@ from torch import Tensor
 from cat.data.audio import AudioError
 from cat.data.embeddings import EmbeddingWriter
 from cat.data.manifest import Manifest, write_manifest
-from cat.encoders import reading
 from cat.encoders.frozen import FrozenEncoder, weighted_mean
 from cat.encoders.identity import device_of, identity_of
 from cat.encoders.jobs import EncoderError, in_blocks, one_thread, pick_jobs
 from cat.encoders.outputs import claim_outputs, partial_folder, record_failures, sign
 from cat.encoders.partial import Block, Partial
-from cat.encoders.reading import Skipped, batches, read_long
+from cat.encoders.reading import Skipped, at_once, batches, read_long
 from cat.locks import sole_user
 from cat.progress import Progress, say
 from cat_kernels import __version__
@@ -291,6 +290,6 @@ def _made_with(encoder: FrozenEncoder, batch_size: int) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "device": device_of(encoder).type,
-        "seconds_at_once": {"of_a_clip": reading.WINDOW_SECONDS, "of_a_batch": reading.BATCH_SECONDS},
+        "seconds_at_once": at_once(),
         "versions": versions,
     }

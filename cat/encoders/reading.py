@@ -61,6 +61,11 @@ def batches(
     return collected(clips, batch_size, BATCH_SECONDS * sample_rate)
 
 
+def at_once() -> dict[str, int]:
+    """Seconds of audio that an encoder gets at once, which decide where a long clip is cut."""
+    return {"of_a_clip": WINDOW_SECONDS, "of_a_batch": BATCH_SECONDS}
+
+
 def read_long(manifest: Manifest, index: int, sample_rate: int) -> Iterator[np.ndarray]:
     """A long clip, in windows of equal length."""
     return read_windows(manifest.path(index), sample_rate, WINDOW_SECONDS * sample_rate)
