@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, build_encoder
@@ -102,5 +104,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {skipped[0].path}: {skipped[0].reason}")
     own, below = (format_bytes(size) for size in peak_memory())
     processes = f"; of each of {jobs} jobs {below} at the most" if jobs > 1 else ""
-    print(f"peak memory: {own}{processes}")
+    on_gpu = f"; {format_bytes(torch.cuda.max_memory_allocated(device))} of {device}" if device.type == "cuda" else ""
+    print(f"peak memory: {own}{processes}{on_gpu}")
     return 0
