@@ -176,9 +176,9 @@ def write_embeddings(
     """Embeds `manifest` into `out` (.npy) and writes the manifest of the embedded clips beside it (OUT.jsonl).
 
     Clips without an embedding go, with their reason, to OUT.failures.jsonl (removed when there are none). `jobs` is as
-    in `pick_jobs`; `num_workers` read for a process that embeds alone. Returns the written manifest and what was left
-    out. Which files are written, and which are never replaced, or with `overwrite` only:
-    `cat.encoders.outputs.claim_outputs`.
+    in `pick_jobs`; of several each reads its own clips, for one that embeds alone `num_workers` read. Returns the
+    written manifest and what was left out. Which files are written, and which are never replaced, or with `overwrite`
+    only: `cat.encoders.outputs.claim_outputs`.
 
     Stopped or killed, it leaves what it has done in ``OUT.npy.partial``; the same call goes on from there, and writes
     what it would have written undisturbed, bit for bit.
@@ -234,7 +234,8 @@ def _embed_rest(
     num_workers: int,
     progress: bool,
 ) -> None:
-    produce = functools.partial(_embedded, manifest, encoder, batch_size=batch_size, num_workers=num_workers)
+    readers = num_workers if jobs == 1 else 0
+    produce = functools.partial(_embedded, manifest, encoder, batch_size=batch_size, num_workers=readers)
     total, before = len(manifest), partial.done
     bar = Progress(total, before, label=encoder.name, unit="clips", enabled=progress)
     waiting: list[Block] = []

@@ -53,7 +53,7 @@ def identity(value: Any) -> Any:
         return value
     if isinstance(value, Tensor | np.ndarray):
         return _identity_of_array(torch.as_tensor(value))
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype | torch.device):
         return str(value)
     if isinstance(value, list | tuple):
         return [identity(each) for each in value]
