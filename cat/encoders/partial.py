@@ -152,7 +152,7 @@ class Partial:
             raise OutputError(
                 f"{self.folder} holds what an embed had done when it was stopped, and it was another one: "
                 f"{_reasons(found, job)}. The rows of both would not fit together. Give what was given then to go on "
-                "with it, --overwrite to begin afresh, or another -o."
+                "with it, --overwrite (or delete it) to begin afresh, or another -o."
             )
         return False
 

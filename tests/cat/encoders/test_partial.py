@@ -264,7 +264,7 @@ def test_another_job_is_refused_with_the_reason(stopped, encoded, monkeypatch, c
     assert run(stopped, *words) == 1
     told = capsys.readouterr().err
     assert re.search(reason, told)
-    assert "--overwrite to begin afresh, or another -o" in told
+    assert "--overwrite (or delete it) to begin afresh, or another -o" in told
     assert encoded == []
     assert [path.read_bytes() for path in blocks(stopped)] == before
     assert run(stopped, *words, "--overwrite") == 0
