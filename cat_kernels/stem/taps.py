@@ -1,23 +1,24 @@
-"""The depthwise convolution where a CPU trains: as gradients PyTorch's are slow there, and in bf16 rounded often.
+"""The depthwise convolution where a CPU trains, with gradients of our own: PyTorch's of the taps are slow there, and in
+bf16 three to four times as slow as in fp32.
 
-The gradient of the taps is summed tap by tap, products of rows and shifted gradients in float32; that of the input is
-the same convolution of the gradients with the taps reversed, since whoever reads a row is read by it. Kept for the
-backward are the rows alone, not the windows that they are copied into, four to nine times as large.
+The gradient of the taps is summed tap by tap, products of rows and shifted gradients, in float32 and unrounded. That of
+the input is the convolution of the gradients with the taps reversed: whoever reads a row is read by it. The backward
+keeps the rows, not the windows that they are copied into, four to nine times as large.
 
-Measured on one core, in turn with PyTorch's gradients, forward and backward (n patches of p x p positions, c channels):
+Forward and backward in turn with PyTorch's gradients, on one core:
 
-    patches      400, 4 x 4, 48    400, 2 x 2, 96    200, 4 x 4, 128    408, 4 x 4, 256    408, 2 x 2, 384
-    fp32                  MEASURED
-    bf16                  MEASURED
+    patches of positions, channels  400 of 4x4, 48  400 of 2x2, 96  200 of 4x4, 128  408 of 4x4, 256  408 of 2x2, 384
+    fp32                                     1.15x           1.50x            1.36x            1.73x            1.53x
+    bf16                                     2.64x           4.60x            3.37x            3.18x            5.44x
 
-    whole grids  4 of 64 x 32, 48    4 of 32 x 16, 96    2 of 256 x 32, 256    2 of 128 x 16, 384
-    fp32                  MEASURED
-    bf16                  MEASURED
+    whole grids, channels           4 of 64x32, 48  4 of 32x16, 96  2 of 256x32, 256  2 of 128x16, 384
+    fp32                                     1.11x           1.07x             1.92x             1.45x
+    bf16                                     2.18x           1.92x             4.74x             4.99x
 
-So it is taken for every shape. A convolution that has patches as channels and rows as taps is up to 1.15x faster still,
-but not where PyTorch has no oneDNN: it would go channel by channel there.
+So it is taken for every shape. (The gradient as a convolution that has patches for channels and rows for taps is up to
+1.15x faster still, but where PyTorch has no oneDNN it would go channel by channel.)
 
-Shapes: R rows, c channels, k x k taps; m pieces of h x w positions.
+Shapes: c channels, k x k taps; pieces of m times h x w positions.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,9 +33,9 @@ Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # (x, gradients of the result, k) -> pieces: x (m, h, w, c), and gradients around it (m, h + k - 1, w + k - 1, c)
 Pieces = Callable[[Tensor, Tensor, int], Iterable[tuple[Tensor, Tensor]]]
 
-# Elements of a piece for each thread, so that its gradients stay in the cache. Of 2^15 to 2^18 the best two are 2^17 and
-# 2^18 at every shape above, within a tenth of each other.
-PIECE_ELEMENTS = 1 << 17
+# Elements of a piece for each thread, 1 MiB in float32: its gradients stay in the cache. At each shape above within a
+# twentieth of the fastest of 2^15 to 2^18.
+PIECE_ELEMENTS = 1 << 18
 
 
 def convolved(x: Tensor, taps: Tensor, bias: Tensor | None, convolve: Convolve, pieces: Pieces) -> Tensor:
@@ -62,9 +63,7 @@ class _Depthwise(torch.autograd.Function):
     """Its backward is made of PyTorch's operations, so that it has derivatives itself."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, convolve: Convolve, pieces: Pieces
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, convolve: Convolve, pieces: Pieces) -> Tensor:
         ctx.save_for_backward(x, taps)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.convolve, ctx.pieces = convolve, pieces
