@@ -154,7 +154,7 @@ def for_products(x: Tensor) -> Tensor:
 
 # Tokens up to which a CPU trains attention in float32: the gradient of PyTorch's kernel is slow in bf16. Forward and
 # backward in bf16 against this, in turn on one core without matrix units: 3.0x to 3.7x the time with 26 tokens, 1.8x to
-# 2.3x with 103 and 129, 1.0x to 1.2x with 513 and 1025. Without gradients neither is faster by more than a tenth or two.
+# 2.3x with 103 and 129, 1.0x to 1.2x with 513 and 1025. Without gradients it is 0.8x to 1.2x.
 FEW_TOKENS = 256
 
 
