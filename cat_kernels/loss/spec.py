@@ -11,8 +11,8 @@ from ..spec import BadInput, LargeSample, OperatorSpec, Random, Sample, nbytes
 from .op import masked_regression_loss
 from .reference import masked_regression_loss_reference
 
-# name: clips B, masks M, patches L, visible patches K, width D. In the interpreter four programs share B L rows: of "plain"
-# they pass from one clip into the next, of "small" in turns that are longer than a clip.
+# name: clips B, masks M, patches L, visible patches K, width D. In the interpreter four programs share B L rows: those
+# of "plain" pass from one clip into the next, those of "small" in turns that are longer than a clip.
 SHAPES = {
     "plain": (2, 3, 9, 3, 24),
     "longer": (4, 3, 15, 6, 24),
