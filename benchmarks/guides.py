@@ -162,7 +162,8 @@ class YAMNetEncoder:
 
     ================ ==================================================================================================
     length           patches of 96 frames (0.975 s) every 48, the last one ending with the clip; a clip that is shorter
-                     than one is repeated: a patch of silence has ten times the norm of one of noise
+                     than one is repeated. (Spoken digits: 35 % by a linear probe, with zeros behind them 26 %; short
+                     sounds 57 and 60 %, of 207.) A patch of silence has ten times the norm of one of noise
     input            64 mel bins of 125 to 7,500 Hz, 25 ms Hann windows every 10 ms, log(amplitude + 0.001)
     pooling          mean over the last grid of 3 x 2, then over the patches
     width            1024
@@ -204,7 +205,7 @@ class SpeechEncoder:
 
     ================ ==================================================================================================
     length           windows of 76 frames (0.782 s) every 8, the last one ending with the clip; a clip that is shorter
-                     than one is repeated
+                     than one is repeated. (Spoken digits: 95 % by a linear probe, with zeros behind them 45 %)
     input            samples times 32767; 32 mel bins of 60 to 3,800 Hz every 10 ms by a file of their own, x / 10 + 2
     pooling          mean over the windows
     width            96
