@@ -1,8 +1,9 @@
 """Many short runs of one recipe: arms that differ from it in a few fields, each from several seeds, probed as they go.
 
-A guide is a frozen encoder whose embeddings of the pool an arm is regularised towards. Guides differ in width and in
-how far clips lie apart, and so in what L_r costs. To compare them an arm does not give a weight but a *cost*: the
-weight is the one with which predicting the mean embedding for every clip costs that much in the loss.
+A guide is a frozen encoder whose embeddings of the pool, scaled to unit length and centred, an arm is regularised
+towards. Guides differ in width and in how far clips lie apart, and so in what L_r costs. To compare them an arm does not
+give a weight but a *cost*: the weight is the one with which predicting the mean embedding for every clip costs that much
+in the loss.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 
 from cat.config import from_mapping, to_mapping
-from cat.data import Manifest, load_manifest
+from cat.data import Manifest, load_manifest, write_manifest
+from cat.data.embeddings import EmbeddingWriter
 from cat.encoders import CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
 from cat.encoders.embed import write_embeddings
 from cat.evaluation.probe import SPLITS
@@ -118,18 +120,33 @@ class _Guide:
         rows = folder / "guides" / f"{_slug(name)}-{_digest([spec, str(study.pool)])}.npy"
         linked = rows.with_suffix(".jsonl")
         if not linked.exists():
-            device = pick_device(study.recipe.run.device)
-            write_embeddings(load_manifest(study.pool), build_encoder(spec, device=device), rows, progress=progress)
+            encoder = build_encoder(spec, device=pick_device(study.recipe.run.device))
+            whole = rows.with_suffix(".whole.npy")
+            manifest, _ = write_embeddings(load_manifest(study.pool), encoder, whole, progress=progress)
+            _write_centred(manifest, whole, rows, encoder.name)
         return _Guide(spec, linked, rows, _counted(study.pool) - _counted(linked))
 
     def constant(self, distance: str) -> float:
-        """L_r, as a mean over clips, of predicting the mean of the embeddings, of unit length, for every clip."""
+        """L_r, as a mean over clips, of predicting the mean embedding for every clip."""
         rows = torch.from_numpy(np.load(self.rows, allow_pickle=False))
-        rows = torch.nn.functional.normalize(rows, dim=1)
-        return float(DISTANCES[distance](rows.mean(dim=0).expand_as(rows), rows).mean())
+        return float(DISTANCES[distance](torch.zeros_like(rows), rows).mean())
 
     def told(self) -> dict[str, Any]:
         return {"encoder": self.spec, "constant": self.constant("l2"), "clips_left_out": self.skipped}
+
+
+def _write_centred(manifest: Manifest, whole: Path, out: Path, name: str) -> None:
+    """The embeddings of `whole` scaled to unit length and without their mean, in ``out`` and a manifest beside it.
+
+    Of a guide for which clips lie close together the mean is nearly all there is (0.98 of the squared length, for
+    YAMNet with random weights), and so nearly all that the first updates would be spent on.
+    """
+    rows = torch.nn.functional.normalize(torch.from_numpy(np.load(whole, allow_pickle=False)), dim=1)
+    rows -= rows.mean(dim=0)
+    name = f"{name}, of unit length, centred"
+    with EmbeddingWriter(out, manifest, dim=rows.shape[1], encoder=name) as writer:
+        writer.append(range(len(rows)), rows.numpy())
+    write_manifest(writer.manifest, out.with_suffix(".jsonl"))
 
 
 def _configured(study: Study, arm: Arm, guides: dict[str, _Guide]) -> tuple[float, PretrainConfig]:
@@ -138,7 +155,7 @@ def _configured(study: Study, arm: Arm, guides: dict[str, _Guide]) -> tuple[floa
     if not arm.guide:
         return 0.0, config
     guide = guides[arm.guide]
-    config = _overridden(config, [f"data.train={guide.manifest}", "objective.regularisation_normalise=true"])
+    config = _overridden(config, [f"data.train={guide.manifest}"])
     weight = arm.cost / guide.constant(config.objective.regularisation_distance)
     if config.objective.global_loss_reduction == "sum":
         weight /= config.data.batch_size * config.masks.num_masks

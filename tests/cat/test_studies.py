@@ -123,7 +123,7 @@ def test_a_weight_costs_the_same_whatever_the_guide(convergence, two_sounds):
     """Predicting the mean of the unit embeddings costs COST, for L_r as a mean and, over all clip-clones, as a sum."""
     out, _ = convergence
     record = records.read_record(out / "record")
-    rows = np.load(next((out / "studies" / "guides").glob("noise-*.npy")), allow_pickle=False)
+    rows = np.load(next((out / "studies" / "guides").glob("noise-*.whole.npy")), allow_pickle=False)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     constant = ((rows - rows.mean(0)) ** 2).sum(1).mean() / rows.shape[1] ** 0.5
     assert record["arms"]["noise"]["weight"] * constant == pytest.approx(study.COST, rel=1e-3)
