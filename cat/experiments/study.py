@@ -1,9 +1,9 @@
 """Many short runs of one recipe: arms that differ from it in a few fields, each from several seeds, probed as they go.
 
 A guide is a frozen encoder whose embeddings of the pool, scaled to unit length and centred, an arm is regularised
-towards. Guides differ in width and in how far clips lie apart, and so in what L_r costs. To compare them an arm does not
-give a weight but a *cost*: the weight is the one with which predicting the mean embedding for every clip costs that much
-in the loss.
+towards. Guides differ in width and in how far clips lie apart, and so in what L_r costs. To compare them an arm does
+not give a weight but a *cost*: the weight is the one with which predicting the mean embedding for every clip costs that
+much in the loss.
 """
 
 from __future__ import annotations
