@@ -1,0 +1,251 @@
+"""Does the student follow its guide, the external encoder? What a run can tell from the embeddings and from its losses.
+
+The measure of L_r is what the best constant prediction gets: a student that has learned nothing of the guide but its
+average is there, and what L_r is below it the student knows about the clip. ``regularisation_explained``, a number of
+every update in ``metrics.jsonl``, is that share: 1 - L_r / constant. All of it is computed on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cat.data import AudioError, Manifest
+from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
+from cat.model import ObjectiveConfig
+from cat.model.pretraining import DISTANCES
+from cat.training.recipe import PretrainConfig
+
+SAMPLED = 2_048  # rows that stand for all; the constant is then within a few per cent
+
+# Limits of warnings at the start. Measured on 496 recorded sounds, unit length (docs/training.md has the table): of the
+# embeddings' energy 0.1 (speech-only) to 0.7 (YAMNet) is not in their mean, 0.001 to 0.01 where both heard clips padded
+# with silence to ten seconds.
+SPREAD = 0.005
+ALIKE = 1e-3  # squared distance of two rows that count as the same, over the mean one
+DUPLICATES = 0.25
+NORMS = 100.0
+WEAK, STRONG = 1e-3, 20.0  # weight * L_r over L_p, each of its best constant: recipes that work have 0.1 to 0.6
+
+# regularisation_distance -> of embeddings (n, D_e) the constant prediction with the smallest mean distance to them.
+BEST_CONSTANT: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda rows: rows.mean(0),
+    "l1": lambda rows: rows.median(0).values,
+    "cosine": lambda rows: F.normalize(rows, dim=-1).mean(0),
+    "kl": lambda rows: rows.log_softmax(-1).mean(0),
+    "bare_cosine": lambda rows: F.normalize(rows, dim=-1).mean(0),
+    "kl_from_external": lambda rows: rows.softmax(-1).mean(0).log(),
+}
+
+
+def sample_rows(store: EmbeddingStore | EmbeddingFiles, rows: np.ndarray, count: int = SAMPLED) -> Tensor:
+    """(n, D_e) float32, n <= count: embeddings of clips spread evenly over the list, ``rows`` their places in the store.
+    Those that cannot be read or are not finite are left out, as they are in training."""
+    picked = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(np.int64))]
+    found = []
+    for row in picked.tolist():
+        try:
+            found.append(store.rows([row])[0])
+        except AudioError:  # named when its clip's turn comes
+            continue
+    return torch.from_numpy(np.stack(found)) if found else torch.empty(0, store.dim)
+
+
+def constant_loss(rows: Tensor, objective: ObjectiveConfig) -> float | None:
+    """L_r of one clip-clone, in the mean over embeddings (n, D_e), for the best prediction that is the same for all: of
+    "l2" their variance over sqrt(D_e).
+
+    None where there is no such thing: of rows that are all the same, and where it is the embedding that is projected
+    (``regularisation_projection`` "external"): that projection can make anything of L_r.
+    """
+    if len(rows) < 2 or objective.regularisation_projection != "student":
+        return None
+    rows = _as_compared(rows, objective)
+    best = BEST_CONSTANT[objective.regularisation_distance](rows)
+    loss = float(DISTANCES[objective.regularisation_distance](best.expand_as(rows), rows).mean())
+    return loss if loss > 1e-12 else None
+
+
+def _as_compared(rows: Tensor, objective: ObjectiveConfig) -> Tensor:
+    rows = rows.double()
+    return F.normalize(rows, dim=-1) if objective.regularisation_normalise else rows
+
+
+class Guidance:
+    """What a run says of its guide. ``store``: the embeddings, where it learns from them.
+
+    With ``run.guidance_share`` 0 it warns of nothing.
+    """
+
+    def __init__(self, config: PretrainConfig, manifest: Manifest, store: EmbeddingStore | EmbeddingFiles | None) -> None:
+        objective, optim, share = config.objective, config.optim, config.run.guidance_share
+        self.warns = share > 0
+        self._unused = store is None and (manifest.embeddings or manifest.embedding_files) is not None
+        self._advice: list[str] = []
+        self._check: GuidanceCheck | None = None
+        if store is None:
+            return
+        rows = sample_rows(store, manifest.rows)
+        self._advice = warnings_of_rows(rows)
+        constant = constant_loss(rows, objective)
+        if constant is None:
+            return
+        clones = config.data.batch_size * config.masks.num_masks
+        self._advice += warnings_of_weight(constant, objective, width=config.model.embed_dim, clones=clones)
+        rising = objective.regularisation_steps if objective.regularisation_schedule == "warmup" else 0
+        warm_up = max(optim.warmup_steps, rising)
+        self._check = GuidanceCheck(
+            constant * (clones if objective.global_loss_reduction == "sum" else 1),
+            after=warm_up + round(share * max(0, optim.steps - warm_up)),
+            window=max(1, optim.steps // 50),
+        )
+
+    def advice(self) -> list[str]:
+        """What can be said before the first update."""
+        if not self.warns:
+            return []
+        return [UNUSED] if self._unused else self._advice
+
+    def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """What is recorded beside an update's losses."""
+        return {"regularisation_explained": self._check.explained(row["regularisation"])} if self._check else {}
+
+    def update(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        return self._check.update(rows) if self._check and self.warns else []
+
+
+# ---------------------------------------------------------------- before the first update
+
+
+def warnings_of_rows(rows: Tensor) -> list[str]:
+    """What is wrong with embeddings (n, D_e) whoever learns from them, each with its remedy.
+
+    Not whether the guide is one for these sounds: nothing in its embeddings alone tells that.
+    """
+    if len(rows) < 2:
+        return []
+    lengths = rows.double().norm(dim=-1)
+    found = []
+    if not lengths.min() * NORMS >= lengths.max():
+        found.append(
+            f"the external embeddings' lengths go from {lengths.min():.3g} to {lengths.max():.3g}: the longest will "
+            "have nearly all of L_r; set objective.regularisation_normalise=true, and look at the clips with the odd "
+            "ones"
+        )
+    units = F.normalize(rows.double(), dim=-1)
+    centred = units - units.mean(0)
+    spread = float(centred.square().sum(-1).mean())
+    if spread < SPREAD:
+        found.append(
+            f"the guide hardly tells the clips apart: {100 * (1 - spread):.2f} % of its embeddings' energy is the same "
+            f"in all (of encoders that hear the sound 30 to 90 %). {_HEARD}"
+        )
+    else:
+        share = _duplicates(centred)
+        if share > DUPLICATES:
+            found.append(
+                f"{100 * share:.0f} % of the clips have an external embedding that another clip has too. {_HEARD}"
+            )
+    return found
+
+
+_HEARD = (
+    "Did the encoder hear the sound, at its own sample rate, and not mostly the padding? Embed the clips without "
+    "padding, or with an encoder that leaves it out (`cat-audio embed`)"
+)
+
+
+def _duplicates(centred: Tensor) -> float:
+    """The share of rows that have a double, or nearly: closer to it than `ALIKE` of a mean distance."""
+    squares = centred.square().sum(-1)
+    distances = squares[:, None] + squares - 2 * centred @ centred.T
+    distances.fill_diagonal_(math.inf)
+    return float((distances.min(1).values < ALIKE * 2 * squares.mean()).double().mean())
+
+
+def warnings_of_weight(constant: float, objective: ObjectiveConfig, *, width: int, clones: int) -> list[str]:
+    """Whether L_r is of the size of L_p: both for the best constant prediction, which of L_p is sqrt(width), its targets
+    having mean 0 and deviation 1. ``constant`` is `constant_loss`; ``clones``: clip-clones of a batch."""
+    summed = clones if objective.global_loss_reduction == "sum" else 1
+    weight, one = objective.regularisation_weight, constant * summed / math.sqrt(width)  # the share at weight 1
+    if WEAK <= weight * one <= STRONG:
+        return []
+    low, high = (float(f"{share / one:.1g}") for share in (0.1, 0.6))
+    sizes = (
+        f"with objective.regularisation_weight={weight:g} what there is to learn from the guide counts {weight * one:.2g} "
+        f"of what there is to learn from the patches; expected 0.1 to 0.6, a weight from {low:g} to {high:g}"
+    )
+    if weight * one < WEAK:
+        return [f"the student will hardly feel the guide: {sizes}"]
+    return [f"the guide will drown the patches: {sizes}, or objective.regularisation_normalise=true"]
+
+
+def reaches(cls: Tensor, loss: Callable[[Tensor], Tensor]) -> bool:
+    """Whether L_r pulls at the student: whether ``loss``, of the weight of L_r, a 0-dim tensor, has another gradient
+    for the CLS token with it than without. Waits for the device."""
+    # A large weight: rounding must not hide a small gradient. Where there is none, both are the same to the last bit.
+    without, with_ = (
+        torch.autograd.grad(loss(torch.full((), weight, device=cls.device)), cls)[0] for weight in (0.0, 1000.0)
+    )
+    return bool((with_ - without).norm() > 1e-6 * without.norm())
+
+
+UNWIRED = (
+    "L_r does not reach the student: its gradient for the CLS token is zero, so the regulariser's head learns and the "
+    "encoder does not. The head must be given CLS as block objective.regularisation_layer puts it out, not detached"
+)
+UNUSED = (
+    "the clips have external embeddings, but objective.regularisation_weight is 0: nothing is learned from them. The "
+    "paper needs five times the steps without; set the weight, or leave the embeddings out"
+)
+
+
+# ---------------------------------------------------------------- while it trains
+
+
+class GuidanceCheck:
+    """Warns when L_r, in the mean over the last ``window`` updates, is no better than the constant prediction's.
+
+    Args:
+        constant: the constant prediction's L_r, reduced as the run's.
+        after: updates before which nothing is said.
+    """
+
+    def __init__(self, constant: float, *, after: int, window: int) -> None:
+        self._constant, self._after = constant, after
+        self._last: deque[float] = deque(maxlen=window)
+        self._warned = False
+
+    def explained(self, regularisation: float) -> float:
+        """The share of what the constant prediction leaves that this L_r does not."""
+        return 1 - regularisation / self._constant
+
+    def update(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Take in the updates in ``rows``; the warning that is due, once until L_r recovers."""
+        warnings = []
+        for row in rows:
+            if row.get("regularisation_weight") == 0:  # a schedule's end
+                self._last.clear()
+                continue
+            self._last.append(row["regularisation"])
+            mean = sum(self._last) / len(self._last)
+            if row["step"] < self._after or len(self._last) < (self._last.maxlen or 0):
+                continue
+            if mean < self._constant:
+                self._warned = False
+            elif not self._warned:
+                self._warned = True
+                warnings.append(
+                    f"the student does not follow the guide: L_r is {mean:.4g} at step {row['step']}, and predicting "
+                    f"the same for every clip would get {self._constant:.4g}. Are the embeddings those of these clips? "
+                    "Else try a larger objective.regularisation_weight, or a later objective.regularisation_layer (0: "
+                    "the last)"
+                )
+        return warnings
