@@ -16,7 +16,10 @@ RECIPE: dict[str, Any] = {
     "data": {"batch_size": 16, "num_workers": 1},
     "optim": {"lr": 1e-3, "warmup_steps": 15, "steps": 120},
     "ema": {"start": 0.99, "end": 0.999, "steps": 120},
-    "run": {"log_every": 10, "checkpoint_every": 1000, "tensorboard": False, "figures": False, "collapse_steps": 0},
+    "run": {
+        **{"log_every": 10, "checkpoint_every": 1000, "tensorboard": False, "figures": False},
+        **{"collapse_steps": 0, "guidance_share": 0},
+    },
 }
 OVERFIT: dict[str, Any] = {
     "data": {"batch_size": 4, "num_workers": 0},
@@ -29,12 +32,20 @@ KERNELS: dict[str, Any] = {
     "optim": {"lr": 3e-4, "warmup_steps": 30, "steps": 300},
     "ema": {"steps": 300},
 }
+FAILURES: dict[str, Any] = {
+    "masks": {"num_masks": 2},
+    "features": {"frames": 32},
+    "data": {"batch_size": 8, "num_workers": 0},
+    "optim": {"lr": 2e-3, "warmup_steps": 10, "steps": 200},
+    "ema": {"steps": 200},
+    "run": {"log_every": 5, "collapse_steps": 10, "guidance_share": 0.5},
+}
 
 
 def experiment_config(name: str, data: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The recipe of an experiment on ``data/train.jsonl``; `overrides` as for ``cat-audio pretrain``."""
     recipe = {section: dict(fields) for section, fields in RECIPE.items()}
-    for section, fields in {"overfit": OVERFIT, "kernels": KERNELS}.get(name, {}).items():
+    for section, fields in {"overfit": OVERFIT, "kernels": KERNELS, "failures": FAILURES}.get(name, {}).items():
         recipe[section] = recipe.get(section, {}) | fields
     recipe["data"]["train"] = str(data / "train.jsonl")
     recipe["run"]["name"] = name

@@ -200,6 +200,9 @@ class Trainer:
         records.callback(self.progress.close)
         self.metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard, warn=self.progress.say)
         records.callback(self.metrics.close)
+        if self.step:  # a run that goes on counts on, and does not say again what it has said
+            past = read_rows(self.run_dir / "metrics.jsonl", "train")
+            self.task.warnings([row for row in past if None not in row.values()])
         self.failures = FailureLog(
             self.run_dir / "failures.jsonl",
             max_share=data.max_failed_share,

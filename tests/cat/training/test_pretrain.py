@@ -23,9 +23,12 @@ from cat.commands import main
 from cat.config import ConfigError, from_mapping
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
+from cat.experiments.failures import UnwiredCAT
+from cat.model import CAT
 from cat.training import directory, loop, pretraining
 from cat.training.loop import TrainingError
 from cat.training.pretrain import pretrain, profile
+from cat.training.pretraining import Pretraining
 from cat.training.recipe import PretrainConfig, RunConfig, load_recipe
 from cat.training.records import read_rows
 
@@ -209,6 +212,51 @@ def test_regularisation_by_external_embeddings(tmp_path, recipe, embedded):
     assert min(terms[1.0]) > 0
     saved = checkpoints.load(checkpoints.newest(runs[1.0])).model
     assert saved["regulariser.weight"].shape == (6, 16)
+
+
+def test_what_a_constant_would_get_of_it_is_recorded_and_warned_of(tmp_path, recipe, embedded, capsys):
+    """Noise is no guide: what is learned of it is what a constant knows. The run that goes on says it again, and the
+    records have it once."""
+    changes = [*embedded, "objective.regularisation_weight=1e-4", "run.guidance_share=0.1", "optim.lr=1e-6"]
+    for stop_at in (14, 18):
+        pretrain(load_recipe(recipe, [*changes, f"run.stop_at={stop_at}"]), tmp_path / "run", resume=stop_at > 14)
+    rows = np.load(tmp_path / "e.npy")
+    constant = np.square(rows - rows.mean(0)).sum(1).mean() / np.sqrt(6)
+    for row in read_rows(tmp_path / "run" / "metrics.jsonl", "train"):
+        assert row["regularisation_explained"] == pytest.approx(1 - row["regularisation"] / constant, abs=1e-5)
+    said = capsys.readouterr().err
+    for text, times in (("warning: the student will hardly feel the guide", 2), ("does not follow the guide", 1)):
+        assert said.count(text) == times
+    told = read_rows(tmp_path / "run" / "metrics.jsonl", "warning")
+    assert [(row["step"], row["text"][:25]) for row in told] == [
+        (0, "the student will hardly f"),
+        (12, "the student does not foll"),
+    ]
+
+
+def test_embeddings_without_a_weight_are_said_to_be_unused(tmp_path, recipe, embedded, capsys):
+    pretrain(load_recipe(recipe, [*embedded, "run.stop_at=1"]), tmp_path / "run")
+    assert "warning: the clips have external embeddings, but objective.regularisation_weight is 0" in (
+        capsys.readouterr().err
+    )
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert "regularisation_explained" not in row
+
+
+@pytest.mark.parametrize("compile", ["none", "blocks"])
+def test_a_head_that_is_not_wired_to_the_student_is_named(tmp_path, recipe, embedded, monkeypatch, capsys, compile):
+    """Also where the step is to be compiled, and asking compiles nothing and changes no number."""
+    monkeypatch.setattr("cat.training.step.COMPILER", "eager")
+    losses = {}
+    for network, share in ((CAT, 0.25), (CAT, 0), (UnwiredCAT, 0.25)):
+        monkeypatch.setattr(Pretraining, "network", network)
+        changes = [f"run.guidance_share={share}", f"run.compile={compile}", "objective.regularisation_weight=1"]
+        run_dir = tmp_path / f"{network.__name__}-{share}"
+        pretrain(load_recipe(recipe, [*embedded, *changes, "run.stop_at=2"]), run_dir)
+        unwired = "warning: L_r does not reach the student" in capsys.readouterr().err
+        assert unwired == (network is UnwiredCAT)
+        losses[network, share] = [row["loss"] for row in read_rows(run_dir / "metrics.jsonl", "train")]
+    assert losses[CAT, 0] == losses[CAT, 0.25]
 
 
 def test_a_schedule_of_the_regularisation_is_a_function_of_the_step(tmp_path, recipe, embedded):
