@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from cat.data import EmbeddingWriter, Manifest, load_manifest, write_manifest
 from cat.encoders import FrozenEncoder
 from cat.encoders.embed import write_embeddings
-from cat.experiments.regularisation import REGULARISATION_WEIGHT
 from cat.experiments.verdict import Verdict
 from cat.figures import write_loss_curves
 from cat.model import CAT
+from cat.training.guidance import constant_loss
 from cat.training.pretraining import Pretraining
 from cat.training.recipe import PretrainConfig
 from cat.training.records import read_rows
 from cat.training.start import started
+
+PULL = 0.6  # of the control: weight * L_r over L_p, each of its best constant prediction
 
 # ---------------------------------------------------------------- networks that fail
 
@@ -70,8 +73,8 @@ def of_other_clips(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def nearly_the_same(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As of an encoder that heard mostly the padding: of unit length, and the clip's own is 3 % of it."""
-    return rows.mean(0) / np.linalg.norm(rows.mean(0)) + 0.03 * rows
+    """As of an encoder that heard mostly the padding: what is the clip's own is 3 % of what all have."""
+    return np.sqrt(rows.shape[1]) + 0.03 * rows
 
 
 def of_silence(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -100,8 +103,8 @@ class Case:
 CASES: dict[str, Case] = {
     "control": Case(None, whole=True),
     "weight of L_r 0": Case("regularisation_weight is 0", weight=0.0),
-    "weight a thousandth of the least": Case("will hardly feel the guide", weight=1e-4),
-    "weight a thousand times": Case("will drown the patches", weight=1e3),
+    "weight of L_r too small": Case("will hardly feel the guide", weight=1e-3),
+    "weight of L_r too large": Case("will drown the patches", weight=1e2),
     "head not wired to the student": Case("does not reach the student", task=Unwired),
     "embeddings of other clips": Case("does not follow the guide", change=of_other_clips, whole=True),
     "embeddings nearly the same": Case("hardly tells the clips apart", change=nearly_the_same),
@@ -116,16 +119,21 @@ def failures(
 ) -> Verdict:
     """Pre-trains once as it should be, towards the embeddings of `encoder`, and once for each way to go wrong.
 
-    Passes when the trainer's warnings name every failure and it warns of nothing in the control.
+    Passes when the trainer's warnings name every failure and it warns of nothing in the control. The embeddings are
+    scaled to a root mean square of 1: at this rate AdamW's steps are ten times the entries of a unit vector, and in a
+    run as short as this the head would not come to rest.
     """
     linked, skipped = write_embeddings(
         load_manifest(data / "train.jsonl"), encoder, out / "embeddings.npy", progress=progress
     )
+    rows = np.load(out / "embeddings.npy", allow_pickle=False)
+    rows /= np.sqrt(np.square(rows).mean())
+    config = _with_weight(config, rows)
     told: dict[str, list[dict[str, Any]]] = {}
     curves = {}
     for number, (name, case) in enumerate(CASES.items(), start=1):
         run_dir = out / f"run{number}"
-        _train(case, _changed(config, case, linked, out), run_dir, progress)
+        _train(case, _changed(config, case, linked, rows, out), run_dir, progress)
         told[name] = read_rows(run_dir / "metrics.jsonl", "warning")
         if case.whole:
             curves[name] = read_rows(run_dir / "metrics.jsonl", "train")
@@ -155,28 +163,34 @@ def failures(
     )
 
 
-def _changed(config: PretrainConfig, case: Case, linked: Manifest, out: Path) -> PretrainConfig:
+def _with_weight(config: PretrainConfig, rows: np.ndarray) -> PretrainConfig:
+    """With a weight of L_r, where the recipe has none."""
+    constant = constant_loss(torch.from_numpy(rows), config.objective)
+    if config.objective.regularisation_weight or constant is None:
+        return config
     summed = config.objective.global_loss_reduction == "sum"
-    weight = config.objective.regularisation_weight or (1.0 if summed else REGULARISATION_WEIGHT)
+    clones = config.data.batch_size * config.masks.num_masks if summed else 1
+    weight = PULL * math.sqrt(config.model.embed_dim) / (constant * clones)
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, regularisation_weight=weight))
+
+
+def _changed(config: PretrainConfig, case: Case, linked: Manifest, rows: np.ndarray, out: Path) -> PretrainConfig:
+    weight = case.weight * config.objective.regularisation_weight
+    train = config.data.train if case.task is Collapsing else str(_embedded(case, linked, rows, out))
     return dataclasses.replace(
         config,
-        objective=dataclasses.replace(config.objective, regularisation_weight=case.weight * weight),
-        data=dataclasses.replace(config.data, train=str(_embeddings(case, linked, out))),
+        objective=dataclasses.replace(config.objective, regularisation_weight=weight),
+        data=dataclasses.replace(config.data, train=train),
         run=dataclasses.replace(config.run, stop_at=config.run.stop_at if case.whole else 1),
     )
 
 
-def _embeddings(case: Case, linked: Manifest, out: Path) -> Path:
-    """The manifest of a case: without embeddings where a collapse is provoked, with the encoder's, or with others."""
-    if case.task is Collapsing:
-        write_manifest(dataclasses.replace(linked, embeddings=None, embeddings_fingerprint=None), out / "plain.jsonl")
-        return out / "plain.jsonl"
-    if case.change is None:
-        return out / "embeddings.jsonl"
-    rows = np.load(out / "embeddings.npy", allow_pickle=False)
-    path = out / f"{case.change.__name__}.npy"
-    with EmbeddingWriter(path, linked, dim=rows.shape[1], encoder=case.change.__name__) as writer:
-        writer.append(range(len(rows)), case.change(rows, np.random.default_rng(0)))
+def _embedded(case: Case, linked: Manifest, rows: np.ndarray, out: Path) -> Path:
+    """The manifest of the clips with a case's embeddings."""
+    name = case.change.__name__ if case.change else "scaled"
+    path = out / f"{name}.npy"
+    with EmbeddingWriter(path, linked, dim=rows.shape[1], encoder=name) as writer:
+        writer.append(range(len(rows)), case.change(rows, np.random.default_rng(0)) if case.change else rows)
     write_manifest(writer.manifest, path.with_suffix(".jsonl"))
     return path.with_suffix(".jsonl")
 

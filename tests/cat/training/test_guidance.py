@@ -209,5 +209,5 @@ def test_when_it_is_judged(linked):
     never = Guidance(config(linked, **silent), linked, open_embeddings(linked))
     assert never.update(rows([99.0] * 110)) == never.advice() == []
     assert "regularisation_explained" in never.derived({"regularisation": 1.0})
-    with pytest.raises(ValueError, match="guidance_share is 1.5; expected a share"):
+    with pytest.raises(ValueError, match=r"guidance_share is 1\.5; expected a share"):
         config(linked, guidance_share=1.5)

@@ -230,7 +230,7 @@ def test_what_a_constant_would_get_of_it_is_recorded_and_warned_of(tmp_path, rec
     told = read_rows(tmp_path / "run" / "metrics.jsonl", "warning")
     assert [(row["step"], row["text"][:25]) for row in told] == [
         (0, "the student will hardly f"),
-        (12, "the student does not foll"),
+        (10, "the student does not foll"),
     ]
 
 
