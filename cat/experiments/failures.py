@@ -25,7 +25,7 @@ from cat.training.recipe import PretrainConfig
 from cat.training.records import read_rows
 from cat.training.start import started
 
-PULL = 0.6  # of the control: weight * L_r over L_p, each of its best constant prediction
+PULL = 1.0  # of the control: weight * L_r over L_p, each of its best constant prediction
 
 # ---------------------------------------------------------------- networks that fail
 

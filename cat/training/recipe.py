@@ -49,7 +49,7 @@ class RunConfig:
     collapse_pred_std: float = 0.01  # warn below, after collapse_steps updates in a row
     collapse_target_std: float = 0.1
     collapse_steps: int = 500  # 0: never warn
-    guidance_share: float = 0.25  # of the schedule after warm-up, by when L_r must beat a constant; 0: never warn of it
+    guidance_share: float = 0.5  # of the schedule after warm-up, by when L_r must beat a constant; 0: never warn of it
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "keep_last"):
