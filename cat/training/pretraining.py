@@ -120,12 +120,14 @@ class Pretraining:
         return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng
 
     def _reached(self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> bool:
-        """Whether L_r moves the student, by one batch, before anything is compiled or recorded."""
-        *first, rng = inputs
+        """Whether L_r moves the student, by two clips, before anything is compiled or recorded."""
+        spec, visible, embedding, rng = inputs
+        clones = visible[: 2 * self.config.masks.num_masks]
 
         def loss(weight: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                return self.model(*first, rng=rng, regularisation_weight=weight).loss
+                few = None if embedding is None else embedding[:2]
+                return self.model(spec[:2], clones, few, rng=rng, regularisation_weight=weight).loss
 
         with torch.compiler.set_stance("force_eager"):
             return reaches(self.model.student.cls, loss)

@@ -41,12 +41,12 @@ def objective(**changes) -> ObjectiveConfig:
 @pytest.mark.parametrize("distance", sorted(DISTANCES))
 def test_no_constant_prediction_is_better(distance):
     """Against one that is trained from the best of ten rows."""
-    rows, measure = GUIDE.double(), DISTANCES[distance]
+    rows, measure = GUIDE[:200].double(), DISTANCES[distance]
     best = constant_loss(rows, objective(regularisation_distance=distance))
     assert BEST_CONSTANT.keys() == DISTANCES.keys()
     trained = min(rows[:10], key=lambda row: measure(row.expand_as(rows), rows).mean()).clone().requires_grad_()
-    optimiser = torch.optim.Adam([trained], lr=0.02)
-    for _ in range(600):
+    optimiser = torch.optim.Adam([trained], lr=0.05)
+    for _ in range(200):
         optimiser.zero_grad()
         loss = measure(trained.expand_as(rows), rows).mean()
         loss.backward()
