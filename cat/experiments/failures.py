@@ -157,6 +157,8 @@ def failures(
         rows=[_row(name, case, told[name], named.get(name)) for name, case in CASES.items()],
         notes=[
             f"step: updates done when it was said, of {config.optim.steps}; 0: before the first.",
+            "A guide of another domain, sound and all, is not among them: without labels nothing tells it from a right "
+            "one (`cat-audio probe` with some labels does).",
             *([f"{len(skipped)} clips got no embedding and were left out"] if skipped else []),
         ],
         values={"encoder": encoder.name, "explained": last, "warnings": told},

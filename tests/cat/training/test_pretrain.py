@@ -657,6 +657,14 @@ def test_collapse_is_said(tmp_path, recipe, capsys):
     assert capsys.readouterr().err.count("warning: the predictions may have collapsed") == 1
 
 
+def test_collapse_is_counted_on_by_a_run_that_goes_on(tmp_path, recipe, capsys):
+    """Three updates below, of which two were before it was stopped; and not said again after that."""
+    for stop_at in (2, 4, 6):
+        changes = [f"run.stop_at={stop_at}", "run.collapse_pred_std=100", "run.collapse_steps=3", "data.valid=null"]
+        pretrain(load_recipe(recipe, changes), tmp_path / "run", resume=stop_at > 2)
+    assert capsys.readouterr().err.count("warning: the predictions may have collapsed") == 1
+
+
 def test_unreadable_files_are_left_out_recorded_and_counted(tmp_path, recipe, capsys):
     folder = make_audio(tmp_path / "audio", 8, seed=0)
     (folder / "03.wav").write_bytes(b"not audio")
