@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cat.config import ConfigError
 from cat.data import EmbeddingWriter, Manifest, load_manifest, write_manifest
 from cat.encoders import FrozenEncoder
 from cat.encoders.embed import write_embeddings
@@ -138,12 +139,18 @@ def failures(
         if case.whole:
             curves[name] = read_rows(run_dir / "metrics.jsonl", "train")
     write_loss_curves(out / "figures" / "loss.png", curves)
+    explained = [row["regularisation_explained"] for row in curves["control"]]
+    tenth = max(1, len(explained) // 10)
+    verdict = _verdict(told, config.optim.steps, sum(explained[-tenth:]) / tenth)
+    verdict.notes += [f"{len(skipped)} clips got no embedding and were left out"] if skipped else []
+    verdict.values["encoder"] = encoder.name
+    return verdict
+
+
+def _verdict(told: dict[str, list[dict[str, Any]]], steps: int, explained: float) -> Verdict:
     named = {name: _naming(case, told[name]) for name, case in CASES.items() if case.words is not None}
     missed = [name for name, row in named.items() if row is None]
     false = [row["text"] for row in told["control"]]
-    explained = [row["regularisation_explained"] for row in curves["control"]]
-    tenth = max(1, len(explained) // 10)
-    last = sum(explained[-tenth:]) / tenth
     parts = [
         *([f"the trainer did not name: {', '.join(missed)}"] if missed else []),
         *([f"it warned of the control: {'; '.join(false)}"] if false else []),
@@ -152,23 +159,27 @@ def failures(
         passed=not parts,
         text="; ".join(parts)
         or f"the trainer named all {len(named)} failures and warned of nothing in the control, which explains "
-        f"{100 * last:.0f} % of what the mean embedding leaves",
+        f"{100 * explained:.0f} % of what the mean embedding leaves",
         columns=("failure", "step", "named by", "other warnings"),
         rows=[_row(name, case, told[name], named.get(name)) for name, case in CASES.items()],
         notes=[
-            f"step: updates done when it was said, of {config.optim.steps}; 0: before the first.",
+            f"step: updates done when it was said, of {steps}; 0: before the first.",
             "A guide of another domain, sound and all, is not among them: without labels nothing tells it from a right "
             "one (`cat-audio probe` with some labels does).",
-            *([f"{len(skipped)} clips got no embedding and were left out"] if skipped else []),
         ],
-        values={"encoder": encoder.name, "explained": last, "warnings": told},
+        values={"explained": explained, "warnings": told},
     )
 
 
 def _with_weight(config: PretrainConfig, rows: np.ndarray) -> PretrainConfig:
     """With a weight of L_r, where the recipe has none."""
     constant = constant_loss(torch.from_numpy(rows), config.objective)
-    if config.objective.regularisation_weight or constant is None:
+    if constant is None:
+        raise ConfigError(
+            "objective.regularisation_projection='external', or embeddings that are all the same: no constant "
+            "prediction to compare with; expected 'student', and an encoder that tells the clips apart"
+        )
+    if config.objective.regularisation_weight:
         return config
     summed = config.objective.global_loss_reduction == "sum"
     clones = config.data.batch_size * config.masks.num_masks if summed else 1

@@ -236,6 +236,11 @@ def test_failures_that_are_not_named_and_false_alarms_fail(data, tmp_path, monke
     assert verdict.text == "the trainer did not name: embeddings of other clips"
 
 
+def test_failures_need_a_constant_prediction_to_compare_with(data, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"regularisation_projection='external', or .* expected 'student'"):
+        provoke(data, tmp_path, monkeypatch, ["control"], "objective.regularisation_projection=external")
+
+
 def test_a_student_that_does_not_follow_its_guide_is_named(data, tmp_path, monkeypatch):
     """With a rate at which nothing is learned."""
     cases = ("control", "embeddings of other clips")
