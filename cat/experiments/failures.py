@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.config import ConfigError
 from cat.data import EmbeddingWriter, Manifest, load_manifest, write_manifest
 from cat.encoders import FrozenEncoder
 from cat.encoders.embed import write_embeddings
+from cat.experiments.runs import constant_to_beat
 from cat.experiments.verdict import Verdict
 from cat.figures import write_loss_curves
 from cat.model import CAT
-from cat.training.guidance import constant_loss
 from cat.training.pretraining import Pretraining
 from cat.training.recipe import PretrainConfig
 from cat.training.records import read_rows
@@ -173,17 +172,10 @@ def _verdict(told: dict[str, list[dict[str, Any]]], steps: int, explained: float
 
 def _with_weight(config: PretrainConfig, rows: np.ndarray) -> PretrainConfig:
     """With a weight of L_r, where the recipe has none."""
-    constant = constant_loss(torch.from_numpy(rows), config.objective)
-    if constant is None:
-        raise ConfigError(
-            "objective.regularisation_projection='external', or embeddings that are all the same: no constant "
-            "prediction to compare with; expected 'student', and an encoder that tells the clips apart"
-        )
+    constant = constant_to_beat(rows, config)
     if config.objective.regularisation_weight:
         return config
-    summed = config.objective.global_loss_reduction == "sum"
-    clones = config.data.batch_size * config.masks.num_masks if summed else 1
-    weight = PULL * math.sqrt(config.model.embed_dim) / (constant * clones)
+    weight = PULL * math.sqrt(config.model.embed_dim) / constant
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, regularisation_weight=weight))
 
 

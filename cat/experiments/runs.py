@@ -6,10 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from cat.config import ConfigError
 from cat.data import load_manifest
 from cat.encoders import CatEncoder, FrozenEncoder, LogMelStatistics
 from cat.evaluation.probe import SPLITS, Report, run_probe
 from cat.figures import write_loss_curves, write_projection
+from cat.training.guidance import constant_loss, reduced
 from cat.training.pretrain import pretrain
 from cat.training.recipe import PretrainConfig, pick_device
 from cat.training.records import read_rows
@@ -51,6 +56,21 @@ def probe_runs(
     drawn = {r.name: (r.test.rows, r.test_labels) for r in report.rows if r.name in runs and r.test is not None}
     write_projection(out / "figures" / "embeddings.png", drawn)
     return report
+
+
+def constant_to_beat(rows: np.ndarray, config: PretrainConfig) -> float:
+    """L_r of the best constant prediction of embeddings (clips, D_e), reduced as the run's.
+
+    Raises: `ConfigError` where there is none.
+    """
+    constant = constant_loss(torch.from_numpy(rows), config.objective)
+    if constant is None:
+        raise ConfigError(
+            f"objective.regularisation_projection={config.objective.regularisation_projection!r}, and {len(rows)} "
+            "embeddings: there is no constant prediction to compare with; expected 'student', and embeddings that are "
+            "not all the same"
+        )
+    return reduced(constant, config)
 
 
 def ends(run_dir: Path, key: str) -> tuple[float, float]:

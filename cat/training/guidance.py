@@ -85,6 +85,12 @@ def constant_loss(rows: Tensor, objective: ObjectiveConfig) -> float | None:
     return loss if loss > 1e-12 else None
 
 
+def reduced(loss: float, config: PretrainConfig) -> float:
+    """The loss of one clip-clone as ``objective.global_loss_reduction`` makes one of a batch."""
+    summed = config.objective.global_loss_reduction == "sum"
+    return loss * (config.data.batch_size * config.masks.num_masks if summed else 1)
+
+
 def _as_compared(rows: Tensor, objective: ObjectiveConfig) -> Tensor:
     rows = rows.double()
     return F.normalize(rows, dim=-1) if objective.regularisation_normalise else rows
@@ -111,13 +117,13 @@ class Guidance:
         constant = constant_loss(rows, objective)
         if constant is None:
             return
-        clones = config.data.batch_size * config.masks.num_masks
+        constant = reduced(constant, config)
         if not self._advice:  # no weight mends a guide that is no use
-            self._advice = warnings_of_weight(constant, objective, width=config.model.embed_dim, clones=clones)
+            self._advice = warnings_of_weight(constant, objective.regularisation_weight, config.model.embed_dim)
         rising = objective.regularisation_steps if objective.regularisation_schedule == "warmup" else 0
         warm_up = max(optim.warmup_steps, rising)
         self._check = GuidanceCheck(
-            constant * (clones if objective.global_loss_reduction == "sum" else 1),
+            constant,
             after=warm_up + round(share * max(0, optim.steps - warm_up)),
             window=max(1, min(math.ceil(JUDGED / config.data.batch_size), optim.steps // 8)),
         )
@@ -186,11 +192,10 @@ def _duplicates(centred: Tensor) -> float:
     return float((distances.min(1).values < ALIKE * 2 * squares.mean()).double().mean())
 
 
-def warnings_of_weight(constant: float, objective: ObjectiveConfig, *, width: int, clones: int) -> list[str]:
-    """Whether L_r is of the size of L_p: both of the best constant prediction, for L_p sqrt(width), as its targets have
-    mean 0 and deviation 1. ``constant`` is `constant_loss`; ``clones``: clip-clones of a batch."""
-    summed = clones if objective.global_loss_reduction == "sum" else 1
-    weight, one = objective.regularisation_weight, constant * summed / math.sqrt(width)  # the share at weight 1
+def warnings_of_weight(constant: float, weight: float, width: int) -> list[str]:
+    """Whether weight * L_r is of the size of L_p: both of the best constant prediction, for L_p sqrt(width), as its
+    targets have mean 0 and deviation 1. ``constant``: L_r's, reduced as the run's."""
+    one = constant / math.sqrt(width)  # at weight 1
     if WEAK <= weight * one <= STRONG:
         return []
     low, high = (float(f"{share / one:.1g}") for share in (0.1, 1.0))
