@@ -29,7 +29,7 @@ JUDGED = 512  # clips whose mean L_r is compared with it: of 80 it was up to 5 %
 FOLLOWED = (0.02, 0.05)  # explained: the student does not follow the guide below, and does above; between, as it was
 FALLING = 0.95  # L_r over that of the clips before: not yet judged, as a head may long be busy to find the mean
 
-# Limits of warnings at the start, measured on 334 to 523 clips of sound events, drum hits, digits, ESC-10 and a mixture.
+# Limits of warnings at the start, measured on 334 to 523 clips of sound events, drum hits, digits, ESC-10, a mixture.
 # Of the energy of unit vectors 0.05 to 0.74 is not in their mean for YAMNet and a speech encoder, and 0.00004 to 0.016
 # where they heard the clips padded with silence to ten seconds. Of the latter 0.34 to 0.77 have doubles where most are
 # short, of the speech encoder's, and of YAMNet's on the mixture; without padding at most 0.16, of the random control
