@@ -13,8 +13,9 @@ from typing import Any
 
 from cat.config import to_mapping
 from cat.data.synth import SynthConfig, synthesise
-from cat.encoders import USAGE
+from cat.encoders import USAGE, build_encoder
 from cat.experiments.claims import CLAIMS
+from cat.experiments.failures import failures
 from cat.experiments.kernels import kernels
 from cat.experiments.overfit import overfit
 from cat.experiments.paper import Options, examine
@@ -26,11 +27,12 @@ from cat.figures import is_figure, write_loss_curves
 from cat.files import write_json
 from cat.outputs import Output, claim, json_of
 from cat.progress import say
-from cat.training.recipe import PretrainConfig
+from cat.training.recipe import PretrainConfig, pick_device
 
 EPILOG = """\
 overfit       one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
 kernels       the same run with the operators' kernels and with the dense formula: losses must agree
+failures      what goes wrong with a guide, and collapse: each provoked, and the trainer's warning must name it
 
 Studies, of several runs from each of several seeds, probed as they go:
 
@@ -50,7 +52,7 @@ model.preset=small and the like ask for more, optim.steps=60 for less.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("name", choices=("overfit", "kernels", *CLAIMS))
+    parser.add_argument("name", choices=("overfit", "kernels", "failures", *CLAIMS))
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="fields of the recipe to change")
     parser.add_argument(
         "--data",
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.record:
         claim_record(args.record, args.name, overwrite=args.overwrite)
     data = args.data
-    if data is None and not (args.pool and args.task):
+    if data is None and not (args.pool and (args.task or args.name == "failures")):
         data = _made_data(args.out / "data", progress=not args.quiet)
     pool = args.pool or data / "train.jsonl"
     config = experiment_config(args.name, pool, args.overrides)
@@ -97,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.name == "overfit":
         verdict = overfit(config, say=(lambda text: None) if args.quiet else say)
         write_loss_curves(out / "figures" / "loss.png", {"overfit": verdict.values["curve"]})
+    elif args.name == "failures":
+        guide = next(iter(_guides(args).values()))
+        encoder = build_encoder(guide, device=pick_device(config.run.device))
+        verdict = failures(config, out, encoder=encoder, progress=not args.quiet)
     else:
         verdict = kernels(config, out, progress=not args.quiet)
     print(verdict.format())
@@ -121,23 +127,26 @@ def _result(name: str, verdict: Verdict, config: PretrainConfig, seconds: float)
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that the experiment does not have."""
-    if args.name in CLAIMS:
-        return
+    own = {"failures": ("pool", "guide")}.get(args.name, ())
     for option in ("pool", "task", "guide", "record", "compare"):
-        if getattr(args, option):
+        if args.name not in CLAIMS and getattr(args, option) and option not in own:
             raise ValueError(f"--{option} belongs to studies ({', '.join(CLAIMS)}); {args.name} has none")
 
 
-def _options(args: argparse.Namespace, pool: Path, data: Path | None) -> Options:
-    tasks = [Task.of(text) for text in args.task]
-    if not tasks and data is not None:
-        tasks = [Task.of(f"{data.resolve().name}={data}")]
+def _guides(args: argparse.Namespace) -> dict[str, str]:
     guides = {}
     for text in args.guide or ["random=random"]:
         name, _, spec = text.partition("=")
         if not name or not spec:
             raise ValueError(f"--guide {text!r}; expected NAME=ENCODER, such as clap=clap:PATH")
         guides[name] = spec
+    return guides
+
+
+def _options(args: argparse.Namespace, pool: Path, data: Path | None) -> Options:
+    tasks = [Task.of(text) for text in args.task]
+    if not tasks and data is not None:
+        tasks = [Task.of(f"{data.resolve().name}={data}")]
     if not all(seed.isdecimal() for seed in args.seeds.split(",")):
         raise ValueError(f"--seeds {args.seeds}; expected whole numbers with commas, such as 0,1,2")
     for name, least in (("probes", 0), ("jobs", 1)):
@@ -146,7 +155,7 @@ def _options(args: argparse.Namespace, pool: Path, data: Path | None) -> Options
     return Options(
         pool=pool.resolve(),
         tasks=tuple(tasks),
-        guides=guides,
+        guides=_guides(args),
         seeds=tuple(dict.fromkeys(int(seed) for seed in args.seeds.split(","))),
         probes=args.probes,
         jobs=args.jobs,

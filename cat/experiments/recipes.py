@@ -17,7 +17,10 @@ RECIPE: dict[str, Any] = {
     "data": {"batch_size": 16, "num_workers": 1},
     "optim": {"lr": 1e-3, "warmup_steps": 15, "steps": 120},
     "ema": {"start": 0.99, "end": 0.999, "steps": 120},
-    "run": {"log_every": 10, "checkpoint_every": 1000, "tensorboard": False, "figures": False, "collapse_steps": 0},
+    "run": {
+        **{"log_every": 10, "checkpoint_every": 1000, "tensorboard": False, "figures": False},
+        **{"collapse_steps": 0, "guidance_share": 0},
+    },
 }
 OVERFIT: dict[str, Any] = {
     "data": {"batch_size": 4, "num_workers": 0},
@@ -37,12 +40,19 @@ STUDY: dict[str, Any] = {
     "optim": {"lr": 1e-3, "warmup_steps": 40, "steps": 600},
     "ema": {"start": 0.99, "end": 0.999, "steps": 600},
 }
+FAILURES: dict[str, Any] = {
+    "masks": {"num_masks": 1, "ratio": 0.5},  # a fifth of so few patches would tell little of the clip
+    "features": {"frames": 64},
+    "data": {"num_workers": 0},
+    "optim": {"lr": 2e-3, "warmup_steps": 10, "steps": 100},
+    "run": {"log_every": 5, "collapse_steps": 10, "guidance_share": 0.8},
+}
 
 
 def experiment_config(name: str, train: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The recipe of an experiment on the manifest ``train``; `overrides` as for ``cat-audio pretrain``."""
     recipe = {section: dict(fields) for section, fields in RECIPE.items()}
-    layers: list[Mapping[str, Any]] = [{"overfit": OVERFIT, "kernels": KERNELS}.get(name, {})]
+    layers: list[Mapping[str, Any]] = [{"overfit": OVERFIT, "kernels": KERNELS, "failures": FAILURES}.get(name, {})]
     if name in CLAIMS:
         layers = [STUDY, CLAIMS[name].recipe]
     for layer in layers:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from cat.config import ConfigError
 from cat.figures import write_loss_curves
+from cat.training.guidance import constant_loss, reduced
 from cat.training.pretrain import pretrain
 from cat.training.recipe import PretrainConfig
 from cat.training.records import read_rows
@@ -24,6 +29,21 @@ def train_runs(configs: Mapping[str, PretrainConfig], out: Path, progress: bool)
         out / "figures" / "loss.png", {n: read_rows(r / "metrics.jsonl", "train") for n, r in runs.items()}
     )
     return runs
+
+
+def constant_to_beat(rows: np.ndarray, config: PretrainConfig) -> float:
+    """L_r of the best constant prediction of embeddings (clips, D_e), reduced as the run's.
+
+    Raises: `ConfigError` where there is none.
+    """
+    constant = constant_loss(torch.from_numpy(rows), config.objective)
+    if constant is None:
+        raise ConfigError(
+            f"objective.regularisation_projection={config.objective.regularisation_projection!r}, and {len(rows)} "
+            "embeddings: there is no constant prediction to compare with; expected 'student', and embeddings that are "
+            "not all the same"
+        )
+    return reduced(constant, config)
 
 
 def ends(run_dir: Path, key: str) -> tuple[float, float]:

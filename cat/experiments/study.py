@@ -1,9 +1,8 @@
 """Many short runs of one recipe: arms that differ from it in a few fields, each from several seeds, probed as they go.
 
-A guide is a frozen encoder whose embeddings of the pool, scaled to unit length and centred, an arm is regularised
-towards. Guides differ in width and in how far clips lie apart, and so in what L_r costs. To compare them an arm does
-not give a weight but a *cost*: the weight is the one with which predicting the mean embedding for every clip costs that
-much in the loss.
+A guide is a frozen encoder whose embeddings of the pool, as directions, centred and scaled to one size, an arm is
+regularised towards. Guides differ in width, and so in what L_r costs. To compare them an arm does not give a weight but
+a *cost*: the weight is the one with which predicting the mean embedding for every clip costs that much in the loss.
 """
 
 from __future__ import annotations
@@ -136,14 +135,17 @@ class _Guide:
 
 
 def _write_centred(manifest: Manifest, whole: Path, out: Path, name: str) -> None:
-    """The embeddings of `whole` scaled to unit length and without their mean, in ``out`` and a manifest beside it.
+    """The embeddings of `whole` as directions, without their mean, scaled to entries of root mean square 1, in ``out``
+    and a manifest beside it.
 
     Of a guide for which clips lie close together the mean is nearly all there is (0.98 of the squared length, for
-    YAMNet with random weights), and so nearly all that the first updates would be spent on.
+    YAMNet with random weights), and so nearly all that the first updates would be spent on. Beside the entries of a
+    unit vector 1,024 wide the steps of AdamW are large: in 600 updates the student explained 9 % of YAMNet's.
     """
     rows = torch.nn.functional.normalize(torch.from_numpy(np.load(whole, allow_pickle=False)), dim=1)
     rows -= rows.mean(dim=0)
-    name = f"{name}, of unit length, centred"
+    rows /= rows.square().mean().sqrt()
+    name = f"{name}, centred"
     with EmbeddingWriter(out, manifest, dim=rows.shape[1], encoder=name) as writer:
         writer.append(range(len(rows)), rows.numpy())
     write_manifest(writer.manifest, out.with_suffix(".jsonl"))

@@ -129,6 +129,9 @@ class Finetuning:
 
     # ------------------------------------------------------------ updates
 
+    def advice(self) -> list[str]:
+        return []
+
     def train_mode(self) -> None:
         self.step.train_mode()
 
@@ -168,6 +171,9 @@ class Finetuning:
             frozen=config.freeze,
         )
         return keep.to(self.device, non_blocking=True)
+
+    def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
+        return {}
 
     def warnings(self, rows: list[dict[str, Any]]) -> list[str]:
         return []

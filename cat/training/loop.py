@@ -123,6 +123,7 @@ class Trainer:
 
     def _train(self) -> None:
         run, end, stop = self.config.run, self.config.end, self._stop
+        self._warn(self.task.advice())
         validates = self.task.valid is not None
         if validates and self._validation_due(self.step):
             self._make_up()
@@ -199,6 +200,9 @@ class Trainer:
         records.callback(self.progress.close)
         self.metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard, warn=self.progress.say)
         records.callback(self.metrics.close)
+        if self.step:  # a run that goes on counts on, and does not say again what it has said
+            past = read_rows(self.run_dir / "metrics.jsonl", "train")
+            self.task.warnings([row for row in past if None not in row.values()])
         self.failures = FailureLog(
             self.run_dir / "failures.jsonl",
             max_share=data.max_failed_share,
@@ -235,6 +239,7 @@ class Trainer:
             {"step": first + i, **dict(zip(self.task.values, line, strict=True)), **row}
             for i, (line, row) in enumerate(zip(values, self._rows, strict=True))
         ]
+        rows = [{**row, **self.task.derived(row)} for row in rows]
         seconds = time.perf_counter() - self._clock
         self.metrics.train(rows, clips_per_s=self._clips / seconds, seconds=seconds)
         self._rows = []  # not before they are written: no checkpoint without the rows of its updates
@@ -242,9 +247,13 @@ class Trainer:
         losses = [row["loss"] for row in rows]
         self._since_checkpoint += losses
         self.progress.advance(self.step, f"loss {sum(losses) / len(losses):.4f}, {self._clips / seconds:.1f} clips/s")
-        for warning in self.task.warnings(rows):
-            self.progress.say(f"warning: {warning}")
+        self._warn(self.task.warnings(rows))
         self._restart_clock()
+
+    def _warn(self, warnings: list[str]) -> None:
+        for warning in warnings:
+            self.progress.say(f"warning: {warning}")
+            self.metrics.warning(self.step, warning)
 
     def _check_finite(self, rows: list[dict[str, Any]]) -> None:
         bad = next((row for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]))), None)

@@ -14,6 +14,7 @@ from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_ba
 from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
+from cat.training.guidance import UNWIRED, Guidance, reaches
 from cat.training.identity import data_identity
 from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, regularisation_weight, restore_optimizer
 from cat.training.recipe import PretrainConfig, made_with, pick_device, pick_features, pick_precision
@@ -33,6 +34,7 @@ class Pretraining:
     command = "cat-audio pretrain"
     one_shape = True
     values = (*LOSSES, "grad_norm")
+    network = CAT
 
     def __init__(self, config: PretrainConfig, manifest: Manifest, valid: Manifest | None = None) -> None:
         self.config, self.manifest, self.valid = config, manifest, valid
@@ -56,12 +58,14 @@ class Pretraining:
         self._collapse = CollapseCheck(
             pred_std=run.collapse_pred_std, target_std=run.collapse_target_std, steps=run.collapse_steps
         )
+        self._guidance = Guidance(config, manifest, self._embeddings)
+        self._unwired = False
 
     def _build_model(self) -> CAT:
         store, run = self._embeddings, self.config.run
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
-            return CAT(self.config.model, self.config.objective, embedding_dim=store.dim if store else None)
+            return self.network(self.config.model, self.config.objective, embedding_dim=store.dim if store else None)
 
     @property
     def whole(self) -> bool:
@@ -75,6 +79,9 @@ class Pretraining:
 
     def begin(self) -> None:
         """The weights are those of the seed already."""
+
+    def advice(self) -> list[str]:
+        return self._guidance.advice()
 
     def train_mode(self) -> None:
         self.model.train()
@@ -101,6 +108,8 @@ class Pretraining:
         if self.config.objective.regularisation_schedule != "constant":
             weight = told["regularisation_weight"] = regularisation_weight(self.config.objective, step)
         inputs = self._inputs(batch, step * NOISE_PER_STEP)
+        if step == 0 and self._embeddings is not None and self._guidance.warns:
+            self._unwired = not self._reached(inputs)
         return self.step(*inputs, lr=lr, decay=decay, regularisation_weight=weight), told
 
     def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -110,8 +119,25 @@ class Pretraining:
             self._rng[1].fill_(noise_offset)
         return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng
 
+    def _reached(self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> bool:
+        """Whether L_r moves the student, by two clips, before anything is compiled or recorded."""
+        spec, visible, embedding, rng = inputs
+        clones = visible[: 2 * self.config.masks.num_masks]
+
+        def loss(weight: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                few = None if embedding is None else embedding[:2]
+                return self.model(spec[:2], clones, few, rng=rng, regularisation_weight=weight).loss
+
+        with torch.compiler.set_stance("force_eager"):
+            return reaches(self.model.student.cls, loss)
+
+    def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
+        return self._guidance.derived(row)
+
     def warnings(self, rows: list[dict[str, Any]]) -> list[str]:
-        return self._collapse.update(rows)
+        unwired, self._unwired = self._unwired, False
+        return [*([UNWIRED] if unwired else []), *self._collapse.update(rows), *self._guidance.update(rows)]
 
     # ------------------------------------------------------------ evaluation
 

@@ -49,6 +49,7 @@ class RunConfig:
     collapse_pred_std: float = 0.01  # warn below, after collapse_steps updates in a row
     collapse_target_std: float = 0.1
     collapse_steps: int = 500  # 0: never warn
+    guidance_share: float = 0.5  # of the schedule after warm-up, by when L_r must beat a constant; 0: never warn of it
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "keep_last"):
@@ -57,6 +58,8 @@ class RunConfig:
         for name in ("threads", "eval_every", "keep_best", "collapse_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if not 0 <= self.guidance_share <= 1:
+            raise ValueError(f"guidance_share is {self.guidance_share}; expected a share of the schedule, 0 to 1")
         for name in ("seed", "weights_seed"):
             if not 0 <= (getattr(self, name) or 0) < 1 << 63:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 2^63 - 1")

@@ -5,9 +5,11 @@ the head's rate of every update, and in an evaluation the metrics of its task:
 
 - ``{"kind": "train", "step": s, "loss": ..., "regression": ..., "global": ..., "regularisation": ...,
   "pred_std": ..., "target_std": ..., "grad_norm": ..., "lr": ..., "ema_decay": ...}`` for every update; s counts
-  updates done, so the first is 1; with "regularisation_weight" where that has a schedule
+  updates done, so the first is 1; with "regularisation_weight" where that has a schedule, and
+  "regularisation_explained" where there are external embeddings (`cat.training.guidance`)
 - ``{"kind": "valid", "step": s, "loss": ..., ...}`` for every evaluation after update s
 - ``{"kind": "speed", "step": s, "clips_per_s": ..., "seconds": ...}`` every ``log_every`` updates
+- ``{"kind": "warning", "step": s, "text": ...}`` for every warning of the trainer, the same one once
 
 Rows of kind train and valid are reproducible: a run that was killed and resumed has the same ones, digit for digit, on
 the CPU. A value that is not finite is written as null.
@@ -102,6 +104,7 @@ class Metrics:
         run_dir, self._warn = Path(run_dir), warn
         rows = truncate_rows(run_dir / "metrics.jsonl", start_step)
         self.validations = [row for row in rows if row["kind"] == "valid"]
+        self._warnings = {row["text"] for row in rows if row["kind"] == "warning"}
         self._file = JsonLines(run_dir / "metrics.jsonl")
         self._board = _board(run_dir / "tensorboard", start_step) if tensorboard else None
 
@@ -118,6 +121,12 @@ class Metrics:
         self._file.write([row])
         self.validations.append(row)
         self._scalars("valid", {key: value for key, value in row.items() if key not in ("kind", "step")}, row["step"])
+
+    def warning(self, step: int, text: str) -> None:
+        """A run that goes on says again what it said at its start; that has a row already."""
+        if text not in self._warnings:
+            self._warnings.add(text)
+            self._file.write([{"kind": "warning", "step": step, "text": text}])
 
     def sync(self) -> None:
         self._file.sync()

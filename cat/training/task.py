@@ -67,6 +67,10 @@ class Task(Protocol):
         """Make the model ready for its first update; not called where a checkpoint is taken up."""
         ...
 
+    def advice(self) -> list[str]:
+        """What people should know before the first update; asked for whenever a run begins or goes on."""
+        ...
+
     def train_mode(self) -> None: ...
 
     def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
@@ -76,6 +80,10 @@ class Task(Protocol):
     def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         """The update that follows ``step`` others, without waiting for the device: its `values`, and what else is to be
         recorded of it."""
+        ...
+
+    def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """What follows from an update's numbers and is recorded with them."""
         ...
 
     def warnings(self, rows: list[dict[str, Any]]) -> list[str]:

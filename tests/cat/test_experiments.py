@@ -12,7 +12,7 @@ import torch
 from cat.commands import experiment, main
 from cat.config import ConfigError
 from cat.data import synth
-from cat.experiments import kernels
+from cat.experiments import failures, kernels, overfit
 from cat.experiments.recipes import experiment_config
 
 pytest.importorskip("soundfile")
@@ -131,3 +131,83 @@ def test_foreign_files_in_its_folder_are_left_alone(two_sounds, tmp_path, capsys
         assert main(["experiment", "overfit", "--data", str(two_sounds), "--out", str(tmp_path / name)]) == 1
         assert f"{path} exists" in capsys.readouterr().err
         assert path.read_text() == "years of work"
+
+
+# ---------------------------------------------------------------- failures
+
+
+class Any16:
+    """An embedding of each clip's own."""
+
+    name, sample_rate, dim = "any", 16000, 16
+
+    def __call__(self, waveform, lengths=None):
+        seeds = (1e6 * waveform.abs().sum(1)).long().tolist()
+        return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def provoke(data, out, monkeypatch, cases, *overrides):
+    monkeypatch.setattr(failures, "CASES", {name: failures.CASES[name] for name in cases})
+    config = experiment_config(
+        "failures", data / "train.jsonl", [*SMALL, "data.batch_size=3", "optim.warmup_steps=1", *overrides]
+    )
+    return failures.failures(config, out, encoder=Any16(), progress=False)
+
+
+def test_failures_that_show_at_the_start_are_all_named(two_sounds, tmp_path, monkeypatch):
+    cases = [name for name, case in failures.CASES.items() if name == "control" or not case.whole]
+    verdict = provoke(two_sounds, tmp_path, monkeypatch, cases, "optim.steps=2")
+    assert verdict.passed, verdict.format()
+    assert "the trainer named all 7 failures and warned of nothing in the control" in verdict.text
+    assert [row[0] for row in verdict.rows] == cases
+    assert verdict.rows[0][2] == "nothing, as it should be"
+    assert (tmp_path / "figures" / "loss.png").is_file()
+    told = verdict.values["warnings"]
+    assert all(len(told[name]) == 1 for name in cases[1:])  # and nothing else
+
+
+def test_failures_that_are_not_named_and_false_alarms_fail(two_sounds, tmp_path, monkeypatch):
+    limits = ("run.collapse_pred_std=100", "run.collapse_steps=3", "optim.steps=4")
+    cases = ("control", "projector on the teacher too")
+    verdict = provoke(two_sounds, tmp_path / "alarm", monkeypatch, cases, *limits)
+    assert verdict.text.startswith("it warned of the control: the predictions may have collapsed")
+    assert verdict.rows[1][1] == "4"  # where rows were written last
+    monkeypatch.setitem(failures.CASES, "embeddings of other clips", failures.Case("nobody says this"))
+    verdict = provoke(
+        two_sounds, tmp_path / "missed", monkeypatch, ("control", "embeddings of other clips"), "optim.steps=2"
+    )
+    assert not verdict.passed
+    assert verdict.text == "the trainer did not name: embeddings of other clips"
+
+
+def test_failures_need_a_constant_prediction_to_compare_with(two_sounds, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"regularisation_projection='external'.* expected 'student'"):
+        provoke(two_sounds, tmp_path, monkeypatch, ["control"], "objective.regularisation_projection=external")
+
+
+def test_a_student_that_does_not_follow_its_guide_is_named(two_sounds, tmp_path, monkeypatch):
+    """With a rate at which nothing is learned."""
+    cases = ("control", "embeddings of other clips")
+    verdict = provoke(
+        two_sounds, tmp_path, monkeypatch, cases, "optim.lr=1e-9", "optim.steps=4", "optim.warmup_steps=0"
+    )
+    assert verdict.rows[1][2] == "... does not follow the guide ..."
+    assert verdict.text.startswith("it warned of the control: the student does not follow the guide: L_r is")
+
+
+def test_a_projector_on_both_sides_collapses(two_sounds):
+    """Which `overfit`'s model, with the teacher held still, does not."""
+    config = experiment_config("overfit", two_sounds / "train.jsonl", [*SMALL, "data.batch_size=2"])
+    (batch,) = (overfit._first_batch(config),)
+    torch.manual_seed(0)
+    model = failures.CollapsingCAT(config.model, config.objective)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    deviations = []
+    for _ in range(25):
+        output = model(batch.spec, batch.visible, rng=torch.zeros(2, dtype=torch.int64))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        deviations.append(output.target_std.item())
+    assert deviations[-1] < 0.5 * max(deviations)
+    assert output.loss.item() < 1

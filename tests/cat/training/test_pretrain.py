@@ -23,9 +23,13 @@ from cat.commands import main
 from cat.config import ConfigError, from_mapping
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
+from cat.experiments.failures import UnwiredCAT
+from cat.model import CAT
 from cat.training import directory, loop, pretraining
 from cat.training.loop import TrainingError
+from cat.training.pretrain import _task as make_task
 from cat.training.pretrain import pretrain, profile
+from cat.training.pretraining import Pretraining
 from cat.training.recipe import PretrainConfig, RunConfig, load_recipe
 from cat.training.records import read_rows
 
@@ -209,6 +213,61 @@ def test_regularisation_by_external_embeddings(tmp_path, recipe, embedded):
     assert min(terms[1.0]) > 0
     saved = checkpoints.load(checkpoints.newest(runs[1.0])).model
     assert saved["regulariser.weight"].shape == (6, 16)
+
+
+def test_what_a_constant_would_get_of_it_is_recorded_and_warned_of(tmp_path, recipe, embedded, capsys):
+    """Noise is no guide: what is learned of it is what a constant knows. The run that goes on says it again, and the
+    records have it once."""
+    changes = [*embedded, "objective.regularisation_weight=1e-4", "run.guidance_share=0.1", "optim.lr=1e-6"]
+    for stop_at in (14, 18):
+        pretrain(load_recipe(recipe, [*changes, f"run.stop_at={stop_at}"]), tmp_path / "run", resume=stop_at > 14)
+    rows = np.load(tmp_path / "e.npy")
+    constant = np.square(rows - rows.mean(0)).sum(1).mean() / np.sqrt(6)
+    for row in read_rows(tmp_path / "run" / "metrics.jsonl", "train"):
+        assert row["regularisation_explained"] == pytest.approx(1 - row["regularisation"] / constant, abs=1e-5)
+    said = capsys.readouterr().err
+    for text, times in (("warning: the student will hardly feel the guide", 2), ("does not follow the guide", 1)):
+        assert said.count(text) == times
+    told = read_rows(tmp_path / "run" / "metrics.jsonl", "warning")
+    assert [(row["step"], row["text"][:25]) for row in told] == [
+        (0, "the student will hardly f"),
+        (10, "the student does not foll"),
+    ]
+
+
+def test_embeddings_without_a_weight_are_said_to_be_unused(tmp_path, recipe, embedded, capsys):
+    pretrain(load_recipe(recipe, [*embedded, "run.stop_at=1"]), tmp_path / "run")
+    assert "warning: the clips have external embeddings, but objective.regularisation_weight is 0" in (
+        capsys.readouterr().err
+    )
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert "regularisation_explained" not in row
+
+
+def test_a_head_that_is_not_wired_to_the_student_is_named(tmp_path, recipe, embedded, monkeypatch, capsys):
+    """And looking for it changes no number."""
+    losses = {}
+    for network, share in ((CAT, 0.5), (CAT, 0), (UnwiredCAT, 0.5)):
+        monkeypatch.setattr(Pretraining, "network", network)
+        changes = [f"run.guidance_share={share}", "objective.regularisation_weight=1", "run.stop_at=2"]
+        run_dir = tmp_path / f"{network.__name__}-{share}"
+        pretrain(load_recipe(recipe, [*embedded, *changes]), run_dir)
+        said = "warning: L_r does not reach the student" in capsys.readouterr().err
+        assert said == (network is UnwiredCAT)
+        losses[network, share] = [row["loss"] for row in read_rows(run_dir / "metrics.jsonl", "train")]
+    assert losses[CAT, 0] == losses[CAT, 0.5]
+
+
+def test_looking_for_a_head_that_is_not_wired_compiles_nothing(tmp_path, recipe, embedded, monkeypatch):
+    graphs = []
+    monkeypatch.setattr("cat.training.step.COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    changes = ["run.compile=blocks", "objective.regularisation_weight=1"]
+    task = make_task(load_recipe(recipe, [*embedded, *changes]))
+    batch = next(task.batches(0, 1, print))
+    assert task._reached(task._inputs(batch, 0))
+    assert not graphs
+    task.train(batch, 1)
+    assert graphs
 
 
 def test_a_schedule_of_the_regularisation_is_a_function_of_the_step(tmp_path, recipe, embedded):
@@ -595,6 +654,14 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path, recipe,
 def test_collapse_is_said(tmp_path, recipe, capsys):
     changes = ["data.valid=null", "run.stop_at=6", "run.collapse_pred_std=100", "run.collapse_steps=3"]
     pretrain(load_recipe(recipe, changes), tmp_path / "run")
+    assert capsys.readouterr().err.count("warning: the predictions may have collapsed") == 1
+
+
+def test_collapse_is_counted_on_by_a_run_that_goes_on(tmp_path, recipe, capsys):
+    """Three updates below, of which two were before it was stopped; and not said again after that."""
+    for stop_at in (2, 4, 6):
+        changes = [f"run.stop_at={stop_at}", "run.collapse_pred_std=100", "run.collapse_steps=3", "data.valid=null"]
+        pretrain(load_recipe(recipe, changes), tmp_path / "run", resume=stop_at > 2)
     assert capsys.readouterr().err.count("warning: the predictions may have collapsed") == 1
 
 

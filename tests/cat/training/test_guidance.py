@@ -1,0 +1,218 @@
+"""What a constant prediction gets of L_r, and the warnings about a guide that is no use or is not followed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cat.config import from_mapping
+from cat.data import Clip, EmbeddingWriter, Manifest, open_embeddings
+from cat.model import ObjectiveConfig, squared_distance
+from cat.model.pretraining import DISTANCES
+from cat.training import guidance
+from cat.training.guidance import (
+    BEST_CONSTANT,
+    UNUSED,
+    Guidance,
+    GuidanceCheck,
+    constant_loss,
+    reaches,
+    sample_rows,
+    warnings_of_rows,
+    warnings_of_weight,
+)
+from cat.training.recipe import PretrainConfig
+
+GUIDE = torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) + 0.7
+
+
+def objective(**changes) -> ObjectiveConfig:
+    return dataclasses.replace(ObjectiveConfig(regularisation_weight=1.0), **changes)
+
+
+# ---------------------------------------------------------------- the constant prediction
+
+
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_no_constant_prediction_is_better(distance):
+    """Against one that is trained from the best of ten rows."""
+    rows, measure = GUIDE[:200].double(), DISTANCES[distance]
+    best = constant_loss(rows, objective(regularisation_distance=distance))
+    assert BEST_CONSTANT.keys() == DISTANCES.keys()
+    trained = min(rows[:10], key=lambda row: measure(row.expand_as(rows), rows).mean()).clone().requires_grad_()
+    optimiser = torch.optim.Adam([trained], lr=0.05)
+    for _ in range(200):
+        optimiser.zero_grad()
+        loss = measure(trained.expand_as(rows), rows).mean()
+        loss.backward()
+        optimiser.step()
+    assert best <= loss.item() * (1 + 1e-9)
+    assert best == pytest.approx(loss.item(), rel=0.01)
+
+
+def test_l2s_is_the_variance_also_of_unit_vectors():
+    rows = torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0], [1, 2, 0, 0], [-1, -2, 0, 0]])
+    assert constant_loss(rows, objective()) == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
+    units = F.normalize(GUIDE, dim=-1)
+    expected = squared_distance(units, units.mean(0)).mean().item()
+    assert constant_loss(17 * GUIDE, objective(regularisation_normalise=True)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_there_is_none_of_equal_rows_nor_of_a_projected_embedding(distance):
+    options = objective(regularisation_distance=distance)
+    assert constant_loss(GUIDE[:1].expand(9, -1), options) is None
+    assert constant_loss(GUIDE[:0], options) is None
+    assert constant_loss(GUIDE, dataclasses.replace(options, regularisation_projection="external")) is None
+
+
+@pytest.fixture
+def linked(tmp_path) -> Manifest:
+    """40 clips whose rows lie in the reverse order."""
+    clips = tuple(Clip(f"{i}.wav") for i in range(40))
+    with EmbeddingWriter(tmp_path / "e.npy", Manifest(clips, tmp_path), dim=16, encoder="test") as writer:
+        writer.append(range(39, -1, -1), GUIDE[:40].numpy())
+    return dataclasses.replace(writer.manifest, clips=writer.manifest.clips)
+
+
+def test_rows_are_sampled_over_the_list_without_broken_ones(linked):
+    store = open_embeddings(linked)
+    assert torch.equal(sample_rows(store, linked.rows, 3), GUIDE[linked.rows[[0, 19, 39]]])
+    assert torch.equal(sample_rows(store, linked.rows), GUIDE[linked.rows.copy()])
+    broken = np.load(store.path)
+    broken[5] = np.nan
+    np.save(store.path, broken)
+    assert len(sample_rows(open_embeddings(linked), linked.rows)) == 39
+
+
+# ---------------------------------------------------------------- at the start
+
+
+def test_embeddings_that_cannot_guide_are_named():
+    generator = torch.Generator().manual_seed(1)
+    assert warnings_of_rows(GUIDE) == []
+    assert warnings_of_rows(GUIDE[:1]) == []
+    (warning,) = warnings_of_rows(torch.ones(50, 16))
+    assert "hardly tells the clips apart: 100.00 %" in warning
+    assert "Embed the clips without padding" in warning
+    (warning,) = warnings_of_rows(100 + torch.randn(50, 16, generator=generator))
+    assert "hardly tells the clips apart" in warning
+    (warning,) = warnings_of_rows(torch.where(torch.arange(400)[:, None] % 2 == 0, GUIDE, GUIDE[:1]))
+    assert warning.startswith("50 % of the clips have an external embedding that another clip has too")
+    odd = GUIDE.clone()
+    odd[7] *= 1000
+    (warning,) = warnings_of_rows(odd)
+    assert "regularisation_normalise=true" in warning
+    odd[7] = 0
+    assert "lengths go from 0 to" in warnings_of_rows(odd)[0]
+
+
+def test_the_share_of_doubles_does_not_grow_with_the_sample():
+    """Of a guide with four dimensions, about what the random control has: of 2,048 rows most have a near one."""
+    narrow = torch.randn(2048, 4, generator=torch.Generator().manual_seed(2))
+    units = F.normalize(narrow.double(), dim=-1)
+    assert guidance._duplicates(units - units.mean(0)) > 2 * guidance.DUPLICATES
+    assert warnings_of_rows(narrow) == []
+
+
+def test_a_weight_that_does_nothing_or_everything_is_named_with_one_that_would_do():
+    constant = constant_loss(GUIDE, objective())
+    one = constant / 4  # of a model that is 16 wide, at weight 1
+    for weight, words in ((0.5 / one, ""), (1e-4 / one, "hardly feel"), (100 / one, "drown")):
+        found = warnings_of_weight(constant, weight, 16)
+        assert [words in text for text in found] == [True] * bool(words)
+    low, high = (float(word.rstrip(",")) for word in found[0].split(" a weight from ")[1].split()[::2][:2])
+    assert (low * one, high * one) == (pytest.approx(0.1, rel=0.4), pytest.approx(1.0, rel=0.4))
+
+
+def test_whether_a_loss_reaches_the_student():
+    cls, head = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+    for seen, reached in ((cls, True), (cls.detach(), False)):
+        assert reaches(cls, lambda w, seen=seen: cls.square().sum() + w * 1e-4 * head(seen).sum()) is reached
+    assert cls.grad is None
+    assert head.weight.grad is None
+
+
+# ---------------------------------------------------------------- while it trains
+
+
+def rows(values, first=1, **more):
+    return [{"step": step, "regularisation": value, **more} for step, value in enumerate(values, start=first)]
+
+
+def test_a_guide_that_is_not_followed_is_named_once_until_it_is():
+    check = GuidanceCheck(0.5, after=4, window=2)
+    assert check.explained(0.4) == pytest.approx(0.2)
+    assert check.update(rows([0.9, 0.9, 0.9])) == []
+    (warning,) = check.update(rows([0.9, 0.9], 4))
+    assert "L_r is 0.9 at step 4, and predicting the same for every clip would get 0.5" in warning
+    assert check.update(rows([0.9] * 5, 6)) == []
+    assert check.update(rows([0.48, 0.48, 0.9, 0.9], 11)) == []  # hardly below is not yet followed
+    assert check.update(rows([0.1, 0.8, 0.1, 0.5], 15)) == []  # in the mean it is
+    assert len(check.update(rows([0.495, 0.495], 19))) == 1
+    assert GuidanceCheck(0.5, after=4, window=2).update(rows([0.4] * 9)) == []
+
+
+def test_a_loss_that_still_falls_is_not_judged():
+    check = GuidanceCheck(0.5, after=1, window=2)
+    assert check.update(rows([9.0 * 0.9**step for step in range(25)])) == []
+    assert len(check.update(rows([0.7] * 6, 25))) == 1
+
+
+def test_nothing_is_said_of_a_guide_that_is_switched_off():
+    check = GuidanceCheck(0.5, after=1, window=1)
+    assert check.update(rows([0.9] * 5, regularisation_weight=0.0)) == []
+    assert len(check.update(rows([0.9] * 2, regularisation_weight=0.1))) == 1
+
+
+def config(linked, **changes) -> PretrainConfig:
+    sections = {
+        "data": {"batch_size": 5},
+        "masks": {"num_masks": 2},
+        "objective": {"regularisation_weight": 2.0, **changes.pop("objective", {})},
+        "optim": {"warmup_steps": 10, "steps": 110},
+        "run": changes,
+    }
+    return from_mapping(PretrainConfig, sections, source="test")
+
+
+def test_a_run_with_embeddings_and_without_weight_says_so(linked):
+    unused = config(linked, objective={"regularisation_weight": 0.0})
+    plain = dataclasses.replace(linked, embeddings=None, embeddings_fingerprint=None)
+    assert Guidance(unused, linked, None).advice() == [UNUSED]
+    assert Guidance(unused, plain, None).advice() == []
+    assert Guidance(unused, linked, None).derived({"regularisation": 0.0}) == {}
+    assert Guidance(config(linked), linked, open_embeddings(linked)).advice() == []
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_is_explained_knows_how_the_loss_is_reduced(linked, reduction):
+    settings = config(linked, objective={"global_loss_reduction": reduction})
+    constant = constant_loss(GUIDE[:40], settings.objective) * (10 if reduction == "sum" else 1)
+    found = Guidance(settings, linked, open_embeddings(linked))
+    assert found.derived({"regularisation": 0.7 * constant})["regularisation_explained"] == pytest.approx(0.3)
+    strong = config(linked, objective={"global_loss_reduction": reduction, "regularisation_weight": 40.0})
+    advice = Guidance(strong, linked, open_embeddings(linked)).advice()
+    assert ["drown" in text for text in advice] == [True] * (reduction == "sum")
+
+
+def test_when_it_is_judged(linked):
+    """After warm-up and its share of what follows."""
+    late = Guidance(config(linked, guidance_share=0.5), linked, open_embeddings(linked))
+    assert late.update(rows([99.0] * 59)) == []
+    assert len(late.update(rows([99.0], 60))) == 1
+    rising = {"regularisation_schedule": "warmup", "regularisation_steps": 60}
+    later = Guidance(config(linked, guidance_share=0.5, objective=rising), linked, open_embeddings(linked))
+    assert later.update(rows([99.0] * 84)) == []
+    assert len(later.update(rows([99.0], 85))) == 1
+    silent = {"guidance_share": 0, "objective": {"regularisation_weight": 1e6}}
+    never = Guidance(config(linked, **silent), linked, open_embeddings(linked))
+    assert never.update(rows([99.0] * 110)) == never.advice() == []
+    assert "regularisation_explained" in never.derived({"regularisation": 1.0})
+    with pytest.raises(ValueError, match=r"guidance_share is 1\.5; expected a share"):
+        config(linked, guidance_share=1.5)
