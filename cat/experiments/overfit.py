@@ -45,7 +45,7 @@ def overfit(config: PretrainConfig, *, say: Callable[[str], None] = print) -> Ve
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         names = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")
-        curve.append({"step": step, **dict(zip(names, (value.item() for value in output), strict=True))})
+        curve.append({"step": step, **dict(zip(names, (value.item() for value in output.numbers), strict=True))})
         share = curve[-1]["regression"] / curve[0]["regression"]
         if step == 1 or step % 25 == 0:
             say(f"step {step}: regression loss {curve[-1]['regression']:.3f}, {100 * share:.0f} % of the first")

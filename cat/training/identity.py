@@ -9,6 +9,7 @@ from typing import Any
 from cat.config import ConfigError
 from cat.data import Manifest
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
+from cat.training.guides import check_same_guides
 from cat.training.recipe import Recipe
 
 
@@ -54,6 +55,9 @@ def check_same_data(
             f"({_embeddings(old)}): its numbers would change. Give those of then, or start another run with "
             "run.name=OTHER"
         )
+    if "guides" in now:
+        check_same_guides(saved.get("guides") or {}, now["guides"], run_dir)
+        kept["guides"] = saved["guides"]
     old, new = saved.get("valid", now["valid"]), now["valid"]
     if old is not None and new is not None and old != new:
         raise ConfigError(

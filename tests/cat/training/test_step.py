@@ -111,7 +111,7 @@ SCHEDULED = {"regularisation_schedule": "decay", "regularisation_steps": 100}
 
 def run_scheduled(update, weights, device=CPU):
     kwargs = {"lr": 1e-3, "decay": 0.9}
-    rows = [update(*batch(i, device), **kwargs, regularisation_weight=w).clone() for i, w in enumerate(weights)]
+    rows = [update(*batch(i, device), **kwargs, weights={"": w}).clone() for i, w in enumerate(weights)]
     return torch.stack(rows).cpu()
 
 
@@ -124,7 +124,7 @@ def test_a_scheduled_weight_counts_as_the_recipe_s_own():
     loss, regression, global_ = found[2, :3]
     assert loss == regression + global_
     assert found[2, 3] > 0
-    with pytest.raises(ValueError, match="regularisation_weight is None; expected its value"):
+    with pytest.raises(ValueError, match="weights has no ''; expected the value"):
         PretrainStep(build(**SCHEDULED), OPTIM)(*batch(0), lr=1e-3, decay=0.9)
 
 
@@ -135,9 +135,9 @@ def test_a_recorded_or_compiled_step_follows_the_schedule(monkeypatch):
     weights = [0.1, 0.08, 0.06, 0.04, 0.02, 0.0]
     eager = run_scheduled(PretrainStep(build(**SCHEDULED), OPTIM), weights)
     recorded = PretrainStep(build(**SCHEDULED), OPTIM, cuda_graph=True)
-    held = recorded._regularisation
+    held = recorded._weights[""]
     torch.testing.assert_close(run_scheduled(recorded, weights), eager, rtol=1e-5, atol=1e-6)
-    assert recorded._regularisation is held
+    assert recorded._weights[""] is held
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(step, "COMPILER", counter)
