@@ -199,7 +199,7 @@ def _build(
 def _member(hint: Any) -> type | None:
     """C of a field of type ``Mapping[str, C]``: a section of sections, whose names are the recipe's own."""
     members = typing.get_args(hint) if typing.get_origin(hint) is Mapping else ()
-    return members[1] if members and dataclasses.is_dataclass(members[1]) else None
+    return typing.cast(type, members[1]) if members and dataclasses.is_dataclass(members[1]) else None
 
 
 def _build_named(

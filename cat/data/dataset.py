@@ -73,9 +73,10 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         failures: list[Failure] = []
         positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
         read = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
-        cuts, embeddings, told = ([each[part] for each in read] for part in range(3))
+        cuts, embeddings = [cut for cut, _, _ in read], [row for _, row, _ in read]
         batch = gather(step, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)
-        return dataclasses.replace(batch, visible=self._draw_masks(step, batch.clips), **self.guides.stacked(told))
+        told = self.guides.stacked([told for _, _, told in read])
+        return dataclasses.replace(batch, visible=self._draw_masks(step, batch.clips), **told)
 
     def _read(self, epoch: int, index: int) -> tuple[Cut, np.ndarray | None, dict[str, np.ndarray]]:
         """A clip, its embedding, and what the guides have of it."""

@@ -58,7 +58,7 @@ class LiveRows:
     def __call__(self, index: int) -> np.ndarray:
         with one_thread():
             encoder = self.encoder()
-            clip = _waveform(self.manifest, index, encoder, WINDOW_SECONDS)
+            clip = _waveform(encoder, self.manifest, index, WINDOW_SECONDS)
             if isinstance(clip, Long):
                 row = encode_long(encoder, self.manifest, index)
             else:
@@ -75,7 +75,7 @@ class Waves:
         self.manifest = manifest
 
     def __call__(self, index: int) -> np.ndarray:
-        clip = _waveform(self.manifest, index, self, MOST_SECONDS)
+        clip = _waveform(self, self.manifest, index, MOST_SECONDS)
         return np.empty(0, dtype=np.float32) if isinstance(clip, Long) else clip.numpy()
 
 

@@ -141,7 +141,7 @@ class PretrainOutput(NamedTuple):
     @property
     def numbers(self) -> list[Tensor]:
         """All of them."""
-        return [*self[:-1], *self.guides]  # type: ignore[list-item]
+        return [*self[:-1], *self.guides]
 
 
 class CAT(nn.Module):
