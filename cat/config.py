@@ -350,6 +350,7 @@ def _describe(value: Any) -> str:
         dict: "a section",
         list: "a list",
         str: "a text",
+        _Text: "a text",
         bool: "a truth value",
         int: "an integer",
         float: "a number",
