@@ -155,6 +155,27 @@ def test_long_clips_come_in_windows(tmp_path, place, monkeypatch):
     assert np.array_equal(batch.guides["g"].numpy(), expected)
 
 
+def test_a_network_with_threads_of_its_own_works_in_workers(tmp_path, place):
+    """ONNX Runtime's do not survive a fork: a session that the training process has used would wait for them."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    matrix = onnx.numpy_helper.from_array(np.random.default_rng(0).standard_normal((160, 4)).astype(np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["audio", "w"], ["embedding"])],
+        "net",
+        [helper.make_tensor_value_info("audio", onnx.TensorProto.FLOAT, ["N", 160])],
+        [helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["N", 4])],
+        [matrix],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "net.onnx"
+    )
+    guide = f"guides.g.encoder=onnx:{tmp_path / 'net.onnx'}?sample_rate=8000"
+    rows = [run(place, tmp_path / str(n), guide, f"data.num_workers={n}", "run.threads=2") for n in (0, 2)]
+    assert rows[0] == rows[1]
+
+
 def test_what_travels_to_workers_leaves_the_encoder_behind(place):
     encoder = InEachProcess(f"{place / 'encoders.py'}:small")
     rows = LiveRows(encoder, load_manifest(place / "train"))
