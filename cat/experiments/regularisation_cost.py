@@ -12,7 +12,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,19 +82,21 @@ def _verdict(
     clips: int,
     timed: int,
 ) -> Verdict:
-    rows, values = [], {}
+    rows: list[Sequence[str]] = []
+    values: dict[str, dict[str, Any]] = {}
     for name, runs in found.items():
-        ratio = statistics.median(
-            run["seconds"] / base["seconds"] for run, base in zip(runs, found["without"], strict=True)
-        )
+        ratios = {}
+        for key in ("seconds", "cpu"):
+            pairs = zip(runs, found["without"], strict=True)
+            ratios[key] = _median([run[key] and run[key] / base[key] for run, base in pairs])
         memory = {key: _median([run[key] for run in runs]) for key in ("memory", "gpu_memory")}
         more = {key: _less(value, _median([run[key] for run in found["without"]])) for key, value in memory.items()}
-        values[name] = {"seconds": statistics.median(run["seconds"] for run in runs), "ratio": ratio, **memory}
+        values[name] = {key: _median([run[key] for run in runs]) for key in ratios}
+        values[name] |= {"ratio": ratios["seconds"], "cpu_ratio": ratios["cpu"], **memory}
         rows.append(
             (
                 name,
-                f"{values[name]['seconds']:.3f}",
-                f"{ratio:.2f}",
+                *(cell for key, ratio in ratios.items() for cell in (_number(values[name][key], 3), _number(ratio, 2))),
                 *(cell for key, value in memory.items() for cell in (_mib(value), _mib(more[key]))),
                 f"{runs[0]['losses'][0]:.5f}",
             )
@@ -106,17 +108,18 @@ def _verdict(
         if name.startswith("live")
     }
     limit = TOLERANCE * (20 if pick_device(config.run.device).type == "cuda" else 1)
-    costs = ", ".join(f"{name} {values[name]['ratio']:.2f}" for name in found if name != "without")
+    costs = ", ".join(f"{row[0]} {row[2]}" + (f" (CPU {row[4]})" if row[4] else "") for row in rows[1:])
     return Verdict(
         passed=max(gaps.values()) <= limit,
         text=f"a step takes, against one without regularisation: {costs}. Live and cached losses differ by a "
         f"share of {max(gaps.values()):.1g} at the most (needed: {limit:g})",
-        columns=("guide", "s/step", "ratio", "MiB", "more", "GPU MiB", "more", "first loss"),
+        columns=("guide", "s/step", "ratio", "CPU s/step", "ratio", "MiB", "more", "GPU MiB", "more", "first loss"),
         rows=rows,
         notes=[
             f"{encoder}: {embedding_ms:.1f} ms a clip to cache, once. Batches of {config.data.batch_size}, "
-            f"{config.data.num_workers} data workers; medians of {len(found['without'])} rounds of {timed} updates after "
-            f"{len(cached) - timed} to warm up. MiB: of all processes, what they share counted once."
+            f"{config.data.num_workers} data workers; medians of {len(found['without'])} rounds of {timed} updates "
+            f"after {len(cached) - timed} to warm up. CPU s, MiB: of all processes; memory that "
+            "they share counts once."
         ],
         values={"encoder": encoder, "clips": clips, "embedding_ms": embedding_ms, "gaps": gaps, "found": values},
     )
@@ -136,19 +139,33 @@ def _train(config: PretrainConfig, steps: int) -> dict[str, Any]:
     task.train_mode()
     cuda = task.device.type == "cuda"
     warm_up = _WARM_UP + config.data.prefetch * config.data.num_workers
-    batches, losses, began = task.batches(0, warm_up + steps, say), [], 0.0
+    batches, losses, began, spent = task.batches(0, warm_up + steps, say), [], 0.0, None
     for step in range(warm_up + steps):
         if step == warm_up:
             if cuda:
                 torch.cuda.synchronize(task.device)
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), _cpu_seconds()
         losses.append(task.train(next(batches), step)[0][0].clone())
     total = float(torch.stack(losses).sum())  # which waits for the device
     seconds = (time.perf_counter() - began) / steps
+    next(batches, None)  # the workers end, and what they spent is known
+    cpu = None if spent is None else (_cpu_seconds() - spent) / steps  # type: ignore[operator]
     if total != total:
         raise RuntimeError("the loss is not finite; try another encoder or a lower weight")
     gpu = torch.cuda.max_memory_allocated(task.device) if cuda else None
-    return {"seconds": seconds, "losses": torch.stack(losses).tolist(), "gpu_memory": gpu}
+    return {"seconds": seconds, "cpu": cpu, "losses": torch.stack(losses).tolist(), "gpu_memory": gpu}
+
+
+def _cpu_seconds() -> float | None:
+    """Spent by this process and those below it, ended ones too; None where living ones do not tell."""
+    if not Path("/proc/self/stat").exists():
+        return None
+    ended, living = os.times(), 0
+    for process in _below(os.getpid())[1:]:
+        with contextlib.suppress(OSError):  # it has ended
+            fields = process.joinpath("stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            living += int(fields[11]) + int(fields[12])
+    return time.process_time() + ended.children_user + ended.children_system + living / os.sysconf("SC_CLK_TCK")
 
 
 # ---------------------------------------------------------------- memory
@@ -176,26 +193,35 @@ def _watched(pid: int) -> Iterator[list[int]]:
 
 def _memory(pid: int) -> int | None:
     total = None
-    waiting = [pid]
-    while waiting:
-        process = Path("/proc", str(waiting.pop()))
-        try:
+    for process in _below(pid):
+        with contextlib.suppress(OSError, IndexError):  # it has ended, or this is not Linux
             shares = process.joinpath("smaps_rollup").read_text(encoding="ascii").split("\nPss:")[1]
             total = (total or 0) + 1024 * int(shares.split()[0])
-            for thread in process.joinpath("task").iterdir():
-                waiting += [int(child) for child in thread.joinpath("children").read_text(encoding="ascii").split()]
-        except (OSError, IndexError):  # it has ended, or this is not Linux
-            continue
     return total
 
 
-def _median(values: list[int | None]) -> float | None:
+def _below(pid: int) -> list[Path]:
+    """The folders in /proc of a process and of those that it has started, and so on."""
+    found = [Path("/proc", str(pid))]
+    for process in found:  # which grows
+        with contextlib.suppress(OSError):
+            for thread in process.joinpath("task").iterdir():
+                children = thread.joinpath("children").read_text(encoding="ascii").split()
+                found += [Path("/proc", child) for child in children]
+    return found
+
+
+def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
 def _less(value: float | None, other: float | None) -> float | None:
     return None if value is None or other is None else value - other
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _mib(value: float | None) -> str:

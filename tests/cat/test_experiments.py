@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from cat.commands import experiment, main
 from cat.config import ConfigError
 from cat.data import Clip, Manifest, synth, write_manifest
-from cat.experiments import kernels
+from cat.experiments import kernels, regularisation_cost
 from cat.experiments.recipes import experiment_config
 from cat.experiments.regularisation import _constant_loss
 
@@ -191,3 +194,41 @@ def test_foreign_files_in_its_folder_are_left_alone(data, tmp_path, capsys, monk
         assert main(["experiment", "overfit", "--data", str(data), "--out", str(tmp_path / name)]) == 1
         assert f"{path} exists" in capsys.readouterr().err
         assert path.read_text() == "years of work"
+
+
+def test_the_cost_of_the_regularisation(data, tmp_path, monkeypatch):
+    """In this process, for the test: the losses of live and cached guides decide."""
+    config = experiment_config("regularisation", data, [*SMALL, "data.batch_size=2"])
+
+    def here(other):
+        def run(config, steps):
+            guides = {name: dataclasses.replace(guide, **other(guide)) for name, guide in config.guides.items()}
+            found = regularisation_cost._train(dataclasses.replace(config, guides=guides), steps)
+            return {**found, "memory": 2**20 * (3 if guides else 1)}
+
+        return run
+
+    def measured(other):
+        monkeypatch.setattr(regularisation_cost, "_in_a_process", here(other))
+        options = {"encoder": "random", "steps": 1, "rounds": 1, "progress": False}
+        return regularisation_cost.regularisation_cost(config, data, tmp_path / "out", **options)
+
+    verdict = measured(lambda guide: {})
+    assert verdict.passed
+    assert [row[0] for row in verdict.rows] == ["without", "cached", "live, data workers", "live, training process"]
+    assert [row[5:7] for row in verdict.rows] == [("1", "0"), *[("3", "2")] * 3]
+    assert verdict.rows[0][2] == "1.00"
+    assert verdict.rows[0][-1] != verdict.rows[1][-1]
+    json.dumps(verdict.values)
+    assert "FAIL" in measured(lambda guide: {"encoder": "random:1"} if guide.where == "device" else {}).format()
+
+
+def test_memory_is_that_of_a_process_and_those_below_it():
+    own = regularisation_cost._memory(os.getpid())
+    if own is None:
+        pytest.skip("no smaps_rollup here")
+    holding = "held = bytearray(b'x' * 10**8); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert regularisation_cost._memory(os.getpid()) > own + 9 * 10**7
+        child.stdin.close()
