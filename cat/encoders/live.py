@@ -34,7 +34,7 @@ MOST_SECONDS = 60
 
 class InEachProcess:
     """An encoder that every process builds for itself when it first needs it: some, such as ONNX Runtime's, have
-    threads, and these do not survive a fork."""
+    threads of their own, which do not come along when a process forks."""
 
     def __init__(self, spec: str) -> None:
         self.spec = spec

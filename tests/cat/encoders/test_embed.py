@@ -367,7 +367,7 @@ def test_what_a_killed_one_left_goes_with_the_next(folder):
         "import os, sys, cat.encoders.embed as embed\n"
         "from cat.data import load_manifest\n"
         "from cat.encoders import LogMelStatistics\n"
-        "embed._encode = lambda *_: os._exit(9)\n"
+        "embed.encode_clips = lambda *_: os._exit(9)\n"
         "embed.write_embeddings(load_manifest(sys.argv[1]), LogMelStatistics(), embed.Path(sys.argv[2]))\n"
     )
     words = [sys.executable, "-c", code, str(folder / "clips.jsonl"), str(folder / "out" / "x.npy")]

@@ -156,7 +156,7 @@ def test_long_clips_come_in_windows(tmp_path, place, monkeypatch):
 
 
 def test_a_network_with_threads_of_its_own_works_in_workers(tmp_path, place):
-    """ONNX Runtime's do not survive a fork: a session that the training process has used would wait for them."""
+    """A session's threads do not come along when the training process forks: every worker has one of its own."""
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     helper = onnx.helper
