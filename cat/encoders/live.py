@@ -26,6 +26,7 @@ from cat.encoders.build import build_encoder
 from cat.encoders.embed import EncoderError, encode_clips, encode_long
 from cat.encoders.frozen import WINDOW_SECONDS, FrozenEncoder
 from cat.encoders.reading import BATCH_SECONDS, Long, collected
+from cat.parts import part
 
 # Of a clip that travels from a data worker to the training process; longer ones are read there, so that a batch of
 # them does not take gigabytes of shared memory.
@@ -96,7 +97,9 @@ class Listener:
         """The batches, with the rows of `encoders` among their ``guides``."""
         if self._stream is None:
             for batch in batches:
-                yield self._listened(batch, manifest)
+                with part("guides"):
+                    listened = self._listened(batch, manifest)
+                yield listened
             return
         before: tuple[Batch, torch.cuda.Event] | None = None
         for batch in batches:

@@ -82,6 +82,11 @@ def test_overfit_falls_by_ninety_percent(data, tmp_path, capsys):
     assert (tmp_path / "overfit" / "figures" / "loss.png").is_file()
 
 
+def test_overfit_has_no_guides(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"guides\.g: overfit trains on one batch without guides"):
+        command("overfit", data, tmp_path, "guides.g.encoder=random")
+
+
 def test_overfit_fails_when_the_loss_does_not_fall_enough(data, tmp_path, capsys):
     assert command("overfit", data, tmp_path, "optim.steps=3", "optim.warmup_steps=0") == 1
     assert "FAIL: the regression loss fell by" in capsys.readouterr().out

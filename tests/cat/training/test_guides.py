@@ -21,7 +21,7 @@ from cat.data.guides import CachedRows, Guides
 from cat.encoders import FrozenEncoder, build_encoder, live, reading
 from cat.encoders.embed import EncoderError, collect_embeddings, write_embeddings
 from cat.encoders.live import InEachProcess, Listener, LiveRows, Waves
-from cat.training.pretrain import pretrain
+from cat.training.pretrain import pretrain, profile
 from cat.training.recipe import load_recipe
 from cat.training.records import read_rows
 
@@ -224,6 +224,7 @@ def test_validation_goes_without_a_guide_that_lacks_its_clips(tmp_path, place, c
     assert first["loss"] == pytest.approx(first["regression"] + first["global"], rel=1e-6)
     rows = run(place, tmp_path / "live", live_guide(place), valid)
     assert min(row["regularisation.g"] for row in rows if row["kind"] == "valid") > 0
+    assert run(place, tmp_path / "device", live_guide(place), "guides.g.where=device", valid) == rows
     flat = [f"data.train={place / 'small.jsonl'}", "objective.regularisation_weight=1", valid]
     rows = run(place, tmp_path / "flat", *flat)
     assert f"validation goes without L_r: {place / 'valid'} names no embeddings" in capsys.readouterr().err
@@ -339,6 +340,11 @@ def test_command_errors(tmp_path, place, capsys, changes, message):
 
 
 # ---------------------------------------------------------------- in the training process
+
+
+def test_a_profile_has_the_time_of_guides(tmp_path, place):
+    changes = [live_guide(place), "guides.g.where=device", "run.stop_at=24"]
+    assert profile(load_recipe(place / "minute.yaml", changes), tmp_path, steps=1).parts["guides"] > 0
 
 
 class Stream:
