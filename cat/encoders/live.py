@@ -144,6 +144,11 @@ class Listener:
                 f"guides.{name}: {error}; leave the clip out, or have it left out by data workers: "
                 f"guides.{name}.where=worker"
             ) from error
+        except EncoderError as error:
+            raise EncoderError(
+                f"guides.{name}: {encoder.name} failed on a batch of {len(indices)} clips: {error.__cause__ or error} "
+                f"(guides.{name}.where=worker encodes one at a time, in little memory, and tells which)"
+            ) from error
         return torch.cat(rows)
 
 

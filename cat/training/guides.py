@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,10 +13,11 @@ from cat.data import Batch, Manifest
 from cat.data.batch import one_thread
 from cat.data.embeddings import EmbeddingError
 from cat.data.guides import CachedRows, Guides, Reader
-from cat.encoders.build import build_encoder
-from cat.encoders.frozen import FrozenEncoder
-from cat.encoders.live import InEachProcess, Listener, LiveRows, Waves
 from cat.model import GuideConfig
+
+if TYPE_CHECKING:  # else only for a run that has a live guide: they bring 200 modules along
+    from cat.encoders.frozen import FrozenEncoder
+    from cat.encoders.live import InEachProcess
 
 _SAMPLED = 16  # numbers of a live encoder's embedding of noise that tell it from others
 _TOLERANCE = 0.01  # of the largest of them: an encoder on a GPU rounds otherwise than on the CPU
@@ -35,8 +36,10 @@ class OpenGuides:
         self.where = {name: _where(guide, device) for name, guide in configs.items() if guide.encoder}
         self.dims: dict[str, int] = {}
         self.identity: dict[str, dict[str, Any]] = {}
-        self._in_workers = {name: InEachProcess(str(configs[name].encoder)) for name in self._live("worker")}
+        self._in_workers: dict[str, InEachProcess] = {}
         self._here: dict[str, FrozenEncoder] = {}
+        self._device = device
+        self._dtype = torch.bfloat16 if device.type == "cuda" and precision == "bf16" else torch.float32
         cached: dict[str, Reader] = {}
         for name, guide in configs.items():
             try:
@@ -44,25 +47,31 @@ class OpenGuides:
                     cached[name] = rows = CachedRows(guide.embeddings, manifest)
                     self.dims[name], self.identity[name] = rows.store.dim, rows.identity
                 else:
-                    self._take_up(name, str(guide.encoder), device)
+                    self._take_up(name, str(guide.encoder))
             except Exception as error:
                 error.add_note(f"(of guides.{name})")
                 raise
         self.train = self._readers(manifest, cached)
-        low = device.type == "cuda" and precision == "bf16"
-        self._listener = Listener(self._here, device, torch.bfloat16 if low else torch.float32)
+        self._listener: Callable[[Iterator[Batch], Manifest], Iterator[Batch]] | None = None
 
-    def _take_up(self, name: str, spec: str, device: torch.device) -> None:
+    def _take_up(self, name: str, spec: str) -> None:
         """What is known of a live encoder. One that works in the data workers is not kept here: each has its own."""
-        encoder = build_encoder(spec, device=device if self.where[name] == "device" else "cpu")
-        self.dims[name], self.identity[name] = encoder.dim, encoder_identity(encoder)
-        if self.where[name] == "device":
-            self._here[name] = encoder
+        from cat.encoders.build import build_encoder
+        from cat.encoders.live import InEachProcess
 
-    def _live(self, where: str) -> list[str]:
-        return [name for name, place in self.where.items() if place == where]
+        here = self.where[name] == "device"
+        encoder = build_encoder(spec, device=self._device if here else "cpu")
+        self.dims[name], self.identity[name] = encoder.dim, encoder_identity(encoder)
+        if here:
+            self._here[name] = encoder
+        else:
+            self._in_workers[name] = InEachProcess(spec)
 
     def _readers(self, manifest: Manifest, cached: Mapping[str, Reader]) -> Guides:
+        if not self.where:
+            return Guides(cached)
+        from cat.encoders.live import LiveRows, Waves
+
         rows = {**cached, **{name: LiveRows(encoder, manifest) for name, encoder in self._in_workers.items()}}
         return Guides(rows, {name: Waves(encoder, manifest) for name, encoder in self._here.items()})
 
@@ -80,7 +89,13 @@ class OpenGuides:
 
     def listen(self, batches: Iterator[Batch], manifest: Manifest) -> Iterator[Batch]:
         """Batches with the rows of all guides."""
-        return self._listener(batches, manifest) if self._here else batches
+        if not self._here:
+            return batches
+        if self._listener is None:
+            from cat.encoders.live import Listener
+
+            self._listener = Listener(self._here, self._device, self._dtype)
+        return self._listener(batches, manifest)
 
 
 def encoder_identity(encoder: FrozenEncoder) -> dict[str, Any]:
@@ -90,6 +105,8 @@ def encoder_identity(encoder: FrozenEncoder) -> dict[str, Any]:
     noise = 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), one_thread():
         row = encoder(noise, torch.tensor([samples]))[0].cpu().double()
+    if not row.isfinite().all():
+        raise ValueError(f"{encoder.name} gave NaN or infinite values for noise; expected finite ones")
     places = torch.linspace(0, encoder.dim - 1, min(_SAMPLED, encoder.dim)).long()
     return {
         "encoder": encoder.name,

@@ -215,6 +215,23 @@ def test_an_embedding_that_is_not_finite(tmp_path, place):
         run(place, tmp_path / "other", *changes, "guides.g.where=device")
 
 
+@pytest.mark.parametrize("where", ["worker", "device"])
+def test_an_encoder_that_fails_names_the_clip_or_the_way_to_it(tmp_path, place, where):
+    code = ENCODERS.replace("rows = []", "rows = []\n        if waveform.shape[1] < 2600: raise KeyError('surprise')")
+    (tmp_path / "encoders.py").write_text(code)
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for i in range(3):
+        soundfile.write(folder / f"{i}.wav", np.full(5000, 0.1), 16000)
+    told = {
+        "worker": r"small failed on .*audio/\d\.wav \(0\.3 s\): 'surprise'",
+        "device": r"guides\.g: small failed on a batch of 3 clips: 'surprise' \(guides\.g\.where=worker encodes one",
+    }
+    changes = [f"data.train={folder}", live_guide(tmp_path), f"guides.g.where={where}", "data.num_workers=1"]
+    with pytest.raises(EncoderError, match=told[where]):
+        run(place, tmp_path / "run", *changes)
+
+
 def test_validation_goes_without_a_guide_that_lacks_its_clips(tmp_path, place, capsys):
     valid = f"data.valid={place / 'valid'}"
     rows = run(place, tmp_path / "cached", cached_guide(place), valid)
