@@ -27,8 +27,8 @@ from typing import Any
 
 import cat_kernels
 from benchmarks.report import write_between
-from benchmarks.results import ROOT
 from benchmarks.tables import Table
+from cat.provenance import ROOT
 
 ARCHITECTURES = (80, 86, 90, 100)
 USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")

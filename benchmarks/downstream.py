@@ -20,7 +20,6 @@ docs/evidence/downstream.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shlex
 import statistics
@@ -34,12 +33,13 @@ from typing import Any
 import torch
 
 from benchmarks.report import write_between
-from benchmarks.results import RESULTS, ROOT, commit, machine, versions, write_atomic
+from benchmarks.results import RESULTS, write_atomic
 from benchmarks.runner import say
 from benchmarks.tables import Table, origin
 from cat.data import Manifest, load_manifest, write_manifest
 from cat.data.labels import labels_of
 from cat.data.splits import fold_split, folds, hold_out
+from cat.provenance import ROOT, made
 
 ROWS = ("from scratch", "fine-tuned", "linear probe", "log-mel")
 SPLITS = ("train", "valid", "test")
@@ -199,11 +199,9 @@ def main() -> int:
         tasks = [Task.of(text) for text in options.task]
         seeds = [int(seed) for seed in options.seeds.split(",")]
         runs = Runs(options.runs.resolve(), options.options)
-        now = datetime.datetime.now(datetime.UTC)
         data: dict[str, Any] = {"seeds": seeds, "pretraining": PRETRAINING, "finetuning": FINETUNING}
         data |= {"scratch": SCRATCH, "options": options.options, "tasks": {}}
-        data |= {"date": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": commit()}
-        data |= {"machine": machine(torch.device("cpu")), "versions": versions()}
+        data |= made(torch.device("cpu"))
         for task in tasks:
             accuracy = measure(task, options.pool.resolve(), seeds, runs)
             data["tasks"][task.name] = {"folds": task.folds, "options": task.options, "accuracy": accuracy}

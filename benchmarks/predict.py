@@ -25,8 +25,8 @@ from benchmarks.predicted_stem import (
     stem,
 )
 from benchmarks.report import write_between
-from benchmarks.results import ROOT
 from benchmarks.runner import say
+from cat.provenance import ROOT
 
 
 def main() -> int:

@@ -24,9 +24,10 @@ from benchmarks import predicted_stem
 from benchmarks.ahead import Resources, modules
 from benchmarks.kernels import Kernel
 from benchmarks.predicted_stem import SHAPE, Assumptions, floor_ms, needs
-from benchmarks.results import ROOT, commit, versions, write_atomic
+from benchmarks.results import write_atomic
 from benchmarks.tables import Table
 from benchmarks.trace import name_of
+from cat.provenance import ROOT, commit, versions
 
 PREDICTIONS = Path(__file__).resolve().parent / "predictions"
 BEFORE, AFTER = PREDICTIONS / "before.json", PREDICTIONS / "after.json"

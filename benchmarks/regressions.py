@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import ROOT, commit, machine, versions, write_atomic
+from benchmarks.results import write_atomic
 from benchmarks.runner import say
 from benchmarks.tables import Table
+from cat.provenance import ROOT, commit, machine, versions
 
 CALLS = "benchmarks/bench_calls.py"
 MACHINE = "test_machine"

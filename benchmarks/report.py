@@ -11,7 +11,8 @@ A document asks for a table with a pair of markers, what stands between them is 
 
 Names: headline (also where there is no name), stem, step, parts, starts, stem-sweep, kernels, fbank, features,
 operators, inference, finetune, multiply-adds. Of every machine the newest file in benchmarks/results
-that has rows for it gives one table.
+that has rows for it gives one table. "record NAME" is what `cat-audio experiment` found and kept in
+docs/evidence/records/NAME.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, ROOT, load, write_atomic
+from benchmarks.results import RESULTS, load, write_atomic
 from benchmarks.tables import TABLES, Table, machine_name, origin
+from cat.experiments.records import TABLE, read_record
+from cat.provenance import ROOT
 
-MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w-]*) -->\n).*?(<!-- benchmark:end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w -]*) -->\n).*?(<!-- benchmark:end -->)", re.DOTALL)
+RECORDS = ROOT / "docs" / "evidence" / "records"
 
 
 def newest(directory: Path = RESULTS) -> list[dict[str, Any]]:
@@ -36,6 +40,8 @@ def newest(directory: Path = RESULTS) -> list[dict[str, Any]]:
 
 def section(name: str, results: list[dict[str, Any]]) -> str:
     """The tables of one name, a machine after the other; of each the newest file that has rows for it."""
+    if name.startswith("record "):
+        return recorded(RECORDS / name.removeprefix("record "))
     if name not in TABLES:
         raise ValueError(f"<!-- benchmark:begin {name} -->: unknown table; expected one of {', '.join(TABLES)}")
     parts: dict[str, str] = {}
@@ -46,6 +52,12 @@ def section(name: str, results: list[dict[str, Any]]) -> str:
         if name == "multiply-adds" and parts:
             break  # the same on every machine
     return "\n".join(parts.values())
+
+
+def recorded(folder: Path) -> str:
+    """The table of an experiment's record, and where it comes from."""
+    record = read_record(folder)
+    return f"{(folder / TABLE).read_text()}\n{origin(record['made'])}.\n"
 
 
 def remark(table: Table) -> str:

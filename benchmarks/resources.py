@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import write_between
-from benchmarks.results import ROOT
 from benchmarks.tables import Table
+from cat.provenance import ROOT
 
 SOURCE = ROOT / "csrc" / "fbank" / "cuda.cu"
 DOCUMENT = ROOT / "cat_kernels" / "mel" / "README.md"

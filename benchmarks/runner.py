@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.results import Key, Parity, Results, cpu_flags, load
+from benchmarks.results import Key, Parity, Results, load
 from benchmarks.timing import interleaved
+from cat.provenance import cpu_flags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ROOT, Results
+from benchmarks.results import Results
 from benchmarks.runner import Settings, arguments, finish, say
+from cat.provenance import ROOT
 
 GOAL_S = 60.0
 MODES = {"eager": ("none", False), "blocks": ("blocks", False), "CUDA graph": ("none", True),

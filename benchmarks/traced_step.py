@@ -21,11 +21,12 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.results import ROOT, write_atomic
+from benchmarks.results import write_atomic
 from benchmarks.stem import inputs
 from benchmarks.step_time import OBJECTIVE, OPTIM
 from benchmarks.trace import Trace, counts
 from cat.model import CAT, PRESETS
+from cat.provenance import ROOT
 from cat.training.step import PretrainStep
 
 COUNTS = ROOT / "tests" / "step_counts.json"

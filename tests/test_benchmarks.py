@@ -740,6 +740,20 @@ def test_a_part_that_was_measured_later_leaves_the_other_tables(tmp_path):
     assert "| 11 |" in report.section("stem", report.newest(tmp_path))
 
 
+def test_report_takes_the_table_of_a_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RECORDS", tmp_path)
+    machine = {"gpu": None, "cpu": "An abacus", "threads": 2, "driver": None}
+    made = {"machine": machine, "versions": {"torch": "2.13.0", "triton": None}, "date": "2026-11-26T", "commit": "abc"}
+    record = {"format": 1, "experiment": "cost", "arms": {}, "tasks": {}, "made": made}
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost" / "record.json").write_text(json.dumps(record))
+    (tmp_path / "cost" / "table.md").write_text("| a |\n| --- |\n")
+    found = report.filled("<!-- benchmark:begin record cost -->\n<!-- benchmark:end -->", [])
+    assert "| a |\n| --- |\n\nAn abacus, 2 threads, torch 2.13.0, 2026-11-26, commit abc.\n" in found
+    with pytest.raises(ValueError, match="none holds no record"):
+        report.filled("<!-- benchmark:begin record none -->\n<!-- benchmark:end -->", [])
+
+
 def test_report_names_an_unknown_table():
     with pytest.raises(ValueError, match="unknown table; expected one of headline, stem, step"):
         report.filled("<!-- benchmark:begin speed -->\n<!-- benchmark:end -->", [])

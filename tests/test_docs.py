@@ -138,6 +138,7 @@ NOT_RUN: dict[str, str] = {
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
+    r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
     "tests/cat/test_experiments.py runs the experiment",
 }

@@ -10,7 +10,7 @@ import pytest
 CAT = Path(__file__).parents[1] / "cat"
 
 # From the top. A room may use those below it that are named, and itself; BASE has no arrow to the rest.
-BASE = {"config", "device", "ending", "files", "locks", "outputs", "parts", "progress", "signals"}
+BASE = {"config", "device", "ending", "files", "locks", "outputs", "parts", "progress", "provenance", "signals"}
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "outputs": set(),
     "parts": set(),
     "progress": set(),
+    "provenance": set(),
     "signals": set(),
 }
 DOORS = {"__init__", "__main__"}  # the package's own names, and the command

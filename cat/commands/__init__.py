@@ -26,7 +26,7 @@ COMMANDS = {
     "finetune": ("cat.commands.finetune", "train a classifier on a pre-trained encoder by a recipe"),
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
-    "experiment": ("cat.commands.experiment", "the first experiments to run, each with a verdict"),
+    "experiment": ("cat.commands.experiment", "experiments with a verdict; the paper's claims"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),

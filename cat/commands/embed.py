@@ -5,17 +5,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, build_encoder
 from cat.encoders.embed import write_embeddings
+from cat.encoders.jobs import one_thread, peak_memory, pick_jobs
 from cat.encoders.outputs import claim_outputs
+from cat.files import format_bytes
 from cat.progress import say
 
 EPILOG = """\
 OUT.npy holds a row a clip, OUT.npy.json says whose they are, OUT.jsonl is the manifest whose clips name their rows
 (OUT.embedded.jsonl where OUT.jsonl is MANIFEST itself), and OUT.failures.jsonl names the clips that got none, if any.
 MANIFEST is never replaced, other files only when an earlier embed wrote them; --overwrite replaces these as well.
+
+Stopped, by a full disk too, or killed, it goes on when it is called again, and writes the same files, bit for bit:
+what is done lies in OUT.npy.partial. That is refused where it is another encoder's, of other clips, or made with other
+settings or versions; --overwrite begins afresh. Blocks that are damaged, or whose audio has changed, are made again.
+
+On the CPU --jobs processes read and embed, each with one thread; embeddings do not depend on how many. Each needs
+memory for a batch of its own. On a GPU one process embeds, and --num-workers read for it.
 
 Of a long clip all is heard: by a checkpoint in overlapping windows as long as it was trained on, by the others in
 windows of five minutes at the most.
@@ -42,7 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a CAT checkpoint")
     parser.add_argument("--normalise", action="store_true", help="scale every embedding to unit length")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that embed, on the CPU (default: one a core, 8 at the most; 1 for MODULE:FUNCTION)",
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that read for one that embeds alone (default 0)"
+    )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--max-failed-share",
@@ -60,23 +80,30 @@ def run(args: argparse.Namespace) -> int:
     for note in manifest.notes:
         say(note)
     outputs = claim_outputs(manifest, args.out, args.manifest_out, overwrite=args.overwrite)
-    encoder = build_encoder(
-        args.encoder, pooling=args.pooling, weights=args.weights, normalise=args.normalise, device=device
-    )
-    written, skipped = write_embeddings(
-        manifest,
-        encoder,
-        args.out,
-        manifest_out=args.manifest_out,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        max_failed_share=args.max_failed_share,
-        overwrite=args.overwrite,
-        progress=not args.quiet,
-    )
+    with one_thread(device):  # for networks too that have as many as torch when they are made
+        encoder = build_encoder(
+            args.encoder, pooling=args.pooling, weights=args.weights, normalise=args.normalise, device=device
+        )
+        jobs = pick_jobs(args.jobs, encoder)
+        written, skipped = write_embeddings(
+            manifest,
+            encoder,
+            args.out,
+            manifest_out=args.manifest_out,
+            batch_size=args.batch_size,
+            jobs=jobs,
+            num_workers=args.num_workers,
+            max_failed_share=args.max_failed_share,
+            overwrite=args.overwrite,
+            progress=not args.quiet,
+        )
     print(f"{len(written)} embeddings of width {encoder.dim} by {encoder.name}: {outputs.rows}")
     print(f"manifest with their rows: {outputs.manifest}")
     if skipped:
         print(f"{len(skipped)} of {len(manifest)} clips left out, reasons in {outputs.failures}. The first:")
         print(f"  {skipped[0].path}: {skipped[0].reason}")
+    own, below = (format_bytes(size) for size in peak_memory())
+    processes = f"; of each of {jobs} jobs {below} at the most" if jobs > 1 else ""
+    on_gpu = f"; {format_bytes(torch.cuda.max_memory_allocated(device))} of {device}" if device.type == "cuda" else ""
+    print(f"peak memory: {own}{processes}{on_gpu}")
     return 0

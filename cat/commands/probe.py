@@ -10,7 +10,7 @@ import torch
 
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
-from cat.encoders import POOLINGS, USAGE, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder
+from cat.encoders import POOLINGS, USAGE, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder, twin_of
 from cat.evaluation.cache import FeatureCache, default_folder
 from cat.evaluation.probe import SPLITS, TITLES, Report, format_report, is_report, report_json, run_probe
 from cat.evaluation.trained import PROTOTYPES
@@ -129,9 +129,7 @@ def _encoders(args: argparse.Namespace, device: torch.device) -> dict[str, Froze
     encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
     encoders: dict[str, FrozenEncoder] = {"trained": encoder}
     if args.untrained_twin or args.require_better:
-        if not isinstance(encoder, CatEncoder):
-            raise ValueError(f"--untrained-twin and --require-better need a CAT checkpoint, got {args.encoder!r}.")
-        encoders["untrained twin"] = encoder.untrained_twin(args.seed)
+        encoders["untrained twin"] = twin_of(encoder, args.seed, "--untrained-twin and --require-better")
     features = encoder.features if isinstance(encoder, CatEncoder) else None
     encoders[CONTROL] = LogMelStatistics(features, device=device)
     return encoders

@@ -1,7 +1,9 @@
 """External embeddings of a data set: one memory-mapped ``.npy`` (rows, D_e) and a small JSON beside it.
 
 A row never parts from its clip: the manifest names each clip's row and the fingerprint of the list that the rows were
-computed for, and both are checked when the file is opened. The released layout, one ``.npy`` a clip, is read too.
+computed for, and both are checked when the file is opened. The JSON also says what made the rows, their SHA-256, all in
+all and piece by piece, and of some clips size and content (`cat.data.verification`); `EmbeddingStore.verify` compares.
+The released layout, one ``.npy`` a clip, is read too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ import numpy as np
 from cat.data.audio import AudioError
 from cat.data.clips import Clips
 from cat.data.manifest import Manifest
+from cat.data.verification import PieceSums, changed_clip, clip_samples, damaged_piece
 from cat.files import replacing, write_json
 
 _NPY_HEADER = 128  # bytes; enough for any number of rows, so that the header can be written last
@@ -50,6 +53,7 @@ class EmbeddingStore:
             )
         self.path = path
         self.encoder: str = info["encoder"]
+        self._info = info
         self._sha256: str | None = info.get("sha256")
         self._rows = _open_rows(path)
         if list(self._rows.shape) != [info["count"], info["dim"]]:
@@ -76,13 +80,35 @@ class EmbeddingStore:
             raise AudioError(f"{self.path}[{index}]", "this row, the clip's external embedding, is NaN or infinite")
         return rows
 
+    def verify(self, manifest: Manifest) -> None:
+        """Whether the rows are those that were written, and the clips those that they were made of: up to 2 GB of rows,
+        and of larger files pieces all over them; 256 clips. What an earlier version did not note is not compared.
+
+        Raises: EmbeddingError that names the file.
+        """
+        damaged = damaged_piece(self._rows, self._info["pieces"]) if self._info.get("pieces") else None
+        if damaged is not None:
+            raise EmbeddingError(
+                f"{self.path}: damaged, or changed since it was written: the SHA-256 of rows {damaged.start} to "
+                f"{damaged.stop - 1} is another one. Run `cat-audio embed` again; if it was changed on purpose, delete "
+                f"'pieces' and 'sha256' from {sidecar_path(self.path).name}"
+            )
+        changed = changed_clip(manifest, self._info.get("clips") or {})
+        if changed is not None:
+            raise EmbeddingError(
+                f"{changed} is another file than the one whose embedding is in {self.path}: its size or content has "
+                "changed. Put the audio of then back, or run `cat-audio embed` again"
+            )
+
     @cached_property
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """Equal for equal rows of the same encoder, JSON-able; a run compares it before it goes on.
 
         ``sha256`` is that of the rows when they were written (computed here for a sidecar that lacks it); ``sample`` is
-        of some rows as they are now, and so tells whether another program has written the array since.
+        of some rows as they are now, and so tells whether another program has written the array since. ``identity`` is
+        the encoder's, ``made_with`` and ``audio`` what else rows depend on: they tell why rows are others.
         """
+        clips = self._info.get("clips")
         rows = self._rows
         sample = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).astype(np.int64))
         return {
@@ -91,6 +117,9 @@ class EmbeddingStore:
             "dim": self.dim,
             "sha256": self._sha256 or self._checksum_of_all(),
             "sample": _checksum([rows[sample]]),
+            "identity": self._info.get("identity"),
+            "made_with": self._info.get("made_with"),
+            "audio": hashlib.sha256(json.dumps(clips, sort_keys=True).encode()).hexdigest() if clips else None,
         }
 
     def is_as_written(self) -> bool:
@@ -130,7 +159,7 @@ class EmbeddingFiles:
         return rows
 
     @cached_property
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """As `EmbeddingStore.identity`, by the content of some of the files."""
         sample = np.unique(np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(np.int64))
         return {
@@ -202,15 +231,26 @@ class EmbeddingWriter:
         write_manifest(writer.manifest, "clap.jsonl")
 
     ``writer.manifest`` holds the embedded clips, each with its row. An exception inside leaves no file behind.
+    ``identity`` (of the encoder's weights and settings) and ``made_with`` stand in the sidecar.
     """
 
-    def __init__(self, path: str | os.PathLike[str], manifest: Manifest, *, dim: int, encoder: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        dim: int,
+        encoder: str,
+        identity: str | None = None,
+        made_with: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix != ".npy":
             raise EmbeddingError(f"{self.path}: embeddings are written as .npy; name the file so")
         self._source, self._dim, self._encoder = manifest, dim, encoder
         self._indices: dict[int, None] = {}  # of the clips, in the order of their rows
-        self._sha256 = hashlib.sha256()
+        self._identity, self._made_with = identity, made_with
+        self._sha256, self._pieces = hashlib.sha256(), PieceSums(dim)
         self._linked: Manifest | None = None
 
     @property
@@ -231,8 +271,10 @@ class EmbeddingWriter:
             if index in self._indices:
                 raise EmbeddingError(f"clip {index} ({self._source.clips[index].path}) was given an embedding twice")
             self._indices[index] = None
-        self._file.write(rows.tobytes())
-        self._sha256.update(rows.tobytes())
+        content = rows.tobytes()
+        self._file.write(content)
+        self._sha256.update(content)
+        self._pieces.update(content)
 
     def __enter__(self) -> EmbeddingWriter:
         self._stack = contextlib.ExitStack()
@@ -265,11 +307,15 @@ class EmbeddingWriter:
         linked = dataclasses.replace(linked, embeddings_fingerprint=linked.fingerprint)
         info = {
             "encoder": self._encoder,
+            "identity": self._identity,
+            "made_with": self._made_with,
             "count": len(linked),
             "dim": self._dim,
             "sha256": self._sha256.hexdigest(),
             "manifest": str(self._source.source),
             "fingerprint": linked.fingerprint,
+            "pieces": self._pieces.all(),
+            "clips": clip_samples(linked),
         }
         write_json(sidecar, info)
         self._linked = linked
@@ -327,8 +373,14 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             raise EmbeddingError(
                 f"{path}: damaged (no {key!r} of type {kind.__name__} in it); run `cat-audio embed` again"
             )
-    if not isinstance(info.get("sha256"), str | None):
-        raise EmbeddingError(f"{path}: damaged ('sha256' is not of type str); run `cat-audio embed` again")
+    optional: dict[str, type] = {"sha256": str, "identity": str, "made_with": dict, "pieces": list, "clips": dict}
+    for key, expected in optional.items():
+        if not isinstance(info.get(key), expected | None):
+            found = f"{key!r} is not of type {expected.__name__}"
+            raise EmbeddingError(f"{path}: damaged ({found}); run `cat-audio embed` again")
+    pieces, clips = info.get("pieces") or [], info.get("clips") or {}
+    if not all(isinstance(text, str) for text in (*pieces, *clips.values())) or not all(map(str.isdecimal, clips)):
+        raise EmbeddingError(f"{path}: damaged ('pieces' or 'clips' hold no text); run `cat-audio embed` again")
     return info
 
 

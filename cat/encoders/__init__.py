@@ -5,7 +5,7 @@ from cat.encoders.ast import AstEncoder
 from cat.encoders.audio import CATEncoder, EncoderOutput, Layer
 from cat.encoders.audiomae import AudioMAEEncoder
 from cat.encoders.beats import BEATsEncoder
-from cat.encoders.build import USAGE, build_encoder
+from cat.encoders.build import USAGE, build_encoder, twin_of
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import ClapEncoder
 from cat.encoders.dasheng import DashengEncoder
@@ -34,4 +34,5 @@ __all__ = [
     "RandomProjection",
     "UnitLength",
     "build_encoder",
+    "twin_of",
 ]

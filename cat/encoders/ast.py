@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cat.encoders.frozen import checked_lengths
 from cat.encoders.pretrained import load_pretrained
+from cat.encoders.untrained import untrained_twin
 from cat_kernels.mel import fbank
 
 _MOST_WINDOWS = 16  # that go through the network at once
@@ -57,6 +58,10 @@ class AstEncoder:
         self.frames: int = config.max_length
         self.mean: float = extractor.mean if extractor.do_normalize else 0.0
         self.std: float = extractor.std if extractor.do_normalize else 0.5
+
+    def untrained_twin(self, seed: int = 0) -> AstEncoder:
+        """The same network, initialised anew by `transformers`."""
+        return untrained_twin(self, seed, lambda: type(self.model)(self.model.config))
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

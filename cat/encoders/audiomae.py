@@ -6,6 +6,7 @@ Shapes: B clips, n samples, L tokens, D width.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from cat.checkpoints.store import CheckpointError
 from cat.data.features import FeatureConfig, log_mel
 from cat.encoders.frozen import checked_lengths
+from cat.encoders.untrained import drawn_again, initialise_layers, untrained_twin
 from cat.encoders.vit import EPS, Block
 from cat.encoders.weights import Weights, read_weights
 
@@ -46,6 +48,10 @@ class AudioMAEEncoder:
         self.dim = self.model.pos_embed.shape[2]
         self.min_samples = self.features.frame_length
 
+    def untrained_twin(self, seed: int = 0) -> AudioMAEEncoder:
+        """The same network, initialised anew."""
+        return untrained_twin(self, seed, lambda: drawn_again(self.model))
+
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths_B = checked_lengths(waveform, lengths).to(self.device)
@@ -64,6 +70,14 @@ class AudioMAENetwork(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, dim // HEAD_WIDTH, hidden) for _ in range(depth))
         self.fc_norm = nn.LayerNorm(dim, eps=EPS)
+
+    def initialise(self) -> None:
+        """MAE's, where positions are sines that are not learned: they stay."""
+        initialise_layers(self, nn.init.xavier_uniform_)
+        nn.init.normal_(self.cls_token, std=0.02)
+        projection: Any = self.patch_embed["proj"]
+        projection.reset_parameters()
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
 
     def forward(self, spec_B1TF: Tensor) -> Tensor:
         patches_BLD = self.patch_embed["proj"](spec_B1TF).flatten(2).transpose(1, 2)

@@ -6,13 +6,16 @@ Shapes: B clips, n samples, T frames, F mel bins, L tokens, D width, H heads.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cat.checkpoints.store import CheckpointError
 from cat.encoders.frozen import checked_lengths
+from cat.encoders.untrained import drawn_again, initialise_layers, untrained_twin
 from cat.encoders.vit import real_tokens
 from cat.encoders.weights import Weights, read_weights
 from cat_kernels import fbank
@@ -57,6 +60,10 @@ class BEATsEncoder:
         self.name, self.sample_rate, self.dim = f"beats:{path}", 16_000, self.model.post_extract_proj.out_features
         self.min_samples = FRAME_LENGTH + (PATCH - 1) * FRAME_SHIFT
 
+    def untrained_twin(self, seed: int = 0) -> BEATsEncoder:
+        """The same network, initialised anew."""
+        return untrained_twin(self, seed, lambda: drawn_again(self.model))
+
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths_B = checked_lengths(waveform, lengths).clamp(max=MAX_SAMPLES)
@@ -90,6 +97,13 @@ class BEATsNetwork(nn.Module):
         self.post_extract_proj = nn.Linear(patch_dim, dim)
         self.encoder = Transformer(dim, depth, heads, hidden, kernel, groups, buckets)
 
+    def initialise(self) -> None:
+        """As the released code does."""
+        self.patch_embedding.reset_parameters()
+        self.layer_norm.reset_parameters()
+        self.post_extract_proj.reset_parameters()
+        self.encoder.initialise()
+
     def forward(self, spec_BTF: Tensor, tokens_B: Tensor) -> Tensor:
         patches_BLD = self.patch_embedding(spec_BTF[:, None]).flatten(2).transpose(1, 2)
         real_BL = real_tokens(tokens_B, patches_BLD.shape[1], patches_BLD.device)
@@ -110,6 +124,17 @@ class Transformer(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(Layer(dim, heads, hidden, deep_norm_alpha(depth)) for _ in range(depth))
         self.relative_attention_bias = nn.Parameter(torch.empty(buckets, heads))
+
+    def initialise(self) -> None:
+        """BERT's, and deep norm's smaller weights (DeepNet, table 2, of an encoder alone)."""
+        initialise_layers(self, partial(nn.init.normal_, std=0.02))
+        nn.init.normal_(self.relative_attention_bias, std=0.02)
+        conv: Any = self.pos_conv[0]
+        nn.init.normal_(conv.weight, std=(4 / (conv.kernel_size[0] * conv.out_channels)) ** 0.5)
+        nn.init.zeros_(conv.bias)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.initialise((8 * len(layers)) ** -0.25)
 
     def forward(self, x_BLD: Tensor, real_BL: Tensor | None) -> Tensor:
         if real_BL is not None:  # the convolution would carry what stands behind a clip's end into it
@@ -135,6 +160,14 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
+
+    def initialise(self, beta: float) -> None:
+        attention = self.self_attn
+        nn.init.ones_(attention.grep_a)
+        for linear in (attention.q_proj, attention.k_proj):
+            nn.init.xavier_normal_(linear.weight)
+        for linear in (attention.v_proj, attention.out_proj, self.fc1, self.fc2):
+            nn.init.xavier_normal_(linear.weight, gain=beta)
 
     def forward(self, x_BLD: Tensor, bias_HLL: Tensor, real_BL: Tensor | None) -> Tensor:
         x_BLD = self.self_attn_layer_norm(self.alpha * x_BLD + self.self_attn(x_BLD, bias_HLL, real_BL))

@@ -108,13 +108,19 @@ def _untrained(spec: str, rest: str, pooling: str, weights: str, device: Device)
     seed, colon, trained = rest.partition(":")
     if not (seed.isdecimal() and colon):
         seed, trained = "0", rest
-    encoder = _build(trained, pooling, weights, device)
+    return twin_of(_build(trained, pooling, weights, device), int(seed), f"encoder {spec!r}")
+
+
+def twin_of(encoder: FrozenEncoder, seed: int, asked: str) -> FrozenEncoder:
+    """The encoder's twin with random weights. Raises: ValueError where it has none, that begins with what `asked`."""
     if not hasattr(encoder, "untrained_twin"):
         raise ValueError(
-            f"encoder {spec!r}: {encoder.name} has no twin with random weights; expected a network of torch, such as a "
-            "CAT checkpoint"
+            f"{asked}: {encoder.name} has no twin with random weights; expected a network of torch: a CAT checkpoint, "
+            "clap (which also reads LAION's files), ast, audiomae, beats, dasheng, or a function's encoder with a "
+            "method untrained_twin(seed)"
         )
-    return encoder.untrained_twin(int(seed))
+    twin: FrozenEncoder = encoder.untrained_twin(seed)
+    return twin
 
 
 def _seed(text: str) -> int:

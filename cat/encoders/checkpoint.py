@@ -13,6 +13,7 @@ from cat.checkpoints.hub import EncoderConfig
 from cat.data.features import FeatureConfig
 from cat.encoders.audio import CATEncoder, mean_of
 from cat.encoders.frozen import checked_lengths
+from cat.encoders.untrained import drawing
 from cat.model import Encoder
 
 
@@ -49,8 +50,7 @@ class CatEncoder:
 
     def untrained_twin(self, seed: int = 0) -> CatEncoder:
         """The same architecture, features and pooling, freshly initialised from `seed`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawing(seed):
             encoder = Encoder(self.encoder.config)
         name = f"untrained:{seed}:{self.name}"
         return CatEncoder(encoder, self.features, name=name, pooling=self.pooling, device=self.device)

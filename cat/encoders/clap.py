@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cat.encoders.frozen import checked_lengths, mean_direction
 from cat.encoders.laion import load_laion
 from cat.encoders.pretrained import load_pretrained
+from cat.encoders.untrained import untrained_twin
 
 DEFAULT_CLAP = "laion/clap-htsat-fused"
 
@@ -61,6 +62,10 @@ class ClapEncoder:
         self.sample_rate: int = self.features.sample_rate
         self.dim: int = model.config.projection_dim
 
+    def untrained_twin(self, seed: int = 0) -> ClapEncoder:
+        """The same network, initialised anew by `transformers`."""
+        return untrained_twin(self, seed, lambda: self._initialised())
+
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths_B = checked_lengths(waveform, lengths).tolist()
@@ -69,6 +74,14 @@ class ClapEncoder:
         longer_B1 = torch.tensor([[longer] for _, longer in inputs], device=self.device)
         embedding_BE = self.model(input_features=spec_BCTF, is_longer=longer_B1).audio_embeds.float()
         return nn.functional.normalize(embedding_BE, dim=1)
+
+    def _initialised(self) -> Any:
+        fresh = type(self.model)(self.model.config)
+        # The first batch norm is of the input: what spectrograms are like is no weight.
+        ours, theirs = (model.audio_model.audio_encoder.batch_norm for model in (fresh, self.model))
+        ours.running_mean.copy_(theirs.running_mean)
+        ours.running_var.copy_(theirs.running_var)
+        return fresh
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ Shapes: B clips, n samples, T frames, F mel bins, L tokens, D width.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cat.checkpoints.store import CheckpointError
 from cat.encoders.frozen import checked_lengths
+from cat.encoders.untrained import drawn_again, initialise_layers, untrained_twin
 from cat.encoders.vit import EPS, Block, real_tokens
 from cat.encoders.weights import Weights, read_weights
 
@@ -57,6 +59,10 @@ class DashengEncoder:
         self.dim = self.model.time_pos_embed.shape[1]
         self.min_samples = (PATCH - 1) * HOP
 
+    def untrained_twin(self, seed: int = 0) -> DashengEncoder:
+        """The same network, initialised anew."""
+        return untrained_twin(self, seed, lambda: drawn_again(self.model))
+
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths_B = checked_lengths(waveform, lengths)
@@ -79,6 +85,14 @@ class DashengNetwork(nn.Module):
         self.freq_pos_embed = nn.Parameter(torch.empty(1, dim, 1, 1))
         self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def initialise(self) -> None:
+        """As before training, but that the input is normalised with AudioSet's statistics, which `init_bn` keeps."""
+        initialise_layers(self, partial(nn.init.trunc_normal_, std=0.02))
+        projection: Any = self.patch_embed["proj"]
+        projection.reset_parameters()
+        for parameter in (self.time_pos_embed, self.freq_pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, spec_BFT: Tensor, tokens_B: Tensor) -> Tensor:
         patches_BDL = self.patch_embed["proj"](self.init_bn["1"](spec_BFT)[:, None])[:, :, 0]

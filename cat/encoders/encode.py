@@ -79,7 +79,9 @@ def encode_files(
     job = {"encoder": made_by, "files": manifest.fingerprint}
     folder = out.with_name(out.name + ".parts")
     with sole_user(folder, remedy="another encode writes the same file: wait for it, or give another -o"):
-        parts = Parts(folder, job, overwrite=overwrite)
+        parts = Parts(folder, job, manifest, overwrite=overwrite)
+        if parts.note:
+            say(parts.note)
         begin = parts.done
         if 0 < begin < len(manifest) and progress:
             say(f"{begin} of {len(manifest)} files are done already, in {folder}; going on")
@@ -161,6 +163,7 @@ def _encode(
         with Part(parts, parts.done) as part:
             batch: Batch | None = first
             while batch is not None:
+                part.stamps(batch.stamps)
                 if batch.indices and not batch.waves:
                     _long(encoder, manifest, settings, part, batch, batch_size)
                 else:

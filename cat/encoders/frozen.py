@@ -28,6 +28,10 @@ class FrozenEncoder(Protocol):
     ``of_stream(windows) -> (dim,)`` where there is one. An encoder without it embeds each, and what its method
     ``combine(rows (W, dim), lengths (W,))`` makes of theirs is the clip's embedding (dim,), or without such a method
     their mean, weighted by `lengths`. ``untrained_twin(seed)`` gives the same network with random weights.
+
+    What else it may have: ``identity``, a text that is another one for other weights or settings
+    (`cat.encoders.identity.identity_of` finds one out where it can); ``device``, where it computes; and ``threads``, of
+    its own, which a copy of it in another process does not have.
     """
 
     name: str
@@ -60,6 +64,8 @@ class UnitLength:
         self.encoder = encoder
         self.name, self.sample_rate, self.dim = f"{encoder.name}, unit length", encoder.sample_rate, encoder.dim
         self.min_samples: int = getattr(encoder, "min_samples", 1)
+        self.device: torch.device = getattr(encoder, "device", torch.device("cpu"))
+        self.threads: int = getattr(encoder, "threads", 1)
 
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         return nn.functional.normalize(self.encoder(waveform, lengths), dim=1)

@@ -59,6 +59,7 @@ class LaionClapEncoder:
                 f"{wrong[0]}); expected a file of LAION's for {tower}"
             )
         self.module = module.eval().requires_grad_(False)
+        self.device = torch.device(device)
         self.name, self.sample_rate, self.dim = f"laion-clap:{path}", 48000, shape["projection_dim"]
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ class FileEncoder:
 
     def __init__(self, graph: Graph, config: FileConfig, *, name: str, device: torch.device | str = "cpu") -> None:
         self._graph = graph
-        self.sha256 = graph.sha256
+        self.sha256, self.threads = graph.sha256, torch.get_num_threads()
         self.layout = config.layout or _usual_layout(config, len(graph.shape))
         _check_layout(self.layout, config, graph.shape)
         sizes = dict(zip(self.layout, graph.shape, strict=True))

@@ -56,6 +56,11 @@ def claim_outputs(
     return EmbeddingOutputs(out, linked, failures)
 
 
+def partial_folder(out: Path) -> Path:
+    """Where an embed into ``out`` keeps what it has done: ``clap.npy`` -> ``clap.npy.partial``."""
+    return out.with_name(out.name + ".partial")
+
+
 def sign(outputs: EmbeddingOutputs) -> None:
     """Notes in the sidecar what was written as the manifest, so that one that is changed by hand is known as such."""
     sidecar = sidecar_path(outputs.rows)

@@ -2,16 +2,19 @@
 
 ``OUT.parts`` holds ``job.json``, which says of what, and a folder a part, each of which appears whole::
 
-    part-00000032/clips.json    the places it covers, of each file its seconds and frames, and the failures
+    part-00000032/clips.json    the places it covers, of each file its seconds and frames, the failures, the SHA-256 of
+                                all of it, and of the stamps of the files that it was made from
     part-00000032/clip.f32      (k, E) float32
     part-00000032/frames.f32    (R, D) float32, where frames were asked for
 
-A part is ended every few seconds, and when the command is told to stop. Shapes as in `cat.encoders.tables`.
+A part is ended every few seconds, and when the command is told to stop. From one on that is damaged, or whose audio
+files have changed, all is done again. Shapes as in `cat.encoders.tables`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
@@ -22,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from cat.data.manifest import Manifest
+from cat.encoders.identity import digest_of_stamps, stamp
 from cat.encoders.reading import Skipped
 from cat.encoders.tables import Block
 from cat.files import new_folder, write_json
@@ -29,7 +34,7 @@ from cat.locks import LOCK
 from cat.outputs import OutputError, json_of
 
 SECONDS = 10.0  # that a part takes at the least; more may be lost with a process that is killed
-_JOB = "job.json"
+_JOB, _PARTS = "job.json", "part-" + "[0-9]" * 12
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,35 @@ class _Clip:
 
 
 class Parts:
-    """The folder. ``done``: places that need no more work."""
+    """The folder. ``done``: places that need no more work; ``note``: a sentence for people, if there is one."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], *, overwrite: bool) -> None:
-        self.folder, self._job = folder, job
+    def __init__(self, folder: Path, job: dict[str, Any], manifest: Manifest, *, overwrite: bool) -> None:
+        self.folder, self._job, self.note = folder, job, ""
         if folder.exists():
             self._check(overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _JOB).exists():
             write_json(folder / _JOB, job)
+        self._drop_unsound(manifest)
+
+    def _drop_unsound(self, manifest: Manifest) -> None:
+        at, folders = 0, sorted(self.folder.glob(_PARTS))
+        for number, folder in enumerate(folders):
+            try:
+                about = _read(folder)
+                end, reason = int(about["end"]), ""
+                if any(_sha256(folder / name) != told for name, told in about["sha256"].items()):
+                    reason = "is damaged"
+                elif about["stamps"] != digest_of_stamps(stamp(manifest.path(place)) for place in range(at, end)):
+                    reason = "is of audio files that have changed since"
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                reason = "is damaged"
+            if reason:
+                self.note = f"{folder} {reason}: from there on all is done again"
+                for unsound in folders[number:]:
+                    shutil.rmtree(unsound)
+                return
+            at = end
 
     def _check(self, overwrite: bool) -> None:
         try:
@@ -96,15 +121,14 @@ class Parts:
 
     def remove(self) -> None:
         """What parts are made of, and the folder when nothing else is in it."""
-        for folder, _ in self._all():
+        for folder in self.folder.glob(_PARTS):
             shutil.rmtree(folder)
         (self.folder / _JOB).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
     def _all(self) -> list[tuple[Path, dict[str, Any]]]:
-        folders = sorted(self.folder.glob("part-*"))
-        return [(folder, json_of(folder / "clips.json", end=int, clips=list, skipped=list)) for folder in folders]
+        return [(folder, _read(folder)) for folder in sorted(self.folder.glob(_PARTS))]
 
 
 class Part:
@@ -112,7 +136,8 @@ class Part:
     it."""
 
     def __init__(self, parts: Parts, begin: int) -> None:
-        self._parts, self._end = parts, begin
+        self._parts, self._begin, self._end = parts, begin, begin
+        self._stamps: list[str] = []
         self._clips: list[_Clip] = []
         self._skipped: list[Skipped] = []
         self._complete = 0  # bytes of frames that belong to complete files
@@ -131,6 +156,10 @@ class Part:
     @property
     def old(self) -> bool:
         return time.monotonic() - self._begun >= SECONDS
+
+    def stamps(self, stamps: list[str]) -> None:
+        """Of the files that come next."""
+        self._stamps += stamps
 
     def frames(self, frames: np.ndarray) -> None:
         """The next (r, D) of the file that is being encoded."""
@@ -161,12 +190,32 @@ class Part:
                 file.flush()
             if not self._complete:
                 (self._folder / "frames.f32").unlink()
+            kept = [path for path in (self._folder / "clip.f32", self._folder / "frames.f32") if path.exists()]
             about = {
+                "sha256": {path.name: _sha256(path) for path in kept},
+                "stamps": digest_of_stamps(self._stamps[: self._end - self._begin]),
                 "end": self._end,
                 "clips": [[one.index, one.seconds, one.rows] for one in self._clips],
                 "skipped": [[one.index, one.path, one.reason] for one in self._skipped],
             }
-            (self._folder / "clips.json").write_text(json.dumps(about), encoding="utf-8")
+            text = json.dumps({**about, "own": _digest(about)})
+            (self._folder / "clips.json").write_text(text, encoding="utf-8")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    about = json_of(folder / "clips.json", end=int, clips=list, skipped=list, sha256=dict, stamps=str, own=str)
+    if about.pop("own") != _digest(about):
+        raise ValueError(f"{folder / 'clips.json'}: not, or no longer, what was written")
+    return about
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _NothingError(Exception):

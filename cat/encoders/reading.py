@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from cat.data.audio import AudioError, read_audio, read_windows
 from cat.data.manifest import Manifest
 from cat.data.workers import prefetched
 from cat.encoders.frozen import WINDOW_SECONDS
+from cat.encoders.identity import stamp
 from cat.progress import track
 
 BATCH_SECONDS = 600  # of audio that go through an encoder at once, padding counted
@@ -30,11 +31,13 @@ class Skipped:
 @dataclass(frozen=True)
 class Batch:
     """Clips to embed at once: their places in the manifest and waveforms (n,); a single place without a waveform is a
-    long clip's, to be read by `read_long`. ``skipped``: those that could not be read."""
+    long clip's, to be read by `read_long`. ``skipped``: those that could not be read. ``stamps``: of the files of all
+    of them in order (`cat.encoders.identity.stamp`), taken before they were read."""
 
-    indices: list[int]
-    waves: list[Tensor]
-    skipped: list[Skipped]
+    indices: list[int] = field(default_factory=list)
+    waves: list[Tensor] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    stamps: list[str] = field(default_factory=list)
 
 
 def batches(
@@ -58,6 +61,11 @@ def batches(
     return collected(clips, batch_size, BATCH_SECONDS * sample_rate)
 
 
+def at_once() -> dict[str, int]:
+    """Seconds of audio that an encoder gets at once, which decide where a long clip is cut."""
+    return {"of_a_clip": WINDOW_SECONDS, "of_a_batch": BATCH_SECONDS}
+
+
 def read_long(manifest: Manifest, index: int, sample_rate: int) -> Iterator[np.ndarray]:
     """A long clip, in windows of equal length."""
     return read_windows(manifest.path(index), sample_rate, WINDOW_SECONDS * sample_rate)
@@ -65,6 +73,9 @@ def read_long(manifest: Manifest, index: int, sample_rate: int) -> Iterator[np.n
 
 class Long:
     """In place of a clip that goes through the encoder in windows."""
+
+
+Clip = tuple[int, Tensor | Long | Skipped, str]  # its place, what it is, and its stamp
 
 
 class _Waveforms:
@@ -75,41 +86,42 @@ class _Waveforms:
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | Long | Skipped]:
+    def __getitem__(self, index: int) -> Clip:
         path = self.manifest.path(index)
+        found = stamp(path)
         try:
             most = self.window + 1
             samples = read_audio(path, self.sample_rate, max_samples=most, min_samples=self.min_samples)
         except AudioError as error:
-            return index, Skipped(index, error.path, error.reason)
-        return index, Long() if len(samples) > self.window else torch.from_numpy(samples)
+            return index, Skipped(index, error.path, error.reason), found
+        return index, Long() if len(samples) > self.window else torch.from_numpy(samples), found
 
 
-def collected(
-    clips: Iterable[tuple[int, Tensor | Long | Skipped]], batch_size: int, most_samples: int
-) -> Iterator[Batch]:
+def collected(clips: Iterable[Clip], batch_size: int, most_samples: int) -> Iterator[Batch]:
     """`batch_size` places of the manifest at a time, or fewer, so that padded to the longest of them they have no more
     than `most_samples`: beside a long clip short ones would take as much memory as it does. A clip that comes in
     windows has a batch to itself."""
-    batch = Batch([], [], [])
-    for place, (index, wave) in enumerate(clips, start=1):
+    batch = Batch()
+    for place, (index, wave, found) in enumerate(clips, start=1):
         if isinstance(wave, Skipped):
             batch.skipped.append(wave)
+            batch.stamps.append(found)
         elif isinstance(wave, Long):
             if batch.indices:
                 yield batch
-                batch = Batch([], [], [])
-            yield Batch([index], [], batch.skipped)
-            batch = Batch([], [], [])
+                batch = Batch()
+            yield Batch([index], [], batch.skipped, [*batch.stamps, found])
+            batch = Batch()
         else:
             longest = max(len(wave), *(len(other) for other in batch.waves), 0)
             if batch.waves and (len(batch.waves) + 1) * longest > most_samples:
                 yield batch
-                batch = Batch([], [], [])
+                batch = Batch()
             batch.indices.append(index)
             batch.waves.append(wave)
+            batch.stamps.append(found)
         if place % batch_size == 0:
             yield batch
-            batch = Batch([], [], [])
+            batch = Batch()
     if batch.indices or batch.skipped:
         yield batch

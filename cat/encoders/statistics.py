@@ -62,7 +62,7 @@ class RandomProjection:
             raise ValueError(f"dim must be at least 1, got {dim}.")
         self.statistics = LogMelStatistics(device=device)
         self.name, self.sample_rate, self.dim = f"random:{seed}", self.statistics.sample_rate, dim
-        self.min_samples = self.statistics.min_samples
+        self.min_samples, self.device = self.statistics.min_samples, self.statistics.device
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same matrix on every device
         self.matrix = torch.randn(dim, self.statistics.dim, generator=generator).to(device)
 

@@ -25,12 +25,12 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 import cat_kernels
 from cat.data.manifest import Manifest
 from cat.encoders.embed import Skipped, embed_manifest
 from cat.encoders.frozen import FrozenEncoder
+from cat.encoders.identity import UnknownIdentity, device_of, identity, stamp
 from cat.evaluation.features import Arrays, Features, Wanted, compute, features_of
 from cat.files import format_bytes, new_folder
 
@@ -132,7 +132,8 @@ class FeatureCache:
         for known, found in self._known:
             if known is encoder:
                 return found
-        self._known.append((encoder, identity(encoder)))  # all of its weights are read
+        who = {"device": device_of(encoder).type, "encoder": identity(encoder)}
+        self._known.append((encoder, who))  # all of its weights are read
         return self._known[-1][1]
 
     def _kept(
@@ -266,12 +267,8 @@ def _sha256(path: Path) -> str:
 # ---------------------------------------------------------------- keys
 
 
-class UnknownIdentity(TypeError):
-    """It cannot be said what an encoder's embeddings depend on."""
-
-
 def key_of(manifest: Manifest, who: Any, wanted: Wanted, *, batch_size: int) -> str:
-    """``who``: the encoder's `identity`."""
+    """``who``: the encoder's `identity`, and its device."""
     parts = {
         "format": FORMAT,
         "code": _code(),
@@ -285,18 +282,11 @@ def key_of(manifest: Manifest, who: Any, wanted: Wanted, *, batch_size: int) -> 
 
 
 def _clips(manifest: Manifest) -> str:
-    """Paths in order, sizes, times of the last change of the content and, which no copy keeps, of the file's entry.
-
-    Content is not read: it would take as long as decoding a clip again."""
+    """Paths in order, and each file's `stamp`."""
     digest = hashlib.sha256()
     for index in range(len(manifest)):
         path = os.path.abspath(manifest.path(index))
-        try:
-            found = os.stat(path)
-            stamp = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-        except (OSError, ValueError) as error:
-            stamp = type(error).__name__
-        digest.update(os.fsencode(path) + b"\0" + stamp.encode() + b"\n")
+        digest.update(os.fsencode(path) + b"\0" + stamp(path).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -310,53 +300,3 @@ def _code() -> str:
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def identity(value: Any) -> Any:
-    """Equal for what gives equal embeddings, JSON-able: weights by their content, never by a path.
-
-    Raises UnknownIdentity.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor | np.ndarray):
-        return _identity_of_array(torch.as_tensor(value))
-    if isinstance(value, torch.device):
-        return value.type
-    if isinstance(value, torch.dtype):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [identity(each) for each in value]
-    if isinstance(value, dict):
-        return {str(name): identity(each) for name, each in value.items()}
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if dataclasses.is_dataclass(value):
-        return {"": name, **{f.name: identity(getattr(value, f.name)) for f in dataclasses.fields(value)}}
-    own = name.startswith("cat.")
-    if isinstance(value, nn.Module):
-        if not own and name.partition(".")[0] not in ("torch", "transformers"):
-            raise UnknownIdentity(f"the code of {name} may change, and nothing here would tell")
-        weights = {key: _identity_of_array(tensor) for key, tensor in value.state_dict().items()}
-        settings = _settings(value) if own else _described(getattr(value, "config", None))
-        return {"": name, "modules": repr(value), "weights": weights, "settings": settings}
-    return {"": name, **_settings(value)} if own else {"": name, "settings": _described(value)}
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    """Of an object of ours: its attributes, but for its name, which may be a path."""
-    return {key: identity(each) for key, each in vars(value).items() if key != "name" and not key.startswith("_")}
-
-
-def _described(value: Any) -> Any:
-    """Of an object of `transformers`: what its own file of settings would say."""
-    if value is None:
-        return None
-    if not callable(getattr(value, "to_json_string", None)):
-        raise UnknownIdentity(f"{type(value).__name__} is nothing whose settings can be compared")
-    return value.to_json_string()
-
-
-def _identity_of_array(tensor: Tensor) -> list[Any]:
-    plain = tensor.detach().cpu().contiguous()
-    content = plain.reshape(-1).view(torch.uint8).numpy()
-    return [str(plain.dtype), list(plain.shape), hashlib.sha256(content.data).hexdigest()]

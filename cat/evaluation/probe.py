@@ -91,7 +91,7 @@ def labelled_task(manifests: dict[str, Manifest]) -> Task:
     return Task(classes, multi_label=several)
 
 
-def _labelled(manifests: dict[str, Manifest]) -> tuple[dict[str, Manifest], list[str]]:
+def labelled(manifests: dict[str, Manifest]) -> tuple[dict[str, Manifest], list[str]]:
     """The clips that have a label, and notes on those that have none: a stray file is no reason for another metric."""
     labelled, notes = {}, []
     for split, manifest in manifests.items():
@@ -134,7 +134,7 @@ def run_probe(
     _check_asked(encoders, probes, layers)
     check_prototypes(prototypes)
     task = labelled_task(manifests)
-    manifests, notes = _labelled(manifests)
+    manifests, notes = labelled(manifests)
     notes += _shared_files(manifests)
     rows, counts, first = [], {}, None
     options = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}

@@ -1,11 +1,11 @@
-"""The first experiments to run, each with a table and a verdict (`cat-audio experiment`).
+"""Experiments with a table and a verdict (`cat-audio experiment`).
 
-``overfit``         one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
-``regularisation``  the same run with and without representation regularisation
-``resolutions``     a stem with patches only, {16}, against the multi-resolution one, {4, 8, 16}
-``kernels``         the same run with the operators' kernels and with the dense formula: losses must agree
+``overfit``  one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
+``kernels``  the same run with the operators' kernels and with the dense formula
 
-All use the tiny model and the sounds of ``cat-audio synth``. On two CPU cores ``overfit`` takes half a minute and the
-others, which train two models and more each, several minutes. A single seed on a small synthetic data set shows that
-the parts work and which way they pull; it does not measure what the paper measures on AudioSet.
+and the studies of `cat.experiments.claims`, which put the paper's claims to the test: several runs each from several
+seeds, probed as they train (`study`, `trial`), read (`readings`), drawn and kept (`paper`, `records`).
+
+All use the tiny model. On a small data set they show that the parts work and which way they pull; they do not measure
+what the paper measures on AudioSet.
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cat.config import ConfigError
+from cat.config import ConfigError, differences
 from cat.data import Manifest
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
 from cat.training.guides import check_same_guides
@@ -16,7 +16,12 @@ from cat.training.recipe import Recipe
 def data_identity(
     manifest: Manifest, valid: Manifest | None, embeddings: EmbeddingStore | EmbeddingFiles | None
 ) -> dict[str, Any]:
-    """JSON-able: the clips of training and validation, and the external embeddings if the run learns from them."""
+    """JSON-able: the clips of training and validation, and the external embeddings if the run learns from them.
+
+    Raises: `EmbeddingError` where embeddings are damaged, or of other audio than there is (`EmbeddingStore.verify`).
+    """
+    if isinstance(embeddings, EmbeddingStore):
+        embeddings.verify(manifest)
     identity: dict[str, Any] = dict(manifest.identity)
     rows = identity.pop("embedding_rows", None)
     return {
@@ -49,11 +54,11 @@ def check_same_data(
         )
     kept = dict(now)
     old, new = saved.get("embeddings", now["embeddings"]), now["embeddings"]
-    if old != new:
+    if reasons := other_embeddings(old, new):
         raise ConfigError(
             f"{config.data.train} has other external embeddings ({_embeddings(new)}) than when {run_dir} was started "
-            f"({_embeddings(old)}): its numbers would change. Give those of then, or start another run with "
-            "run.name=OTHER"
+            f"({_embeddings(old)}): its numbers would change ({'; '.join(reasons)}). Give those of then, or start "
+            "another run with run.name=OTHER"
         )
     if "guides" in now:
         check_same_guides(saved.get("guides") or {}, now["guides"], run_dir)
@@ -78,5 +83,47 @@ def check_same_data(
     return kept, notes
 
 
-def _embeddings(identity: Mapping[str, Any]) -> str:
+def other_embeddings(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:
+    """Why a run cannot go on with these embeddings; nothing where it can.
+
+    Equal rows by the same encoder are the same, wherever its weights lie. What a checkpoint or sidecar of an earlier
+    version does not say is taken to be the same.
+    """
+    if old is None or new is None:
+        return [] if old is new else ["one of the two is none"]
+
+    def differs(key: str) -> bool:
+        return old.get(key) is not None and new.get(key) is not None and old[key] != new[key]
+
+    named = old.get("encoder") != new.get("encoder")
+    known = old.get("identity") is not None and new.get("identity") is not None
+    rows = any(differs(key) for key in ("count", "dim", "sha256", "sample"))
+    which = differs("rows")
+    if not rows and not which and (not named or (known and not differs("identity"))):
+        return []
+    reasons = []
+    if named:
+        reasons.append(f"the encoder was {_encoder(old)}, now {_encoder(new)}")
+    elif differs("identity"):
+        reasons.append(f"the encoder's weights or settings are others: it was {_encoder(old)}, now {_encoder(new)}")
+    if rows:
+        if differs("audio"):
+            reasons.append("the audio files were others")
+        made = differences(old.get("made_with") or {}, new.get("made_with") or {})
+        if old.get("made_with") and new.get("made_with"):
+            reasons += [f"made with {key}={was}, now {now}" for key, (was, now) in made.items()]
+        reasons.append("the rows are others")
+    if which:
+        reasons.append("its clips have other rows")
+    return reasons
+
+
+def _encoder(identity: Mapping[str, Any]) -> str:
+    weights = identity.get("identity")
+    return f"{identity.get('encoder')} ({weights[:12]})" if weights else str(identity.get("encoder"))
+
+
+def _embeddings(identity: Mapping[str, Any] | None) -> str:
+    if identity is None:
+        return "none"
     return f"encoder {identity.get('encoder')}, {identity.get('count')} x {identity.get('dim')}"

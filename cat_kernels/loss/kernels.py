@@ -39,7 +39,7 @@ def held(major: int, smooth: bool) -> int:
 def programs(device: torch.device, smooth: bool) -> int:
     """That share rows and channels: as many as run at once. Their sums are 11 MB at the base width on an H200."""
     if device.type != "cuda":
-        return 8  # the interpreter takes them one by one
+        return 4  # the interpreter takes them one by one
     chip = torch.cuda.get_device_properties(device)
     return held(chip.major, smooth) * int(chip.multi_processor_count)
 

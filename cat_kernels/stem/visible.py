@@ -8,7 +8,7 @@ Shapes: N = B * M clone rows, K visible patches each, S positions (p x p) in a p
 ``rows`` are (N*K*S, c), positions in block order (`layout.block_order`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import block_order, halo_rows, patchify, strides
+from .taps import convolved, piece_size
 from .weights import ConvBlock, StemWeights
 
 # Rows that a CPU takes at a time where nothing but the row is read: what is made on the way, a hidden layer four times
@@ -45,12 +46,32 @@ def masked_depthwise(rows: Tensor, taps: Tensor, bias: Tensor | None, halo: Tens
     rows (R, c); taps (c, 1, kernel, kernel); halo (patches, (p + 2 radius)^2) row numbers, R for "zero"; order:
     `block_order` of the patch.
     """
-    patches, c = halo.shape[0], rows.shape[1]
-    side = int(halo.shape[1] ** 0.5)
-    with_zero = F.pad(rows, (0, 0, 0, 1))
-    window = with_zero.index_select(0, halo.flatten()).unflatten(0, (patches, side, side))
-    out = F.conv2d(window.permute(0, 3, 1, 2), taps, bias, groups=c)
+    out = F.conv2d(_windows(_with_zero(rows), halo).permute(0, 3, 1, 2), taps, bias, groups=rows.shape[1])
     return out.permute(0, 2, 3, 1).flatten(1, 2)[:, order].flatten(0, 1)
+
+
+def _with_zero(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, 0, 0, 1))
+
+
+def _windows(rows: Tensor, halo: Tensor) -> Tensor:
+    """Rows and the one of zeros behind them -> (patches, p + 2 radius, p + 2 radius, c)."""
+    side = round(halo.shape[1] ** 0.5)
+    return rows.index_select(0, halo.flatten()).unflatten(0, (halo.shape[0], side, side))
+
+
+def _pieces(rows: Tensor, grad: Tensor, kernel: int, halo: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For the gradient of the taps (`taps.Pieces`): patches, and the gradients in their halos."""
+    patches, side = halo.shape[0], round(halo.shape[1] ** 0.5) - kernel + 1
+    rows_nSc, grad, places = rows.unflatten(0, (patches, side * side)), _with_zero(grad), order.argsort()
+    size = piece_size(side * side * rows.shape[1])
+    for some, around in zip(rows_nSc.split(size), halo.split(size), strict=True):
+        yield some[:, places].unflatten(1, (side, side)), _windows(grad, around)
+
+
+def _depthwise(block: ConvBlock, rows: Tensor, halo: Tensor, order: Tensor) -> Tensor:
+    convolve = partial(masked_depthwise, halo=halo, order=order)
+    return convolved(rows, block.dwconv.weight, block.dwconv.bias, convolve, partial(_pieces, halo=halo, order=order))
 
 
 def conv_block(block: ConvBlock, x: Tensor, depthwise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -84,8 +105,7 @@ def multires_conv_visible(stem: StemWeights, spec_BCTF: Tensor, visible_NK: Tens
         halo = halo_rows(visible_NK, (H, W), coarser, stem.kernel_size // 2)
         order = block_order(coarser, x.device)
         for block in blocks:
-            taps, bias = block.dwconv.weight, block.dwconv.bias
-            x = conv_block(block, x, partial(masked_depthwise, taps=taps, bias=bias, halo=halo, order=order))
+            x = conv_block(block, x, partial(_depthwise, block, halo=halo, order=order))
         side_tokens = patch_linear(x, side, coarser)
         tokens = side_tokens if tokens is None else tokens + side_tokens
     last = stem.proj(x)

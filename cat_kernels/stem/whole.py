@@ -9,10 +9,14 @@ Measured on two cores, in turn with the formula (`reference.py`), without gradie
 Shapes: B clips, T frames, F mel bins, H x W positions of a stage, R = B * H * W rows, c channels, D embedding width.
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import strides
+from .taps import convolved, piece_size
 from .visible import conv_block, patch_linear
 from .weights import ConvBlock, StemWeights
 
@@ -44,7 +48,22 @@ def _conv_block(block: ConvBlock, x_BHWc: Tensor) -> Tensor:
     dwconv, grid = block.dwconv, x_BHWc.shape[:3]
 
     def depthwise(y: Tensor) -> Tensor:
-        y_BcHW = y.unflatten(0, grid).permute(0, 3, 1, 2)
-        return dwconv(y_BcHW).permute(0, 2, 3, 1).flatten(0, 2)
+        return convolved(y.unflatten(0, grid), dwconv.weight, dwconv.bias, _convolve, _pieces).flatten(0, 2)
 
     return conv_block(block, x_BHWc.flatten(0, 2), depthwise).unflatten(0, grid)
+
+
+def _convolve(x_BHWc: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    c, _, kernel, _ = taps.shape
+    return F.conv2d(x_BHWc.permute(0, 3, 1, 2), taps, bias, padding=kernel // 2, groups=c).permute(0, 2, 3, 1)
+
+
+def _pieces(x_BHWc: Tensor, grad_BHWc: Tensor, kernel: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For the gradient of the taps (`taps.Pieces`): lines of one clip, and the gradients around them."""
+    _, H, W, c = x_BHWc.shape
+    radius, lines = kernel // 2, piece_size(W * c)
+    for x_1HWc, grad_1HWc in zip(x_BHWc.split(1), grad_BHWc.split(1), strict=True):
+        around = F.pad(grad_1HWc, (0, 0, radius, radius, radius, radius))
+        for first in range(0, H, lines):
+            x = x_1HWc[:, first : first + lines]
+            yield x, around[:, first : first + x.shape[1] + 2 * radius]

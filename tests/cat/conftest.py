@@ -1,4 +1,4 @@
-"""What tests of several rooms share: a fine-tuned checkpoint without the training."""
+"""What tests of several rooms share: a fine-tuned checkpoint without the training, a small labelled data set."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cat.checkpoints.store import save
 from cat.config import to_mapping
+from cat.data import Clip, Manifest, write_manifest
 from cat.data.features import FeatureConfig
 from cat.model import Classifier, HeadConfig, ModelConfig
 
@@ -67,3 +69,21 @@ def sed_eval() -> None:
     """For tests of what it scores."""
     if importlib.util.find_spec("sed_eval") is None:
         pytest.skip("needs sed_eval")
+
+
+@pytest.fixture(scope="session")
+def two_sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train, valid and test.jsonl: hiss and rumble, which any encoder tells apart."""
+    soundfile = pytest.importorskip("soundfile")
+    root = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("valid", 6), ("test", 6)):
+        clips = []
+        for i in range(count):
+            noise = rng.normal(size=6000)
+            wave = np.diff(noise, n=2, prepend=[0, 0]) if i % 2 else np.convolve(noise, np.ones(40))[:6000]
+            wave *= rng.uniform(0.02, 0.1) / wave.std()
+            soundfile.write(root / f"{split}{i}.wav", wave, 16000)
+            clips.append(Clip(f"{split}{i}.wav", labels=("hiss" if i % 2 else "rumble",)))
+        write_manifest(Manifest(tuple(clips), root), root / f"{split}.jsonl")
+    return root

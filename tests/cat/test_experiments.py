@@ -9,18 +9,16 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from cat.commands import experiment, main
 from cat.config import ConfigError
-from cat.data import Clip, Manifest, synth, write_manifest
+from cat.data import synth
 from cat.experiments import kernels, regularisation_cost
 from cat.experiments.recipes import experiment_config
-from cat.experiments.regularisation import _constant_loss
 
-soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soundfile")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("yaml")
@@ -39,23 +37,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two kinds of sound, hiss and rumble, in three splits."""
-    root = tmp_path_factory.mktemp("sounds")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("valid", 6), ("test", 6)):
-        clips = []
-        for i in range(count):
-            noise = rng.normal(size=6000)
-            wave = np.diff(noise, n=2, prepend=[0, 0]) if i % 2 else np.convolve(noise, np.ones(40))[:6000]
-            wave *= rng.uniform(0.02, 0.1) / wave.std()
-            soundfile.write(root / f"{split}{i}.wav", wave, 16000)
-            clips.append(Clip(f"{split}{i}.wav", labels=("hiss" if i % 2 else "rumble",)))
-        write_manifest(Manifest(tuple(clips), root), root / f"{split}.jsonl")
-    return root
-
-
 def command(name, data, out, *overrides):
     parser = argparse.ArgumentParser()
     experiment.add_arguments(parser)
@@ -68,8 +49,8 @@ def command(name, data, out, *overrides):
         torch.set_num_threads(threads)
 
 
-def test_overfit_falls_by_ninety_percent(data, tmp_path, capsys):
-    assert command("overfit", data, tmp_path, "data.batch_size=2", "optim.lr=3e-3") == 0
+def test_overfit_falls_by_ninety_percent(two_sounds, tmp_path, capsys):
+    assert command("overfit", two_sounds, tmp_path, "data.batch_size=2", "optim.lr=3e-3") == 0
     said = capsys.readouterr().out
     assert "PASS: the regression loss fell by 9" in said
     result = json.loads((tmp_path / "overfit" / "result.json").read_text())
@@ -82,58 +63,15 @@ def test_overfit_falls_by_ninety_percent(data, tmp_path, capsys):
     assert (tmp_path / "overfit" / "figures" / "loss.png").is_file()
 
 
-def test_overfit_has_no_guides(data, tmp_path):
+def test_overfit_has_no_guides(two_sounds, tmp_path):
     with pytest.raises(ConfigError, match=r"guides\.g: overfit trains on one batch without guides"):
-        command("overfit", data, tmp_path, "guides.g.encoder=random")
+        command("overfit", two_sounds, tmp_path, "guides.g.encoder=random")
 
 
-def test_overfit_fails_when_the_loss_does_not_fall_enough(data, tmp_path, capsys):
-    assert command("overfit", data, tmp_path, "optim.steps=3", "optim.warmup_steps=0") == 1
+def test_overfit_fails_when_the_loss_does_not_fall_enough(two_sounds, tmp_path, capsys):
+    assert command("overfit", two_sounds, tmp_path, "optim.steps=3", "optim.warmup_steps=0") == 1
     assert "FAIL: the regression loss fell by" in capsys.readouterr().out
     assert not json.loads((tmp_path / "overfit" / "result.json").read_text())["passed"]
-
-
-def test_regularisation_teaches_the_embedding(data, tmp_path, capsys):
-    steps = ("optim.steps=50", "optim.warmup_steps=5", "data.batch_size=6", "optim.lr=2e-3")
-    assert command("regularisation", data, tmp_path, *steps) == 0
-    result = json.loads((tmp_path / "regularisation" / "result.json").read_text())
-    assert result["values"]["encoder"] == "random:0"
-    assert result["values"]["last"] < 0.9 * result["values"]["constant_prediction"]
-    assert [row[0] for row in result["rows"]] == [
-        "without",
-        "with random:0",
-        "untrained",
-        "log-mel mean + std",
-        "chance",
-    ]
-    without, with_ = result["rows"][:2]
-    assert float(without[4]) == 0.0  # no L_r without it
-    assert float(with_[4]) < float(with_[3])
-    assert "with random:0 against without: kNN probe" in capsys.readouterr().out
-
-
-def test_regularisation_that_learns_nothing_fails(data, tmp_path):
-    steps = ("optim.steps=2", "optim.warmup_steps=0", "data.batch_size=6", "optim.lr=1e-8")
-    assert command("regularisation", data, tmp_path, *steps) == 1
-
-
-def test_constant_loss_is_that_of_the_mean_embedding(tmp_path):
-    rows = np.array([[1.0, 0, 0, 0], [-1, 0, 0, 0], [1, 2, 0, 0], [-1, -2, 0, 0]], np.float32)
-    np.save(tmp_path / "e.npy", rows)
-    assert _constant_loss(tmp_path / "e.npy") == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
-
-
-def test_resolutions_compares_two_stems(data, tmp_path, capsys):
-    steps = ("optim.steps=20", "optim.warmup_steps=2", "data.batch_size=4")
-    assert command("resolutions", data, tmp_path, *steps) == 0
-    said = capsys.readouterr().out
-    assert "{4, 8, 16} against {16}: kNN probe" in said
-    result = json.loads((tmp_path / "resolutions" / "result.json").read_text())
-    names = ["{16}", "{4, 8, 16}", "{16}, untrained", "{4, 8, 16}, untrained", "log-mel mean + std", "chance"]
-    assert [row[0] for row in result["rows"]] == names
-    assert all(fall > 0 for fall in result["values"]["falls"].values())
-    for figure in ("loss.png", "embeddings.png"):
-        assert (tmp_path / "resolutions" / "figures" / figure).is_file()
 
 
 def test_data_of_an_older_version_is_made_again_and_other_files_are_not_touched(tmp_path, monkeypatch):
@@ -160,50 +98,52 @@ def test_recipe_of_an_experiment_can_be_overridden(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_agreement.py runs 300 steps")
-def test_kernels_train_as_the_dense_formula_does(data, tmp_path, capsys):
+def test_kernels_train_as_the_dense_formula_does(two_sounds, tmp_path, capsys):
     stem = ("model.resolutions=[8,16]", "model.channels=[16]", "model.embed_dim=16", "model.num_heads=1")
     rest = ("model.depth=1", "model.decoder_dim=16", "data.batch_size=1", "optim.warmup_steps=0", "optim.steps=2")
-    assert command("kernels", data, tmp_path, *stem, *rest, "model.kernels=triton", "optim.lr=1e-3") == 0
+    assert command("kernels", two_sounds, tmp_path, *stem, *rest, "model.kernels=triton", "optim.lr=1e-3") == 0
     assert "PASS: the losses with triton differ from those of the dense formula by" in capsys.readouterr().out
     found = json.loads((tmp_path / "kernels" / "result.json").read_text())["values"]["found"]
     assert all(row["largest"] < 1e-4 * row["noise"] for row in found.values())
     assert (tmp_path / "kernels" / "figures" / "agreement.png").is_file()
 
 
-def test_kernels_that_train_otherwise_fail(data, tmp_path, monkeypatch):
+def test_kernels_that_train_otherwise_fail(two_sounds, tmp_path, monkeypatch):
     """Reference kernels with a tenth more learning rate."""
     made = kernels._with_kernels
-    slower = dataclasses.replace(experiment_config("kernels", data).optim, lr=3.3e-4, warmup_steps=0)
+    slower = dataclasses.replace(
+        experiment_config("kernels", two_sounds / "train.jsonl").optim, lr=3.3e-4, warmup_steps=0
+    )
 
     def other(config, name, seed):
         config = made(config, name, seed)
         return dataclasses.replace(config, optim=slower) if name == "reference" else config
 
     steps = ("model.kernels=reference", "run.device=cpu", "data.batch_size=2", "optim.warmup_steps=0", "run.stop_at=6")
-    assert command("kernels", data, tmp_path / "same", *steps) == 0
+    assert command("kernels", two_sounds, tmp_path / "same", *steps) == 0
     monkeypatch.setattr(kernels, "_with_kernels", other)
-    assert command("kernels", data, tmp_path / "other", *steps) == 1
+    assert command("kernels", two_sounds, tmp_path / "other", *steps) == 1
 
 
-def test_kernels_refuses_to_compare_the_formula_with_itself(data, tmp_path):
+def test_kernels_refuses_to_compare_the_formula_with_itself(two_sounds, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.kernels='dense' is what this experiment compares with; expected"):
-        command("kernels", data, tmp_path, "model.kernels=dense")
+        command("kernels", two_sounds, tmp_path, "model.kernels=dense")
 
 
-def test_foreign_files_in_its_folder_are_left_alone(data, tmp_path, capsys, monkeypatch):
+def test_foreign_files_in_its_folder_are_left_alone(two_sounds, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cat.commands.experiment.overfit", None)  # before any work
     for name in ("result.json", "figures/loss.png"):
         path = tmp_path / name / "overfit" / name
         path.parent.mkdir(parents=True)
         path.write_text("years of work")
-        assert main(["experiment", "overfit", "--data", str(data), "--out", str(tmp_path / name)]) == 1
+        assert main(["experiment", "overfit", "--data", str(two_sounds), "--out", str(tmp_path / name)]) == 1
         assert f"{path} exists" in capsys.readouterr().err
         assert path.read_text() == "years of work"
 
 
-def test_the_cost_of_the_regularisation(data, tmp_path, monkeypatch):
+def test_the_cost_of_the_regularisation(two_sounds, tmp_path, monkeypatch):
     """In this process, for the test: the losses of live and cached guides decide."""
-    config = experiment_config("regularisation", data, [*SMALL, "data.batch_size=2"])
+    config = experiment_config("regularisation", two_sounds, [*SMALL, "data.batch_size=2"])
 
     def here(other):
         def run(config, steps):
@@ -216,7 +156,7 @@ def test_the_cost_of_the_regularisation(data, tmp_path, monkeypatch):
     def measured(other):
         monkeypatch.setattr(regularisation_cost, "_in_a_process", here(other))
         options = {"encoder": "random", "steps": 1, "rounds": 1, "progress": False}
-        return regularisation_cost.regularisation_cost(config, data, tmp_path / "out", **options)
+        return regularisation_cost.regularisation_cost(config, two_sounds, tmp_path / "out", **options)
 
     verdict = measured(lambda guide: {})
     assert verdict.passed

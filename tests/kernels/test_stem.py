@@ -1,10 +1,14 @@
 """What is special about MultiResConv; parity, gradients, layouts and bad inputs are test_operators.py's part."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from cat_kernels import MultiResConv
+from cat_kernels.stem import taps as taps_sums
 from cat_kernels.stem import visible as visible_formulation
+from cat_kernels.stem import whole
 from cat_kernels.stem.layout import block_order, block_places, halo_rows, patchify, strides
 from cat_kernels.stem.spec import RESOLUTION_SETS, draw_visible
 
@@ -111,6 +115,79 @@ def test_rows_in_pieces_are_the_same(masked, monkeypatch):
         tokens, grads = gradients(stem, spec, visible if masked else None)
         found.append([tokens, *grads])
     torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
+
+
+def convolution(layout, dtype, k=5):
+    """x, taps, bias; PyTorch's depthwise convolution of them, of patches or whole grids; the one with our gradients."""
+    g = torch.Generator().manual_seed(1)
+    c = 6
+    if layout == "patches":
+        halo = halo_rows(draw_visible(4, 15, 6, g, torch.device("cpu")), (5, 3), (2, 2), k // 2)
+        table = {"halo": halo, "order": block_order((2, 2), halo.device)}
+        plain = partial(visible_formulation.masked_depthwise, **table)
+        pieces = partial(visible_formulation._pieces, **table)
+        x = torch.randn(halo.shape[0] * 16, c, generator=g)
+    else:
+        plain, pieces = whole._convolve, whole._pieces
+        x = torch.randn(3, 20, 12, c, generator=g)
+    weights = torch.randn(c, 1, k, k, generator=g), torch.randn(c, generator=g)
+    inputs = [t.to(dtype).requires_grad_() for t in (x, *weights)]
+    return inputs, plain, lambda x, taps, bias: taps_sums.convolved(x, taps, bias, plain, pieces)
+
+
+@pytest.mark.parametrize("layout", ["patches", "grids"])
+@pytest.mark.parametrize("piece", [1, 700, 1 << 18])  # one line or patch; several, the last piece shorter; all
+def test_gradients_of_taps_are_summed_in_float32(layout, piece, monkeypatch):
+    monkeypatch.setattr(taps_sums, "PIECE_ELEMENTS", piece)
+    (x, taps, bias), plain, ours = convolution(layout, torch.bfloat16)
+    taps, bias = (t.detach().float().requires_grad_() for t in (taps, bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ours(x, taps, bias)
+        assert torch.equal(y, plain(x, taps, bias))
+    incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    dx, *found = torch.autograd.grad(y, [x, taps, bias], incoming)
+    exact = [t.detach().double().requires_grad_() for t in (x, taps, bias)]
+    expected_dx, *expected = torch.autograd.grad(plain(*exact), exact, incoming.double())
+    assert dx.dtype == torch.bfloat16
+    torch.testing.assert_close(dx.double(), expected_dx, rtol=1e-2, atol=1e-2)
+    for a, b in zip(found, expected, strict=True):  # PyTorch's in bf16 are 2e-3 off
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("layout", ["patches", "grids"])
+def test_second_derivatives_and_transforms_of_the_depthwise_convolution(layout):
+    inputs, plain, ours = convolution(layout, torch.float64, k=3)
+
+    def derivatives(f):
+        grads = torch.autograd.grad(f(*inputs).pow(3).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in grads), inputs)
+        constants = [t.detach() for t in inputs]
+        transformed = torch.func.grad(lambda *t: f(*t).pow(3).sum(), argnums=(0, 1, 2))(*constants)
+        return [*grads, *second, *transformed, torch.func.jvp(f, tuple(constants), tuple(constants))[1]]
+
+    torch.testing.assert_close(derivatives(ours), derivatives(plain), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["patches", "grids"])
+def test_the_depthwise_convolution_keeps_rows_and_no_windows(layout):
+    inputs, _, ours = convolution(layout, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda _: None):
+        ours(*inputs)
+    assert kept == [inputs[0].shape, inputs[1].shape]
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_only_the_gradients_that_are_wanted_are_made(wanted):
+    inputs, plain, ours = convolution("patches", torch.float64)
+    found, expected = [], []
+    for f, grads in ((ours, found), (plain, expected)):
+        tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        f(*tensors).sum().backward()
+        grads += [t.grad for t in tensors]
+    assert [g is None for g in found] == [i not in wanted for i in range(3)]
+    torch.testing.assert_close([g for g in found if g is not None], [g for g in expected if g is not None])
 
 
 def test_state_dicts_are_the_same_for_every_backend():

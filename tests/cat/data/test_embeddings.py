@@ -1,13 +1,16 @@
 """External embeddings: written whole or not at all, and never parted from their clips."""
 
 import dataclasses
+import hashlib
 import io
 import json
+import os
 import pickle
 
 import numpy as np
 import pytest
 
+from cat.data import verification
 from cat.data.audio import AudioError
 from cat.data.embeddings import (
     EmbeddingError,
@@ -126,6 +129,11 @@ def test_damaged_array(tmp_path, manifest, content):
         ({"count": "4"}, "no 'count' of type int"),
         ({"dim": True}, "no 'dim' of type int"),
         ({"sha256": 3}, "'sha256' is not of type str"),
+        ({"identity": 3}, "'identity' is not of type str"),
+        ({"made_with": []}, "'made_with' is not of type dict"),
+        ({"pieces": "a"}, "'pieces' is not of type list"),
+        ({"pieces": [3]}, "'pieces' or 'clips' hold no text"),
+        ({"clips": {"a": "b"}}, "'pieces' or 'clips' hold no text"),
     ],
 )
 def test_damaged_sidecar(tmp_path, manifest, content, words):
@@ -166,6 +174,66 @@ def test_identity_tells_other_rows(tmp_path, manifest):
     rows[1] += 1
     np.save(tmp_path / "e.npy", rows)  # by another program: the sidecar does not know
     assert EmbeddingStore(tmp_path / "e.npy").identity != identity
+
+
+def without(sidecar, *keys):
+    info = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({key: value for key, value in info.items() if key not in keys}))
+
+
+@pytest.mark.parametrize("most", [verification._MOST_BYTES, 1], ids=["all", "both ends"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_rows_that_are_damaged_are_named(tmp_path, manifest, monkeypatch, at, most):
+    monkeypatch.setattr(verification, "PIECE", 2)
+    monkeypatch.setattr(verification, "_MOST_BYTES", most)
+    linked = write(tmp_path / "e.npy", manifest)
+    open_embeddings(linked).verify(linked)
+    content = bytearray((tmp_path / "e.npy").read_bytes())
+    content[128 + at * DIM * 4] ^= 1  # a bit of the number of least weight
+    (tmp_path / "e.npy").write_bytes(content)
+    which = f"rows {at // 2 * 2} to {at // 2 * 2 + 1}"
+    with pytest.raises(EmbeddingError, match=rf"e\.npy: damaged.*SHA-256 of {which}.*embed` again.*on purpose"):
+        open_embeddings(linked).verify(linked)
+    without(tmp_path / "e.npy.json", "pieces", "sha256")  # as the message says; and as earlier versions wrote it
+    open_embeddings(linked).verify(linked)
+
+
+@pytest.mark.parametrize("size", [1, 5, 47, 48, 49, 1000])
+def test_pieces_do_not_depend_on_how_they_were_written(monkeypatch, size):
+    monkeypatch.setattr(verification, "PIECE", 2)
+    rows = np.random.default_rng(0).standard_normal((5, DIM)).astype("<f4")
+    content, sums = rows.tobytes(), verification.PieceSums(DIM)
+    for start in range(0, len(content), size):
+        sums.update(content[start : start + size])
+    assert sums.all() == [hashlib.sha256(rows[at : at + 2].tobytes()).hexdigest() for at in (0, 2, 4)]
+    assert verification.damaged_piece(rows, sums.all()) is None
+    assert verification.damaged_piece(rows, sums.all()[:2]) == range(5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), True),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), True),
+        (lambda path: path.write_bytes(path.read_bytes()), False),
+        (lambda path: path.unlink(), False),  # skipped in training, and recorded
+        (lambda path: (path.unlink(), os.mkfifo(path)), False),
+    ],
+    ids=["shorter", "other content", "touched", "missing", "a pipe"],
+)
+def test_audio_that_has_changed_since(tmp_path, manifest, change, told):
+    for index in range(5):
+        (tmp_path / f"{index}.wav").write_bytes(bytes([index]) * 20_000)
+    linked = write(tmp_path / "e.npy", manifest)
+    change(tmp_path / "3.wav")
+    open_embeddings(linked).verify(dataclasses.replace(linked, clips=linked.clips[:2]))  # without that clip
+    if not told:
+        open_embeddings(linked).verify(linked)
+        return
+    with pytest.raises(EmbeddingError, match=r"3\.wav is another file than the one whose embedding is in .*e\.npy"):
+        open_embeddings(linked).verify(linked)
+    without(tmp_path / "e.npy.json", "clips")
+    open_embeddings(linked).verify(linked)
 
 
 def test_pickled_arrays_are_not_opened(tmp_path, manifest):

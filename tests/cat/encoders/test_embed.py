@@ -87,16 +87,17 @@ def test_workers_give_the_same_file(folder):
     assert (folder / "a.npy").read_bytes() == (folder / "b.npy").read_bytes()
 
 
-def test_nothing_is_written_when_too_many_clips_fail(folder):
+def test_when_too_many_clips_fail_what_is_done_is_kept(folder, monkeypatch):
+    words = (folder / "clips.jsonl", "--encoder", "logmel", "-o", folder / "x.npy", "--max-failed-share")
     with pytest.raises(
-        embed.TooManySkipped, match=r"3 of 7 clips got no embedding, more than the allowed share of 0.1"
+        embed.TooManySkipped, match=r"3 of 7 clips got no embedding, more than the allowed share of 0.1 \(--max-failed"
     ):
-        command.run(
-            arguments(folder / "clips.jsonl", "--encoder", "logmel", "-o", folder / "x.npy", "--max-failed-share", 0.1)
-        )
-    assert not list(folder.glob("*x.npy*"))
-    assert not (folder / "x.jsonl").exists()
+        command.run(arguments(*words, 0.1))
+    assert sorted(path.name for path in folder.glob("*x.*")) == ["x.failures.jsonl", "x.npy.partial"]
     assert len((folder / "x.failures.jsonl").read_text().splitlines()) == 3
+    monkeypatch.setattr(embed, "_encode", None)
+    assert command.run(arguments(*words, 0.5)) == 0
+    assert not (folder / "x.npy.partial").exists()
 
 
 def test_embedding_that_is_not_finite_leaves_its_clip_out(folder):
@@ -299,13 +300,14 @@ def test_a_long_clip_that_is_bad_behind_its_first_window_is_skipped(tmp_path, mo
 
 
 def test_batches_are_made_smaller_by_what_they_hold():
-    clips = [(i, torch.zeros(n)) for i, n in enumerate([10, 10, 60, 10, 10, 10, 10])]
-    clips.insert(4, (99, reading.Skipped(99, "x", "missing")))
-    clips.insert(7, (98, reading.Long()))
+    clips = [(i, torch.zeros(n), f"stamp {i}") for i, n in enumerate([10, 10, 60, 10, 10, 10, 10])]
+    clips.insert(4, (99, reading.Skipped(99, "x", "missing"), "stamp 99"))
+    clips.insert(7, (98, reading.Long(), "stamp 98"))
     batches = list(reading.collected(clips, batch_size=6, most_samples=100))
     assert [batch.indices for batch in batches] == [[0, 1], [2], [3, 4], [5], [98], [6]]
     assert [len(batch.waves) for batch in batches] == [2, 1, 2, 1, 0, 1]
     assert [len(batch.skipped) for batch in batches] == [0, 0, 1, 0, 0, 0]
+    assert [each for batch in batches for each in batch.stamps] == [stamp for _, _, stamp in clips]
 
 
 def test_a_batch_holds_no_more_than_it_may(folder, monkeypatch):

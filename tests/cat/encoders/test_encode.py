@@ -176,6 +176,35 @@ def test_it_goes_on_where_it_was_stopped(sounds, checkpoint, tmp_path, monkeypat
     np.testing.assert_array_equal(first.clip, second.clip)
 
 
+@pytest.mark.parametrize("harm", ["clip.f32", "frames.f32", "clips.json", "missing", "other audio"])
+def test_a_part_that_is_not_sound_is_made_again(sounds, checkpoint, tmp_path, monkeypatch, capsys, harm):
+    """One that is, before it, is not."""
+    for bad in ("1-bad.wav", "4-short.wav"):
+        (sounds / bad).unlink()
+    argv = ["encode", str(sounds), "--encoder", str(checkpoint), "--frames", "--batch-size", "1", "--quiet"]
+    one = [*argv, "-o", str(tmp_path / "a.npz")]
+    interrupted(one, monkeypatch, signal.SIGINT)
+    _, part = sorted((tmp_path / "a.npz.parts").glob("part-*"))
+    if harm == "other audio":
+        soundfile.write(sounds / "1.wav", np.full(9000, 0.1), 16000)
+    elif harm == "missing":
+        (part / "clip.f32").unlink()
+    else:
+        content = bytearray((part / harm).read_bytes())
+        content[len(content) // 2] ^= 4
+        (part / harm).write_bytes(content)
+    capsys.readouterr()
+    monkeypatch.setattr(encode, "_short", counted := Calls(encode._short))
+    assert main(one) == 0
+    assert counted.calls == 3
+    reason = "is of audio files that have changed since" if harm == "other audio" else "is damaged"
+    assert f"{part} {reason}: from there on all is done again" in capsys.readouterr().err
+    assert main([*argv, "-o", str(tmp_path / "b.npz")]) == 0
+    first, second = read_table(tmp_path / "a.npz"), read_table(tmp_path / "b.npz")
+    np.testing.assert_array_equal(first.frames, second.frames)
+    np.testing.assert_array_equal(first.clip, second.clip)
+
+
 class Calls:
     def __init__(self, function):
         self.function, self.calls = function, 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cat.commands import main
 from cat.config import ConfigError
 from cat.data.features import FeatureConfig, log_mel
 from cat.encoders import FrozenEncoder, build_encoder
@@ -204,6 +205,19 @@ def save_tflite(path) -> None:
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     path.write_bytes(bytes(builder.Output()))
+
+
+def test_a_network_in_a_file_embeds_in_several_processes(tmp_path):
+    """Made with one thread, it has none that another process would wait for."""
+    soundfile = pytest.importorskip("soundfile")
+    for index in range(4):
+        soundfile.write(tmp_path / f"{index}.wav", wave(900, seed=index)[0].numpy(), 8000)
+    spec = f"onnx:{product(tmp_path / 'net.onnx', ['N', 160])}?sample_rate=8000&output=embedding"
+    for jobs in (1, 2):
+        out = tmp_path / f"{jobs}.npy"
+        words = ["--encoder", spec, "-o", str(out), "--batch-size", "2", "--jobs", str(jobs), "--quiet"]
+        assert main(["embed", str(tmp_path), *words]) == 0
+    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "2.npy").read_bytes()
 
 
 def test_a_tflite_file_gives_its_output_or_a_tensor_inside(tmp_path):

@@ -77,6 +77,10 @@ class Plain:
         return torch.stack([clip[:end].std()[None] for clip, end in zip(waveform, ends, strict=True)])
 
 
+def plain(device):
+    return Plain()
+
+
 def make(**changes):
     return type("Changed", (Plain,), changes)()
 
@@ -123,5 +127,9 @@ def test_the_same_network_with_random_weights(tmp_path, monkeypatch):
     assert torch.equal(twin(waveform), trained.untrained_twin(0)(waveform))
     assert torch.equal(other(waveform), trained.untrained_twin(3)(waveform))
     assert not torch.allclose(twin(waveform), other(waveform), atol=1e-3)
-    with pytest.raises(ValueError, match="logmel has no twin with random weights"):
-        build_encoder("untrained:logmel")
+
+
+@pytest.mark.parametrize("spec", ["logmel", "random:3", "tests.cat.encoders.test_named:plain"])
+def test_what_has_no_network_has_no_twin(spec):
+    with pytest.raises(ValueError, match=r"^encoder 'untrained:.* has no twin with random weights; expected a network"):
+        build_encoder(f"untrained:{spec}")

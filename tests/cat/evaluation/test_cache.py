@@ -13,8 +13,9 @@ import torch
 
 from cat.data import Clip, FeatureConfig, Manifest
 from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection
+from cat.encoders.identity import identity
 from cat.evaluation import cache as module
-from cat.evaluation.cache import FeatureCache, default_folder, identity
+from cat.evaluation.cache import FeatureCache, default_folder
 from cat.evaluation.features import Features, Wanted
 from cat.model import Encoder, ModelConfig
 

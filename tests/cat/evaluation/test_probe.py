@@ -225,7 +225,7 @@ def test_require_better_fails_for_an_encoder_that_learned_nothing(data, tmp_path
     words = (checkpoint, "--require-better", "--seed", 0, "--linear")
     assert command.run(arguments(data, *words)) == 1
     assert "FAIL: the trained encoder does not beat its untrained twin (linear:" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="need a CAT checkpoint"):
+    with pytest.raises(ValueError, match="--require-better: random:0 has no twin"):
         command.run(arguments(data, "random", "--require-better"))
 
 

@@ -8,12 +8,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cat.config import ConfigError, from_mapping, to_mapping
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, pretraining, sincos_positions
-from cat.model.encoder import Block
+from cat.model.encoder import Block, attend
 from cat.model.regularisation import DISTANCES
 from cat_kernels import average_targets
 
@@ -332,6 +333,22 @@ def test_noise_depends_on_rng_alone():
 def test_masked_indices_complete_the_visible_ones():
     visible = torch.tensor([[3, 0], [1, 2]])
     assert masked_indices(visible, 5).tolist() == [[1, 2, 4], [0, 3, 4]]
+
+
+def test_attention_of_few_tokens_trains_in_fp32_on_a_cpu():
+    q, k, v, incoming = torch.randn(4, 2, 3, 26, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def attended(f, dtype):
+        tensors = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        x = f(*tensors)
+        return [t.bfloat16() for t in (x, *torch.autograd.grad(x, tensors, incoming.to(x.dtype)))]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attended(attend, torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    expected = attended(F.scaled_dot_product_attention, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_bf16_autocast_keeps_losses_in_fp32():

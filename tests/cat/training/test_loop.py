@@ -20,7 +20,7 @@ import torch
 from cat.checkpoints import store as checkpoints
 from cat.commands import main
 from cat.config import ConfigError
-from cat.data import EmbeddingWriter, load_manifest, write_manifest
+from cat.data import EmbeddingError, EmbeddingWriter, load_manifest, write_manifest
 from cat.data.dataset import PretrainDataset
 from cat.data.loader import TooManyFailures
 from cat.data.workers import WorkerDied
@@ -387,12 +387,30 @@ def test_other_embeddings_do_not_resume(tmp_path, recipe):
     config = load_recipe(recipe, changes)
     embed("random:0", 0)
     pretrain(load_recipe(recipe, [*changes, "run.stop_at=2"]), tmp_path / "run", progress=False)
-    for encoder, seed in (("random:0", 1), ("random:99", 0)):
+    reasons = {("random:0", 1): "the rows are others", ("random:99", 0): "the encoder was random:0, now random:99"}
+    for (encoder, seed), reason in reasons.items():
         embed(encoder, seed)
-        with pytest.raises(ConfigError, match=rf"embeddings \(encoder {encoder}, 8 x 5\) than when .* random:0, 8 x 5"):
+        differ = rf"embeddings \(encoder {encoder}, 8 x 5\) than when .* random:0, 8 x 5\): .* \({reason}\)"
+        with pytest.raises(ConfigError, match=differ):
             pretrain(config, tmp_path / "run", resume=True, progress=False)
     embed("random:0", 0)
     assert pretrain(config, tmp_path / "run", resume=True, progress=False).step == 9
+
+
+def test_damaged_embeddings_do_not_train(tmp_path, recipe):
+    manifest = load_manifest(load_recipe(recipe).data.train)
+    with EmbeddingWriter(tmp_path / "e.npy", manifest, dim=2, encoder="x") as writer:
+        writer.append(range(len(manifest)), np.ones((len(manifest), 2)))
+    write_manifest(writer.manifest, tmp_path / "e.jsonl")
+    content = bytearray((tmp_path / "e.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "e.npy").write_bytes(content)
+    changes = [f"data.train={tmp_path / 'e.jsonl'}", "data.valid=null", "objective.regularisation_weight=1"]
+    with pytest.raises(EmbeddingError, match=r"e\.npy: damaged"):
+        pretrain(load_recipe(recipe, changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    changes[-1] = "run.stop_at=2"  # it learns nothing of them
+    pretrain(load_recipe(recipe, changes), tmp_path / "run", progress=False)
 
 
 def test_embeddings_that_the_run_does_not_use_may_change(tmp_path, recipe):

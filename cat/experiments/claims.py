@@ -1,0 +1,140 @@
+"""The paper's claims as studies: what each asks and trains.
+
+``convergence``   does a guide save steps, and does it have to be one that knows the domain?
+``distillation``  does the student only copy its guide? Does it need it to the end?
+``resolutions``   which resolutions, at equal steps, at equal time, at equal parameters?
+``layer``         the block whose CLS token is regularised
+``cost``          how much the regularisation weighs
+``distance``      l2, l1, cosine, kl
+``masks``         masks a clip, and how much they hide
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cat.experiments.readings import NONE, Record, read_convergence, read_distillation, read_ends, read_resolutions
+from cat.experiments.study import COST, Arm
+from cat.experiments.verdict import Verdict
+from cat.model import ModelConfig
+from cat.model.encoder import Encoder
+from cat.training.recipe import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`arms` of the guides' names and the recipe; `read` makes the verdict of what was found.
+
+    ``probes``: how often a run is probed. ``guided``: it needs a guide. ``curves``: the figure shows scores against
+    steps, else those of the end.
+    """
+
+    arms: Callable[[Sequence[str], PretrainConfig], Iterator[Arm]]
+    read: Callable[[Record], Verdict]
+    probes: int = 1
+    guided: bool = True
+    curves: bool = False
+    recipe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def _convergence(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    yield Arm(NONE)
+    for guide in guides:
+        yield Arm(guide, guide=guide)
+
+
+def _distillation(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    half = recipe.optim.steps // 2
+    yield Arm(NONE)
+    for guide in guides[:1]:
+        yield Arm(guide, guide=guide)
+        for schedule, steps, words in (("stop", half, "first half"), ("decay", recipe.optim.steps, "falling to 0")):
+            changes = (f"objective.regularisation_schedule={schedule}", f"objective.regularisation_steps={steps}")
+            yield Arm(f"{guide}, {words}", changes, guide=guide)
+
+
+def _resolutions(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    """Each stem with the recipe's blocks, and with wider ones that bring it to the largest's parameters.
+
+    The paper has {4,8,16,32} lose for the length of its sequence, a quarter of the others'. Two arms take that apart:
+    {4,8,32} has the short sequence without the fourth resolution; with four times the frames of the same sound
+    {4,8,16,32} has the others' length. (To keep the others' stride, patches would overlap, and what is hidden in one
+    would be seen in the next.)
+    """
+    model = recipe.model
+    c0, c1, width = *model.channels, model.embed_dim
+    stems: dict[tuple[int, ...], tuple[int, ...]] = {
+        (4,): (), (8,): (), (16,): (), (4, 8): (c1,), (4, 16): (c1,), (8, 16): (c1,), (4, 8, 16): (c0, c1),
+        (2, 4, 8, 16): (c0, c1, width), (4, 8, 16, 32): (c0, c1, width),
+    }  # fmt: skip
+    models = [dataclasses.replace(model, resolutions=r, channels=channels) for r, channels in stems.items()]
+    largest = max(map(_parameters, models))
+    for stem in models:
+        name = "{" + ",".join(map(str, stem.resolutions)) + "}"
+        changes = (f"model.resolutions={list(stem.resolutions)}", f"model.channels={list(stem.channels)}")
+        yield Arm(name, changes)
+        if ratio := _ratio_for(largest, stem):
+            yield Arm(f"{name}, equal parameters", (*changes, f"model.mlp_ratio={ratio!r}"))
+    four = (f"model.resolutions={list(models[-1].resolutions)}", f"model.channels={list(models[-1].channels)}")
+    shift, frames = recipe.features.frame_shift_ms / 4, recipe.features.frames * 4
+    yield Arm("{4,8,16,32}, long sequence", (*four, f"features.frame_shift_ms={shift}", f"features.frames={frames}"))
+    yield Arm("{4,8,32}", ("model.resolutions=[4,8,32]", f"model.channels={list(model.channels)}"))
+
+
+def _ratio_for(parameters: int, model: ModelConfig) -> float | None:
+    """The mlp_ratio that brings an encoder to so many parameters, to a hidden unit in each block; None where it has
+    them."""
+    # hidden units cost 2 D + 1 parameters in each block
+    more = round((parameters - _parameters(model)) / (model.depth * (2 * model.embed_dim + 1)))
+    return (model.embed_dim * model.mlp_ratio + more) / model.embed_dim if more else None
+
+
+def _parameters(model: ModelConfig) -> int:
+    return sum(p.numel() for p in Encoder(model).parameters())
+
+
+def _layer(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    for layer in (*range(1, recipe.model.depth + 1), 0):
+        name = f"block {layer}" if layer else "output"
+        yield Arm(name, (f"objective.regularisation_layer={layer}",), guide=guides[0])
+
+
+def _cost(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    yield Arm(NONE)
+    for cost in (0.5, 1.5, COST, 15.0, 50.0):
+        yield Arm(f"cost {cost:g}", guide=guides[0], cost=cost)
+    yield Arm("sums", ("objective.global_loss_reduction=sum",), guide=guides[0])
+
+
+def _distance(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    for distance in ("l2", "l1", "cosine", "kl"):
+        yield Arm(distance, (f"objective.regularisation_distance={distance}",), guide=guides[0])
+    yield Arm("l2, guide projected", ("objective.regularisation_projection=external",), guide=guides[0])
+
+
+def _masks(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    masks = recipe.masks
+    for number in (1, 2, 4, 8):
+        yield Arm(f"{number} masks", (f"masks.num_masks={number}",))
+    for ratio in (0.5, 0.65, 0.9):
+        yield Arm(f"{masks.num_masks} masks, {100 * ratio:g} % hidden", (f"masks.ratio={ratio}",))
+
+
+SHORT: Mapping[str, Mapping[str, Any]] = {
+    "features": {"frames": 128},
+    "optim": {"steps": 300},
+    "ema": {"steps": 300},
+}
+LONGER: Mapping[str, Mapping[str, Any]] = {**SHORT, "features": {"frames": 192}}  # 24 patches of 32 x 32
+CLAIMS: dict[str, Claim] = {
+    "convergence": Claim(_convergence, read_convergence, probes=6, curves=True),
+    "distillation": Claim(_distillation, read_distillation, probes=6, curves=True),
+    "resolutions": Claim(_resolutions, read_resolutions, probes=3, guided=False, recipe=LONGER),
+    "layer": Claim(_layer, read_ends, recipe=SHORT),
+    "cost": Claim(_cost, read_ends, recipe=SHORT),
+    "distance": Claim(_distance, read_ends, recipe=SHORT),
+    "masks": Claim(_masks, read_ends, guided=False, recipe=SHORT),
+}

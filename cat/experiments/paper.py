@@ -1,0 +1,103 @@
+"""A claim of the paper put to the test: its study is run, drawn, read, kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cat.config import to_mapping, write_yaml
+from cat.experiments.claims import CLAIMS
+from cat.experiments.readings import MAIN, curve, ends
+from cat.experiments.records import write_record
+from cat.experiments.study import Study, run_study
+from cat.experiments.trial import Task
+from cat.experiments.verdict import Verdict
+from cat.figures import write_study_curves, write_study_ends
+from cat.provenance import made
+from cat.training.recipe import PretrainConfig, pick_device
+
+METRIC = "linear probe of the mean of the patches, %"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a study trains on and is judged by. `guides`: name -> encoder. `record`: where to keep what was found."""
+
+    pool: Path
+    tasks: tuple[Task, ...]
+    guides: Mapping[str, str]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    probes: int = 0  # how often a run is probed; 0: as often as the claim asks
+    jobs: int = 1
+    record: Path | None = None
+    progress: bool = True
+
+
+def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> tuple[Verdict, dict[str, Any]]:
+    """Runs the study `name`, what is in ``out/studies`` already excepted; draws its figure in ``out/NAME/figures``.
+
+    Returns its verdict and its record.
+    """
+    claim = CLAIMS[name]
+    guides = dict(options.guides) if claim.guided else {}
+    arms = tuple(claim.arms(list(guides), config))
+    used = {arm.guide for arm in arms}
+    study = Study(
+        config,
+        options.pool,
+        options.tasks,
+        arms,
+        {guide: spec for guide, spec in guides.items() if guide in used},
+        options.seeds,
+        options.probes or claim.probes,
+    )
+    started = time.perf_counter()
+    found = run_study(study, out / "studies", jobs=options.jobs, progress=options.progress)
+    device = pick_device(config.run.device)
+    trained = sum(run["rows"][-1]["seconds"] for arm in found["arms"].values() for run in arm["runs"])
+    record = {
+        "experiment": name,
+        **found,
+        "recipe": to_mapping(config),
+        "seconds": {"training": trained, "this call": time.perf_counter() - started, "jobs": options.jobs},
+        "made": made(device),
+    }
+    verdict = claim.read(record)
+    verdict.notes.append(f"{trained / 3600:.1f} h of training in {len(arms) * len(options.seeds)} runs")
+    _draw(record, out / name / "figures" / "scores.png", curves=claim.curves)
+    if options.record is not None:
+        write_yaml(config, out / name / "recipe.yaml")
+        recipe = (out / name / "recipe.yaml").read_text(encoding="utf-8")
+        write_record(options.record, record, recipe, verdict, out / "studies" / "runs")
+    return verdict, record
+
+
+def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
+    tasks = list(record["tasks"])
+    if curves:
+        lines = {
+            task: {arm: [_points(run, task) for run in found["runs"]] for arm, found in record["arms"].items()}
+            for task in tasks
+        }
+        write_study_curves(path, lines, _levels(record, "valid"), metric=f"valid: {METRIC}")
+    else:
+        dots = {task: {arm: ends(record, arm, task) for arm in record["arms"]} for task in tasks}
+        write_study_ends(path, dots, _levels(record, "test"), metric=f"test: {METRIC}")
+
+
+def _points(run: Mapping[str, Any], task: str) -> tuple[Sequence[float], Sequence[float]]:
+    steps, _, scores = curve(run, task)
+    return steps, scores
+
+
+def _levels(record: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
+    """task -> bound -> its score on a split."""
+    levels: dict[str, dict[str, float]] = {task: {} for task in record["tasks"]}
+    for name, scores in record["bounds"].items():
+        for task in levels:
+            found = scores[split][task]
+            levels[task][name] = found.get(MAIN, found.get("linear"))
+    return levels

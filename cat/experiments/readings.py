@@ -1,0 +1,181 @@
+"""How the numbers of a study are read: as a table, and in words.
+
+Tables are of the test split; curves, and what is derived from them, of the valid split.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cat.experiments.verdict import Verdict
+
+Record = Mapping[str, Any]  # what `cat.experiments.study.run_study` returns
+SHOWN = ("linear mean", "linear cls", "knn mean")  # probes in tables
+MAIN = SHOWN[0]
+NONE = "none"  # the arm without a guide
+
+
+def ends(record: Record, arm: str, task: str, probe: str = MAIN) -> list[float]:
+    """Test scores, a seed each."""
+    return [run["rows"][-1]["test"][task][probe] for run in record["arms"][arm]["runs"]]
+
+
+def curve(run: Mapping[str, Any], task: str, probe: str = MAIN) -> tuple[list[float], list[float], list[float]]:
+    """Steps, seconds of training, valid scores."""
+    rows = run["rows"]
+    return [r["step"] for r in rows], [r["seconds"] for r in rows], [r["valid"][task][probe] for r in rows]
+
+
+def reached(at: Sequence[float], scores: Sequence[float], level: float) -> float | None:
+    """Where a curve, straight between its points, first has the score; None where it never does. Before its first
+    point it is taken to be there."""
+    if scores[0] >= level:
+        return at[0]
+    for i in range(1, len(at)):
+        if scores[i] >= level:
+            return at[i - 1] + (at[i] - at[i - 1]) * (level - scores[i - 1]) / (scores[i] - scores[i - 1])
+    return None
+
+
+def percent(scores: Sequence[float]) -> str:
+    """Mean and deviation over seeds."""
+    spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{100 * statistics.mean(scores):.1f}{spread}"
+
+
+def _table(
+    record: Record, extra: Mapping[str, Callable[[str], str]] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: an arm's test scores, then the bounds'."""
+    extra = extra or {}
+    tasks = list(record["tasks"])
+    header = ["", *(f"{task}, {probe}" for task in tasks for probe in SHOWN), *extra]
+    rows = [
+        [
+            arm,
+            *(percent(ends(record, arm, task, p)) for task in tasks for p in SHOWN),
+            *(of(arm) for of in extra.values()),
+        ]
+        for arm in record["arms"]
+    ]
+    for name, both in record["bounds"].items():
+        scores = both["test"]
+        cells = [
+            scores[t].get(p, scores[t].get(p.split()[0]) if p.endswith("mean") else None) for t in tasks for p in SHOWN
+        ]
+        rows.append([name, *("" if c is None else f"{100 * c:.1f}" for c in cells), *([""] * len(extra))])
+    return header, rows
+
+
+def _notes(record: Record) -> list[str]:
+    seeds = len(next(iter(record["arms"].values()))["runs"])
+    return [
+        f"test split, %: linear probe of the mean of the patches and of the CLS token, kNN of the mean; mean and "
+        f"deviation of {seeds} seeds"
+    ]
+
+
+def _means(record: Record, arm: str) -> dict[str, float]:
+    return {task: statistics.mean(ends(record, arm, task)) for task in record["tasks"]}
+
+
+def _in_words(record: Record, arm: str, other: str) -> str:
+    """By how much an arm is ahead of another, task by task, and how sure that is."""
+    parts = []
+    for task in record["tasks"]:
+        a, b = ends(record, arm, task), ends(record, other, task)
+        gap = statistics.mean(a) - statistics.mean(b)
+        sure = ""
+        if len(a) > 1 and len(b) > 1:
+            error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
+            sure = f" ± {100 * error:.1f}"
+        parts.append(f"{task} {100 * gap:+.1f}{sure}")
+    return f"{arm} against {other}: {', '.join(parts)} points"
+
+
+def read_convergence(record: Record) -> Verdict:
+    """Steps to the valid score that training without a guide ends at, as a ratio."""
+    tasks = list(record["tasks"])
+
+    def level(task: str) -> float:
+        return statistics.mean(curve(run, task)[2][-1] for run in record["arms"][NONE]["runs"])
+
+    def faster(task: str, arm: str) -> str:
+        found = [reached(*_steps_and_scores(run, task), level(task)) for run in record["arms"][arm]["runs"]]
+        known = [record["steps"][-1] / steps for steps in found if steps]
+        if len(known) < len(found):
+            return f"{len(known)} of {len(found)} get there"
+        return f"{statistics.mean(known):.1f}x" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+
+    extra = {f"{task}, fewer steps": functools.partial(faster, task) for task in tasks}
+    header, rows = _table(record, extra)
+    guided = [arm for arm in record["arms"] if arm != NONE]
+    words = ". ".join(_in_words(record, arm, NONE) for arm in guided)
+    notes = [*_notes(record), f"fewer steps: to the valid score at which {NONE} ends; the paper says 5x on AudioSet"]
+    ahead = _means(record, guided[0]).values(), _means(record, NONE).values()
+    return Verdict(sum(ahead[0]) > sum(ahead[1]), f"{words}.", header, rows, notes)
+
+
+def _steps_and_scores(run: Mapping[str, Any], task: str) -> tuple[list[float], list[float]]:
+    steps, _, scores = curve(run, task)
+    return steps, scores
+
+
+def read_distillation(record: Record) -> Verdict:
+    header, rows = _table(record)
+    guide = next(arm["guide"] for arm in record["arms"].values() if arm["guide"])
+    own = {task: record["bounds"][guide]["test"][task]["linear"] for task in record["tasks"]}
+    student = _means(record, guide)
+    beaten = [task for task in own if student[task] > own[task]]
+    text = f"the student beats its guide on {', '.join(beaten) or 'no task'}"
+    text += "".join(f"; {task} {100 * student[task]:.1f} against {100 * own[task]:.1f}" for task in own)
+    others = [arm for arm in record["arms"] if arm.startswith(f"{guide},")]
+    text += ". " + ". ".join(_in_words(record, arm, guide) for arm in others)
+    return Verdict(True, f"{text}.", header, rows, _notes(record))
+
+
+def read_resolutions(record: Record) -> Verdict:
+    tasks = list(record["tasks"])
+    least = min(run["rows"][-1]["seconds"] for arm in record["arms"].values() for run in arm["runs"])
+
+    def at_time(task: str, arm: str) -> str:
+        found = [_interpolated(*curve(run, task)[1:], least) for run in record["arms"][arm]["runs"]]
+        known = [score for score in found if score is not None]
+        return percent(known) if len(known) == len(found) else "not probed by then"
+
+    def seconds(arm: str) -> str:
+        return f"{statistics.median(run['rows'][-1]['seconds'] for run in record['arms'][arm]['runs']):.0f}"
+
+    extra: dict[str, Callable[[str], str]] = {
+        "parameters": lambda arm: f"{record['arms'][arm]['parameters'] / 1e6:.2f} M",
+        "seconds": seconds,
+    }
+    extra |= {f"{task}, valid, at equal time": functools.partial(at_time, task) for task in tasks}
+    header, rows = _table(record, extra)
+    totals = {arm: sum(_means(record, arm).values()) for arm in record["arms"]}
+    best = sorted(totals, key=lambda arm: -totals[arm])
+    notes = [*_notes(record), f"equal time: {least:.0f} s of training, what the fastest arm takes for all steps"]
+    text = (
+        f"at equal steps, mean over tasks: {', '.join(f'{arm} {100 * totals[arm] / len(tasks):.1f}' for arm in best)}."
+    )
+    return Verdict(True, text, header, rows, notes)
+
+
+def _interpolated(at: Sequence[float], scores: Sequence[float], where: float) -> float | None:
+    if where < at[0]:
+        return None
+    for i in range(1, len(at)):
+        if at[i] >= where:
+            return scores[i - 1] + (scores[i] - scores[i - 1]) * (where - at[i - 1]) / (at[i] - at[i - 1])
+    return scores[-1]
+
+
+def read_ends(record: Record) -> Verdict:
+    header, rows = _table(record)
+    tasks = list(record["tasks"])
+    best = {task: max(record["arms"], key=lambda arm: _means(record, arm)[task]) for task in tasks}
+    text = "best: " + ", ".join(f"{task} {arm} ({percent(ends(record, arm, task))})" for task, arm in best.items())
+    return Verdict(True, f"{text}.", header, rows, _notes(record))

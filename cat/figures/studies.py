@@ -1,0 +1,68 @@
+"""Pictures of studies: arms with several seeds, as curves over training or as what they end at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cat.figures.canvas import COLOURS, MARKERS, figure, legend_below, save, text_of
+
+Lines = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]  # arm -> a (steps, scores in 0..1) a seed
+
+
+def write_study_curves(
+    path: Path, panels: Mapping[str, Lines], bounds: Mapping[str, Mapping[str, float]], *, metric: str
+) -> Path:
+    """A panel a task: the mean over seeds with their range, and `bounds` (task -> name -> score) as levels."""
+    drawing, axes = figure(4.9 * len(panels), 4.0, columns=len(panels), squeeze=False)
+    styles = (":", "--", "-.", (0, (1, 3)), (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)))
+    for axis, (task, lines) in zip(axes[0], panels.items(), strict=True):
+        for n, (arm, runs) in enumerate(lines.items()):
+            colour, steps = COLOURS[n % len(COLOURS)], runs[0][0]
+            scores = 100 * np.array([scores for _, scores in runs])
+            axis.plot(steps, scores.mean(0), color=colour, marker=MARKERS[n % len(MARKERS)], label=text_of(arm))
+            axis.fill_between(steps, scores.min(0), scores.max(0), color=colour, alpha=0.15, linewidth=0)
+        for n, (name, score) in enumerate(bounds.get(task, {}).items()):
+            label = f"{text_of(name)}, itself"
+            axis.axhline(100 * score, color=COLOURS[7], linewidth=1.1, linestyle=styles[n % len(styles)], label=label)
+        axis.set_title(text_of(task), fontsize=10)
+        axis.set_xlabel("step (updates)")
+        axis.set_ylabel(metric)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    legend_below(drawing, axes[0, 0])
+    return save(drawing, path)
+
+
+def write_study_ends(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    bounds: Mapping[str, Mapping[str, float]],
+    *,
+    metric: str,
+) -> Path:
+    """A panel a task: a dot a seed and the mean of each arm (arm -> scores in 0..1), and `bounds` as levels."""
+    arms = list(next(iter(panels.values())))
+    drawing, axes = figure(
+        3.2 + 3.0 * len(panels), 1.6 + 0.28 * len(arms), columns=len(panels), squeeze=False, sharey=True
+    )
+    styles = (":", "--", "-.", (0, (1, 3)), (0, (6, 2)))
+    for axis, (task, ends) in zip(axes[0], panels.items(), strict=True):
+        for place, scores in enumerate(ends.values()):
+            values = 100 * np.asarray(scores)
+            axis.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.45, markersize=4)
+            axis.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=COLOURS[1], linewidth=2)
+        for n, (name, score) in enumerate(bounds.get(task, {}).items()):
+            label = f"{text_of(name)}, itself"
+            axis.axvline(100 * score, color=COLOURS[7], linewidth=1.1, linestyle=styles[n % len(styles)], label=label)
+        axis.set_title(text_of(task), fontsize=10)
+        axis.set_xlabel(metric)
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_yticks(range(len(arms)), [text_of(arm, 40) for arm in arms], fontsize=8)
+    axes[0, 0].set_ylim(len(arms) - 0.4, -0.6)
+    if any(bounds.values()):
+        legend_below(drawing, axes[0, 0])
+    return save(drawing, path)
