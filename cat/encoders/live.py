@@ -23,8 +23,9 @@ from cat.data.batch import Batch, one_thread
 from cat.data.guides import Heard
 from cat.data.manifest import Manifest
 from cat.encoders.build import build_encoder
-from cat.encoders.embed import EncoderError, encode_clips, encode_long
+from cat.encoders.embed import encode_clips, encode_long
 from cat.encoders.frozen import WINDOW_SECONDS, FrozenEncoder
+from cat.encoders.jobs import EncoderError
 from cat.encoders.reading import BATCH_SECONDS, Long, collected
 from cat.parts import part
 
@@ -129,7 +130,9 @@ class Listener:
         encoder, rows = self.encoders[name], []
         try:
             clips = zip(indices, heard.clips(), strict=True)
-            read = ((i, clip if len(clip) else _waveform(encoder, manifest, i, WINDOW_SECONDS)) for i, clip in clips)
+            read = (
+                (i, clip if len(clip) else _waveform(encoder, manifest, i, WINDOW_SECONDS), "") for i, clip in clips
+            )
             for group in collected(read, len(indices), BATCH_SECONDS * encoder.sample_rate):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     if group.waves:

@@ -19,7 +19,8 @@ from cat.data import Batch, Manifest, eval_batches, load_manifest, write_manifes
 from cat.data.features import FeatureConfig
 from cat.data.guides import CachedRows, Guides
 from cat.encoders import FrozenEncoder, build_encoder, live, reading
-from cat.encoders.embed import EncoderError, collect_embeddings, write_embeddings
+from cat.encoders.embed import collect_embeddings, write_embeddings
+from cat.encoders.jobs import EncoderError
 from cat.encoders.live import InEachProcess, Listener, LiveRows, Waves
 from cat.training.pretrain import pretrain, profile
 from cat.training.recipe import load_recipe
