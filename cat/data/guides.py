@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cat.data.embeddings import EmbeddingError, open_embeddings
+from cat.data.embeddings import EmbeddingError, EmbeddingStore, open_embeddings
 from cat.data.manifest import Manifest, load_manifest
 
 
@@ -65,7 +65,8 @@ class CachedRows:
 
     Clips are known by where they lie, links among the folders resolved.
 
-    Raises: `EmbeddingError` when that manifest names no embeddings or lacks clips; `ManifestError`.
+    Raises: `EmbeddingError` when that manifest names no embeddings, lacks clips, or names damaged embeddings or ones of
+    other audio than there is (`EmbeddingStore.verify`); `ManifestError`.
     """
 
     def __init__(self, path: str, manifest: Manifest) -> None:
@@ -85,6 +86,9 @@ class CachedRows:
                 f"first {manifest.path(int(lacking[0]))}: run `cat-audio embed` for all of them, or take only those "
                 f"that have one: data.train={path}"
             )
+
+        if isinstance(store, EmbeddingStore):
+            store.verify(linked)
 
     @property
     def identity(self) -> dict[str, str | int]:
