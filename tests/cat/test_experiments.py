@@ -216,7 +216,7 @@ def test_the_cost_of_the_regularisation(data, tmp_path, monkeypatch):
     def measured(other):
         monkeypatch.setattr(regularisation_cost, "_in_a_process", here(other))
         options = {"encoder": "random", "steps": 1, "rounds": 1, "progress": False}
-        return regularisation_cost.regularisation_cost(config, data, tmp_path / "out", **options)
+        return regularisation_cost.regularisation_cost(config, tmp_path / "out", **options)
 
     verdict = measured(lambda guide: {})
     assert verdict.passed
