@@ -35,7 +35,6 @@ _EVERY = 0.25  # seconds between two looks at the memory
 
 def regularisation_cost(
     config: PretrainConfig,
-    data: Path,
     out: Path,
     *,
     encoder: str,
@@ -44,13 +43,13 @@ def regularisation_cost(
     rounds: int = 3,
     progress: bool = True,
 ) -> Verdict:
-    """Times ``steps`` updates without a guide, with the cached embeddings of ``encoder`` (a name as of
-    `cat.encoders.build_encoder`), and with it live in the data workers and in the training process.
+    """Times ``steps`` updates on ``data.train`` without a guide, with the cached embeddings of ``encoder`` (a name as
+    `build_encoder` takes it), and with it live in the data workers and in the training process.
 
     Each is a process of its own, and they take turns, ``rounds`` times: what is compared are ratios within a round.
     Nothing is saved but the embeddings. Passes when live and cached losses are the same, up to rounding.
     """
-    manifest = load_manifest(data / "train.jsonl")
+    manifest = load_manifest(config.data.train)
     began = time.perf_counter()
     frozen = build_encoder(encoder, device=pick_device(config.run.device))
     written, _ = write_embeddings(manifest, frozen, out / "embeddings.npy", progress=progress)

@@ -143,7 +143,7 @@ def test_foreign_files_in_its_folder_are_left_alone(two_sounds, tmp_path, capsys
 
 def test_the_cost_of_the_regularisation(two_sounds, tmp_path, monkeypatch):
     """In this process, for the test: the losses of live and cached guides decide."""
-    config = experiment_config("regularisation", two_sounds, [*SMALL, "data.batch_size=2"])
+    config = experiment_config("kernels", two_sounds / "train.jsonl", [*SMALL, "data.batch_size=2"])
 
     def here(other):
         def run(config, steps):
@@ -156,7 +156,7 @@ def test_the_cost_of_the_regularisation(two_sounds, tmp_path, monkeypatch):
     def measured(other):
         monkeypatch.setattr(regularisation_cost, "_in_a_process", here(other))
         options = {"encoder": "random", "steps": 1, "rounds": 1, "progress": False}
-        return regularisation_cost.regularisation_cost(config, two_sounds, tmp_path / "out", **options)
+        return regularisation_cost.regularisation_cost(config, tmp_path / "out", **options)
 
     verdict = measured(lambda guide: {})
     assert verdict.passed
