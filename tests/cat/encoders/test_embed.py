@@ -95,7 +95,7 @@ def test_when_too_many_clips_fail_what_is_done_is_kept(folder, monkeypatch):
         command.run(arguments(*words, 0.1))
     assert sorted(path.name for path in folder.glob("*x.*")) == ["x.failures.jsonl", "x.npy.partial"]
     assert len((folder / "x.failures.jsonl").read_text().splitlines()) == 3
-    monkeypatch.setattr(embed, "_encode", None)
+    monkeypatch.setattr(embed, "encode_clips", None)
     assert command.run(arguments(*words, 0.5)) == 0
     assert not (folder / "x.npy.partial").exists()
 
