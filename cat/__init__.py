@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cat.checkpoints import load_encoder
 from cat.data.masks import MaskConfig, inverse_block_masks
-from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig
+from cat.model import CAT, PRESETS, Encoder, GuideConfig, ModelConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from cat.encoders import CATEncoder
@@ -34,6 +34,7 @@ __all__ = [
     "CATClassifier",
     "CATEncoder",
     "Encoder",
+    "GuideConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",

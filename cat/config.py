@@ -174,6 +174,11 @@ def _build(
             filled[field.name] = _build(
                 hints[field.name], {} if raw_section is None else raw_section, key, where, presets, known
             )
+        elif (member := _member(hints[field.name])) is not None:
+            raw_section = values.get(field.name)
+            filled[field.name] = _build_named(
+                member, {} if raw_section is None else raw_section, key, where, presets, known
+            )
         elif field.name in values:
             filled[field.name] = _convert(values[field.name], hints[field.name], key, where)
         elif preset is None and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -189,6 +194,30 @@ def _build(
         mixed = any(k.startswith(f"{path}.") for k in where.overridden)
         origin = f"{where.file} with the command line's changes" if mixed else where.file
         raise ConfigError(f"{origin}: {path or cls.__name__}: {error}") from error
+
+
+def _member(hint: Any) -> type | None:
+    """C of a field of type ``Mapping[str, C]``: a section of sections, whose names are the recipe's own."""
+    members = typing.get_args(hint) if typing.get_origin(hint) is Mapping else ()
+    return typing.cast(type, members[1]) if members and dataclasses.is_dataclass(members[1]) else None
+
+
+def _build_named(
+    cls: type, raw: Any, path: str, where: _Source, presets: Mapping[type, Mapping[str, Any]], known: Sequence[str]
+) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"{where.of(path)}: {path} is {_describe(raw)}; expected a name, and below it the keys "
+            f"{', '.join(_names(cls))}"
+        )
+    built = {}
+    for name, section in raw.items():
+        key = _join(path, str(name))
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ConfigError(f"{where.of(key)}: {key}: {name!r} is not a name; expected letters, digits and _")
+        keys = [*known, *_known_keys(cls, presets, key)]
+        built[name] = _build(cls, {} if section is None else section, key, where, presets, keys)
+    return built
 
 
 def _preset(
@@ -321,6 +350,7 @@ def _describe(value: Any) -> str:
         dict: "a section",
         list: "a list",
         str: "a text",
+        _Text: "a text",
         bool: "a truth value",
         int: "an integer",
         float: "a number",
@@ -361,6 +391,8 @@ def _plain(value: Any) -> Any:
         return to_mapping(value)
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

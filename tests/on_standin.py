@@ -50,22 +50,29 @@ def seeds(waits: dict[str, str]) -> None:
 
 def steps(waits: dict[str, str]) -> None:
     from benchmarks.step_parts import Timer
-    from cat.model import CAT, PRESETS, ObjectiveConfig
+    from cat.model import CAT, PRESETS, ObjectiveConfig, Regularisation
     from cat.training.optim import OptimConfig
     from cat.training.step import PretrainStep
 
     for kernels in ("auto", "reference", "dense"):
         config = dataclasses.replace(PRESETS["tiny"], depth=1, kernels=kernels)
-        model = CAT(config, ObjectiveConfig(global_loss_reduction="mean")).to(CUDA)
+        guides = {"a": (Regularisation(2.0, layer=1, schedule="decay", steps=9), 5)}
+        model = CAT(config, ObjectiveConfig(global_loss_reduction="mean"), guides=guides).to(CUDA)
         update = PretrainStep(model, OptimConfig(lr=1e-3, warmup_steps=0), precision="bf16")
         spec, visible = torch.randn(2, 1, 32, 128, device=CUDA), torch.zeros(2, 4, dtype=torch.long, device=CUDA)
-        batch = spec, visible, None, torch.zeros(2, dtype=torch.long, device=CUDA)
-        update(*batch, lr=1e-3, decay=0.9)
+        batch = (
+            spec,
+            visible,
+            None,
+            torch.zeros(2, dtype=torch.long, device=CUDA),
+            {"a": torch.randn(2, 5, device=CUDA)},
+        )
+        update(*batch, lr=1e-3, decay=0.9, weights={"a": 2.0})
         with looked_at(f"step, kernels={kernels}", waits):
-            update(*batch, lr=2e-3, decay=0.91)
+            update(*batch, lr=2e-3, decay=0.91, weights={"a": 1.0})
         if kernels == "auto":
             with Timer(CUDA, model), looked_at("step, timed by parts", waits):
-                update(*batch, lr=2e-3, decay=0.92)
+                update(*batch, lr=2e-3, decay=0.92, weights={"a": 0.0})
 
 
 def fine_tuning_steps(waits: dict[str, str]) -> None:

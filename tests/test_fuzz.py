@@ -6,6 +6,7 @@ with new ones. What fails is printed with the seed that makes it again: ``make f
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 
 from cat.config import ConfigError, to_mapping
 from cat.data import AudioError, Manifest, ManifestError, load_manifest, read_audio, write_manifest
+from cat.model import GuideConfig
 from cat.training.recipe import PretrainConfig, load_recipe
 
 soundfile = pytest.importorskip("soundfile")
@@ -237,10 +239,16 @@ KEYS = sorted(
     for section, fields in to_mapping(load_recipe(REPOSITORY / "recipes" / "tiny.yaml")).items()
     for key in fields
 )
+GUIDES = [
+    "guides",
+    "guides.g",
+    *(f"guides.g.{field.name}" for field in dataclasses.fields(GuideConfig)),
+    "guides.keys.layer",
+]
 OVERRIDES = st.lists(
     st.builds(
         lambda key, value: f"{key}={value}",
-        st.sampled_from([*KEYS, "model.preset", "optim", "optim.lrr", "x.y.z"]),
+        st.sampled_from([*KEYS, *GUIDES, "model.preset", "optim", "optim.lrr", "x.y.z"]),
         st.one_of(
             st.sampled_from(
                 ("1", "-1", "0", "1e-3", "true", "null", "nan", "inf", "[1,2]", "[]", "{", "tiny", "auto", "1_0", "")

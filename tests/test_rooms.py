@@ -15,7 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "prediction", "data", *BASE},
-    "training": {"evaluation", "checkpoints", "data", "model", *BASE},
+    "training": {"evaluation", "encoders", "checkpoints", "data", "model", *BASE},
     "export": {"checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},
     "evaluation": {"prediction", "encoders", "checkpoints", "data", "model", *BASE},

@@ -2,8 +2,8 @@
 
 A checkpoint is a directory, ``checkpoints/step-00000200`` of a run::
 
-    model.safetensors       CAT.state_dict(): student.*, teacher.*, decoder.*, regulariser.*; of a fine-tuned model
-                            Classifier.state_dict(): encoder.*, head.*, and the same below average.*
+    model.safetensors       CAT.state_dict(): student.*, teacher.*, decoder.*, regulariser.*, regularisers.NAME.*; of a
+                            fine-tuned model Classifier.state_dict(): encoder.*, head.*, the same below average.*
     optimizer.safetensors   exp_avg.*, exp_avg_sq.*, step.* by parameter name
     state.json              format, step, the whole configuration, score, where it was made
 

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cat.data.augment import Augmentation
 from cat.data.features import FeatureConfig, log_mel
+from cat.data.guides import Heard
 from cat.data.manifest import Manifest
 
 
@@ -48,6 +50,8 @@ class Batch:
     frame_weights: Tensor | None = None  # (B, H) float32: 1 where frame targets are known and seen, else 0
     rows: tuple[int, ...] | None = None  # rows of patches that are seen, when padding is hidden (mixed: of the longer)
     augmentation: Augmentation | None = None  # what `augmented` does to it
+    guides: Mapping[str, Tensor] = field(default_factory=dict)  # (B, D_e) float32 of every other guide, by its name
+    heard: Mapping[str, Heard] = field(default_factory=dict)  # what live guides in the training process are to encode
 
     @torch.no_grad()
     def with_features(self, config: FeatureConfig) -> Batch:
@@ -94,6 +98,7 @@ class Batch:
             frame_targets=optional(self.frame_targets),
             frame_weights=optional(self.frame_weights),
             augmentation=None if self.augmentation is None else self.augmentation.each(function),
+            guides={name: function(rows) for name, rows in self.guides.items()},
         )
 
 
@@ -141,11 +146,18 @@ def gather(
     )
     if waveforms:
         return batch
-    # On one thread: the order in which sums are taken, and so the last bit, depends on the threads.
+    with one_thread():
+        return batch.with_features(features)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For what data workers and the main process are to compute alike: the order in which sums are taken, and so the
+    last bit, depends on the threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return batch.with_features(features)
+        yield
     finally:
         torch.set_num_threads(threads)
 

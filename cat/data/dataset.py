@@ -19,6 +19,7 @@ from cat.data.audio import AudioError
 from cat.data.batch import Batch, Cut, Failure, gather
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore, open_embeddings
 from cat.data.features import FeatureConfig
+from cat.data.guides import Guides
 from cat.data.manifest import Manifest
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.data.reading import check_reading, first_readable, read_cut, training_cut
@@ -57,6 +58,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         patch_size: int,
         seed: int,
         waveforms: bool = False,
+        guides: Guides | None = None,
     ) -> None:
         for name, size in (("frames", features.frames), ("mel_bins", features.mel_bins)):
             if size % patch_size:
@@ -64,19 +66,20 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         self.manifest, self.data, self.features, self.masks = manifest, data, features, masks
         self.grid = (features.frames // patch_size, features.mel_bins // patch_size)
         self.seed, self.waveforms = seed, waveforms
-        self.embeddings = open_embeddings(manifest)
+        self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
         self._order = Order(len(manifest), seed=seed)
 
     def __getitem__(self, step: int) -> Batch:
         failures: list[Failure] = []
         positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
         read = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
-        cuts, embeddings = [cut for cut, _ in read], [row for _, row in read]
+        cuts, embeddings = [cut for cut, _, _ in read], [row for _, row, _ in read]
         batch = gather(step, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)
-        return dataclasses.replace(batch, visible=self._draw_masks(step, batch.clips))
+        told = self.guides.stacked([told for _, _, told in read])
+        return dataclasses.replace(batch, visible=self._draw_masks(step, batch.clips), **told)
 
-    def _read(self, epoch: int, index: int) -> tuple[Cut, np.ndarray | None]:
-        """A clip, and its embedding."""
+    def _read(self, epoch: int, index: int) -> tuple[Cut, np.ndarray | None, dict[str, np.ndarray]]:
+        """A clip, its embedding, and what the guides have of it."""
         row = _embedding(self.embeddings, self.manifest, index)
         cut = training_cut(
             self.manifest,
@@ -89,7 +92,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
             gain=self.data.gain,
             min_samples=self.features.frame_length,
         )
-        return cut, row
+        return cut, row, self.guides.read(index)
 
     def _draw_masks(self, step: int, clips: Tensor) -> Tensor | None:
         if self.masks is None:
@@ -101,27 +104,36 @@ class EvalDataset(torch.utils.data.Dataset[Batch]):
     """``dataset[i]`` is clips i*B .. i*B + B - 1 of the manifest, centre-cropped; unreadable ones are left out."""
 
     def __init__(
-        self, manifest: Manifest, features: FeatureConfig, batch_size: int, *, waveforms: bool = False
+        self,
+        manifest: Manifest,
+        features: FeatureConfig,
+        batch_size: int,
+        *,
+        waveforms: bool = False,
+        guides: Guides | None = None,
     ) -> None:
         self.manifest, self.features, self.batch_size, self.waveforms = manifest, features, batch_size, waveforms
-        self.embeddings = open_embeddings(manifest)
+        self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
 
     def __len__(self) -> int:
         return math.ceil(len(self.manifest) / self.batch_size)
 
     def __getitem__(self, number: int) -> Batch:
-        cuts, embeddings = [], []
+        cuts, embeddings, told = [], [], []
         failures: list[Failure] = []
         for index in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.manifest))):
             try:
                 row = _embedding(self.embeddings, self.manifest, index)
                 cut = read_cut(self.manifest, index, self.features, "center", min_samples=self.features.frame_length)
+                of_guides = self.guides.read(index)
             except AudioError as error:
                 failures.append(Failure(error.path, error.reason))
                 continue
             cuts.append(cut)
             embeddings.append(row)
-        return gather(number, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)
+            told.append(of_guides)
+        batch = gather(number, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)
+        return dataclasses.replace(batch, **self.guides.stacked(told))
 
 
 def _embedding(store: EmbeddingStore | EmbeddingFiles | None, manifest: Manifest, index: int) -> np.ndarray | None:

@@ -9,6 +9,7 @@ from typing import Protocol
 from cat.data.batch import Batch, Failure
 from cat.data.dataset import DataConfig, EvalDataset, PretrainDataset
 from cat.data.features import FeatureConfig
+from cat.data.guides import Guides
 from cat.data.manifest import Manifest, load_manifest
 from cat.data.masks import MaskConfig
 from cat.data.workers import prefetched
@@ -30,6 +31,7 @@ def pretrain_batches(
     num_steps: int,
     manifest: Manifest | None = None,
     waveforms: bool = False,
+    guides: Guides | None = None,
     warn: Callable[[str], None] = say,
 ) -> Iterator[Batch]:
     """Batches of the steps ``start_step`` .. ``start_step + num_steps - 1``: the same ones in whatever run, process or
@@ -40,7 +42,8 @@ def pretrain_batches(
 
     With ``waveforms`` (what `DataConfig.features` comes to is the caller's to say) the batches hold waveforms, all of
     ``features.samples`` samples, in place of spectrograms; `Batch.with_features` makes these on whatever device.
-    ``warn`` is told when workers cannot do as they should (see `cat.data.workers.prefetched`).
+    ``guides`` are read with every clip. ``warn`` is told when workers cannot do as they should (see
+    `cat.data.workers.prefetched`).
     """
     dataset = PretrainDataset(
         load_manifest(data.train) if manifest is None else manifest,
@@ -50,6 +53,7 @@ def pretrain_batches(
         patch_size=patch_size,
         seed=seed,
         waveforms=waveforms,
+        guides=guides,
     )
     steps = range(start_step, start_step + num_steps)
     return prefetched(dataset, steps, num_workers=data.num_workers, prefetch=data.prefetch, warn=warn)
@@ -62,17 +66,17 @@ def eval_batches(
     num_workers: int = 0,
     *,
     waveforms: bool = False,
+    guides: Guides | None = None,
     warn: Callable[[str], None] = say,
 ) -> Iterator[Batch]:
     """All clips once, in order, cropped at the centre or padded; the last batch may be smaller.
 
     A clip that cannot be read is left out and named in ``Batch.failures`` (``Batch.clips`` says which ones are there);
-    no batch is empty. RuntimeError if not one clip can be read. ``waveforms`` and ``warn`` as in
-    `pretrain_batches`.
+    no batch is empty. RuntimeError if not one clip can be read. ``waveforms``, ``guides`` and
+    ``warn`` as in `pretrain_batches`.
     """
-    return every_clip(
-        EvalDataset(manifest, features, batch_size, waveforms=waveforms), num_workers=num_workers, warn=warn
-    )
+    dataset = EvalDataset(manifest, features, batch_size, waveforms=waveforms, guides=guides)
+    return every_clip(dataset, num_workers=num_workers, warn=warn)
 
 
 class EveryClip(Protocol):

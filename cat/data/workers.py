@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
@@ -79,6 +80,7 @@ def prefetched(
             break
         with workers:
             for packed in workers:
+                packed.check()
                 try:
                     packed.open()
                 except Exception as error:  # whatever it is, other workers can send the item another way
@@ -224,14 +226,20 @@ def _obituary(process: BaseProcess) -> str:
 
 
 class _Packed(Generic[T]):
-    """An item on its way. ``trouble``: why its memory is not shared."""
+    """An item on its way. ``trouble``: why its memory is not shared. ``error``: what there is in place of an item, and
+    where it was raised."""
 
-    def __init__(self, content: bytes, trouble: str | None) -> None:
-        self._content, self.trouble = content, trouble
+    def __init__(self, content: bytes, trouble: str | None, error: tuple[bytes, str] | None = None) -> None:
+        self._content, self.trouble, self.error = content, trouble, error
         self._item: T | None = None
 
+    def check(self) -> None:
+        """Raises: what the data set raised."""
+        if self.error is not None:
+            raise _loads(self.error[0]) from _InWorkerError(self.error[1])
+
     def open(self) -> None:
-        if self._item is None:
+        if self._item is None and self.error is None:
             self._item = _loads(self._content)
 
     def take(self) -> T:
@@ -255,7 +263,15 @@ class _Packing(Generic[T]):
         self._dataset, self._share, self._trouble = dataset, share, None if share else "an earlier item could not be"
 
     def __getitem__(self, key: int) -> _Packed[T]:
-        item = self._dataset[key]
+        try:
+            item = self._dataset[key]
+        except Exception as error:
+            # torch would put the worker's traceback into the words.
+            with contextlib.suppress(Exception):  # one that cannot travel
+                content = bytes(ForkingPickler.dumps(error))
+                if str(_loads(content)) == str(error):
+                    return _Packed(b"", None, (content, traceback.format_exc()))
+            raise
         if self._trouble is None:
             try:
                 _need_descriptors()
@@ -263,6 +279,13 @@ class _Packing(Generic[T]):
             except Exception as error:  # the item is there, and goes another way, as will all later ones
                 self._trouble = _text(error)
         return _Packed(_plain(item), self._trouble)
+
+
+class _InWorkerError(Exception):
+    """Where an error was raised, for `cat-audio --debug`."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
 
 
 def _need_descriptors(count: int = 32) -> None:

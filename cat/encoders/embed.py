@@ -93,10 +93,10 @@ def _embedded(
         indices, waves, skipped = batch.indices, batch.waves, batch.skipped
         rows_BE = torch.empty(0, encoder.dim)
         try:
-            if indices:
-                rows_BE = (
-                    _encode(encoder, manifest, indices, waves) if waves else _encode_long(encoder, manifest, indices[0])
-                )
+            if waves:
+                rows_BE = encode_clips(encoder, manifest, indices, waves).cpu()
+            elif indices:
+                rows_BE = encode_long(encoder, manifest, indices[0])
         except AudioError as error:  # beyond the first window
             skipped, indices = [*skipped, Skipped(indices[0], error.path, error.reason)], []
         finite_B = rows_BE.isfinite().all(dim=1)
@@ -124,31 +124,33 @@ def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: ob
     )
 
 
-def _encode(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], waves: list[Tensor]) -> Tensor:
-    """(B, dim) float32 on the CPU."""
+def encode_clips(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], waves: list[Tensor]) -> Tensor:
+    """(B, dim) float32, on the device that it was computed on. Raises EncoderError, with the clips' names."""
     waveform_Bn = torch.zeros(len(waves), max(map(len, waves)))
     for row, wave in zip(waveform_Bn, waves, strict=True):
         row[: len(wave)] = wave
     lengths_B = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
     try:
-        return encoder(waveform_Bn, lengths_B).to("cpu", torch.float32)
+        return encoder(waveform_Bn, lengths_B).float()
     except Exception as error:
         names = ", ".join(str(manifest.path(index)) for index in indices)
         seconds = waveform_Bn.shape[1] / encoder.sample_rate
+        if len(waves) == 1:
+            raise EncoderError(f"{encoder.name} failed on {names} ({seconds:.1f} s): {error}") from error
         raise EncoderError(
             f"{encoder.name} failed on a batch of {len(waves)} clips of up to {seconds:.1f} s: {error} "
             f"(--batch-size 1 tells which one; fewer also need less memory.) The clips: {names}"
         ) from error
 
 
-def _encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
-    """(1, dim): a clip's windows, made one."""
+def encode_long(encoder: FrozenEncoder, manifest: Manifest, index: int) -> Tensor:
+    """(1, dim) float32 on the CPU: a clip's windows, made one. Raises AudioError for one that cannot be read."""
     windows = read_long(manifest, index, encoder.sample_rate)
     if hasattr(encoder, "of_stream"):
         return encoder.of_stream(windows)[None].to("cpu", torch.float32)
     rows_WE, lengths = torch.empty(0, encoder.dim), []
     for wave in windows:
-        row_1E = _encode(encoder, manifest, [index], [torch.from_numpy(wave)])
+        row_1E = encode_clips(encoder, manifest, [index], [torch.from_numpy(wave)]).cpu()
         # Not a list of rows: small blocks between large ones that come and go made the heap grow by 10 MB a window.
         rows_WE = torch.cat([rows_WE, row_1E])
         lengths.append(len(wave))

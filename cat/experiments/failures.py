@@ -33,9 +33,9 @@ PULL = 1.0  # of the control: weight * L_r over L_p, each of its best constant p
 class UnwiredCAT(CAT):
     """Its regulariser's head learns to read the CLS token, and the student does not learn to be read."""
 
-    def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         x, cls = super().encode(spec, visible)
-        return x, cls.detach()
+        return x, {layer: token.detach() for layer, token in cls.items()}
 
 
 class CollapsingCAT(CAT):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cat.config import ConfigError
 from cat.data import pretrain_batches
 from cat.experiments.verdict import Verdict
 from cat.model import CAT
@@ -28,6 +29,10 @@ def overfit(config: PretrainConfig, *, say: Callable[[str], None] = print) -> Ve
     constant after the warm-up, there is no weight decay, and the model has no dropout. The optimised loss is the whole
     objective; the verdict is on its regression part, against the first step's.
     """
+    if config.guides:
+        raise ConfigError(
+            f"guides.{next(iter(config.guides))}: overfit trains on one batch without guides; leave it out"
+        )
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
     batch = _first_batch(config).to(device)
@@ -45,7 +50,7 @@ def overfit(config: PretrainConfig, *, say: Callable[[str], None] = print) -> Ve
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         names = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")
-        curve.append({"step": step, **dict(zip(names, (value.item() for value in output), strict=True))})
+        curve.append({"step": step, **dict(zip(names, (value.item() for value in output.numbers), strict=True))})
         share = curve[-1]["regression"] / curve[0]["regression"]
         if step == 1 or step % 25 == 0:
             say(f"step {step}: regression loss {curve[-1]['regression']:.3f}, {100 * share:.0f} % of the first")

@@ -30,7 +30,7 @@ from cat.encoders.embed import write_embeddings
 from cat.evaluation.probe import SPLITS
 from cat.experiments.trial import Task, Trial, probed, run_trial
 from cat.files import write_json
-from cat.model.pretraining import DISTANCES
+from cat.model.regularisation import DISTANCES
 from cat.progress import say
 from cat.training.recipe import SECTION_PRESETS, PretrainConfig, pick_device
 

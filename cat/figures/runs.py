@@ -62,9 +62,16 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
     """Total loss, its parts, and the deviation of predictions and targets, against the step.
 
     `runs` maps a name to train rows of metrics.jsonl. One run shows every step in light ink and the running mean (over
-    a twentieth of the run) in full ink; several runs show their running means only. A panel a quantity.
+    a twentieth of the run) in full ink; several runs show their running means only. A panel a quantity, and one a guide
+    besides that of the manifest.
     """
-    present = [part for part in PARTS if any(_values(rows, part).any() for rows in runs.values())]
+    titles = PARTS | {
+        key: f"L_r towards {key.partition('.')[2]}"
+        for rows in runs.values()
+        for key in (rows[0] if rows else ())
+        if key.startswith("regularisation.")
+    }
+    present = [part for part in titles if any(_has(_values(rows, part)) for rows in runs.values())]
     panels = len(present) + 1
     columns = 2 if panels <= 4 else 3
     drawing, grid = figure(4.6 * columns, 3.4 * -(-panels // columns), rows=-(-panels // columns), columns=columns)
@@ -74,12 +81,12 @@ def write_loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]
     for axis, part in zip(axes, present, strict=False):
         shown = [_values(rows, part) for rows in runs.values()]
         for colour, (name, rows), values in zip(COLOURS, runs.items(), shown, strict=False):
-            if values.any():  # a run without this part has zeros
+            if _has(values):
                 _curve(axis, rows, part, colour, label=text_of(name), raw=len(runs) == 1)
         positive = np.concatenate([values[values > 0] for values in shown])
         if len(positive) and positive.max() > 30 * positive.min():
             axis.set_yscale("log")
-        axis.set_title(PARTS[part], fontsize=10)
+        axis.set_title(titles[part], fontsize=10)
         axis.set_ylabel("loss")
     for line, (name, rows) in zip(COLOURS, runs.items(), strict=False):
         colours = (COLOURS[0], COLOURS[1]) if len(runs) == 1 else (line, line)
@@ -136,6 +143,11 @@ def write_agreement(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """float64, NaN where a row lacks the value (a step whose loss was not finite)."""
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
+
+
+def _has(values: np.ndarray) -> bool:
+    """Whether a run has this part: one without has zeros, or does not know it."""
+    return bool(np.nan_to_num(values).any())
 
 
 def _curve(

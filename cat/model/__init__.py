@@ -4,12 +4,17 @@ from cat.model.classifier import Classifier, ClassifierOutput, HeadConfig
 from cat.model.encoder import PRESETS, Encoder, ModelConfig, rows_of, sincos_positions
 from cat.model.pretraining import (
     CAT,
-    SCHEDULES,
     ObjectiveConfig,
     PretrainOutput,
     masked_indices,
-    squared_distance,
     visible_to_mask,
+)
+from cat.model.regularisation import (
+    SCHEDULES,
+    GuideConfig,
+    Regularisation,
+    check_guide_names,
+    squared_distance,
 )
 
 __all__ = [
@@ -19,10 +24,13 @@ __all__ = [
     "Classifier",
     "ClassifierOutput",
     "Encoder",
+    "GuideConfig",
     "HeadConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "PretrainOutput",
+    "Regularisation",
+    "check_guide_names",
     "masked_indices",
     "rows_of",
     "sincos_positions",

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat.model.encoder import Encoder, ModelConfig, for_products, init_linear, low_dtype
+from cat.model.regularisation import Regularisation, squared_distance
 from cat.parts import part
 from cat_kernels import (
     EMA,
@@ -34,17 +34,13 @@ from cat_kernels import (
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the student is trained on: L = L_p + global_weight * L_g + regularisation_weight * L_r.
+    """What the student is trained on: L = L_p + global_weight * L_g + regularisation_weight * L_r, and as many terms
+    like the last one as there are other guides (`cat.model.GuideConfig`).
 
     ``global_loss_reduction`` "sum" is the published recipe: L_g and L_r are *sums* over the clip-clones of the batch,
     while L_p is a mean over masked tokens, so at weight 1 they grow with the batch per GPU. "mean" divides by their
-    number. ``regularisation_layer`` d: 0 takes the CLS token of the last block, d > 0 the one that block d's MLP puts
-    out. ``regularisation_distance``: "l2" (the paper's s), "l1", "cosine" or "kl", see `DISTANCES`.
-    ``regularisation_projection``: "student" projects the CLS token to the external embedding's width D_e, "external"
-    the embedding to the model's. ``regularisation_normalise`` scales external embeddings to unit length first: encoders
-    differ in it a hundredfold, and the distances with them. ``regularisation_schedule``: the weight is "constant",
-    rises from 0 over ``regularisation_steps`` updates ("warmup"), falls to 0 over them ("decay"), or is 0 after them
-    ("stop"). ``teacher_top_k``: average the last k blocks into the target, 0 means all.
+    number. The fields ``regularisation_...`` are those of `Regularisation`, towards the external embeddings that
+    the data set's manifest names. ``teacher_top_k``: average the last k blocks into the target, 0 means all.
     ``noise_std``: deviation of the noise that stands for masked patches in the decoder.
     """
 
@@ -61,28 +57,20 @@ class ObjectiveConfig:
     noise_std: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.regularisation_distance not in DISTANCES:
-            raise ValueError(
-                f"regularisation_distance={self.regularisation_distance!r}; expected one of {sorted(DISTANCES)}"
-            )
-        if self.regularisation_projection not in ("student", "external"):
-            raise ValueError(
-                f"regularisation_projection={self.regularisation_projection!r}; expected 'student' or 'external'"
-            )
-        if self.regularisation_schedule not in SCHEDULES:
-            raise ValueError(
-                f"regularisation_schedule={self.regularisation_schedule!r}; expected one of {list(SCHEDULES)}"
-            )
-        scheduled = self.regularisation_schedule != "constant"
-        if self.regularisation_steps < scheduled:
-            raise ValueError(
-                f"regularisation_steps={self.regularisation_steps}; expected the updates that "
-                f"regularisation_schedule={self.regularisation_schedule} takes, {int(scheduled)} or more"
-            )
+        try:
+            self.regularisation  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"regularisation_{error}") from None
         if self.global_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"global_loss_reduction={self.global_loss_reduction!r}; expected 'sum' or 'mean'")
         if self.noise_std < 0:
             raise ValueError(f"noise_std={self.noise_std}; expected a deviation, 0 or more")
+
+    @property
+    def regularisation(self) -> Regularisation:
+        """The term towards the embeddings that the data set's manifest names."""
+        prefix = "regularisation_"
+        return Regularisation(**{f.name: getattr(self, prefix + f.name) for f in fields(Regularisation)})
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -97,14 +85,6 @@ class ObjectiveConfig:
             )
         return values
 
-
-# regularisation_schedule -> share of the weight in the update that follows ``step`` others, of ``steps``.
-SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "constant": lambda step, steps: 1.0,
-    "warmup": lambda step, steps: min(1.0, (step + 1) / (steps + 1)),
-    "decay": lambda step, steps: max(0.0, 1.0 - step / steps),
-    "stop": lambda step, steps: float(step < steps),
-}
 
 _FIRST_FIELDS = {"global_weight", "regularisation_weight", "regularisation_layer", "teacher_top_k", "noise_std"}
 _EARLIER = {"cosine": "bare_cosine", "kl": "kl_from_external"}
@@ -142,30 +122,6 @@ class Decoder(nn.Module):
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """s(a, b) = sum_d (a_d - b_d)^2 / sqrt(D), over the last dimension."""
-    return (a - b).square().sum(-1) * a.shape[-1] ** -0.5
-
-
-def kl_divergence(a: Tensor, b: Tensor) -> Tensor:
-    """KL(softmax(a) | softmax(b)) = sum_d p_d (log p_d - log q_d), over the last dimension."""
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-# regularisation_distance -> distance of a prediction a (..., D) and an external embedding b over the last dimension, as
-# released: all but KL are divided by sqrt(D).
-DISTANCES = {
-    "l2": squared_distance,
-    "l1": lambda a, b: (a - b).abs().sum(-1) * a.shape[-1] ** -0.5,
-    "cosine": lambda a, b: (1 - F.cosine_similarity(a, b, dim=-1, eps=1e-6)) * a.shape[-1] ** -0.5,
-    "kl": kl_divergence,
-    # Of version 0.1, for its runs to go on with.
-    "bare_cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=-1),
-    "kl_from_external": lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").sum(-1),
-}
-
-
 # Of block outputs that wait in `CAT.targets`: the base model's at 96 clips in bf16 are 0.83 GB. Little beside what the
 # student keeps for backward, which is not there yet.
 WAITING_BYTES = 1 << 30
@@ -180,6 +136,12 @@ class PretrainOutput(NamedTuple):
     regularisation: Tensor  # L_r, not weighted; 0 without an external embedding
     pred_std: Tensor  # deviation of predictions and targets over tokens, mean over D: collapse shows here first
     target_std: Tensor
+    guides: tuple[Tensor, ...] = ()  # L_r of every other guide, not weighted, in the order of `CAT.regularisers`
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """All of them."""
+        return [*self[:-1], *self.guides]
 
 
 class CAT(nn.Module):
@@ -189,10 +151,15 @@ class CAT(nn.Module):
         config: architecture.
         objective: losses and their weights.
         embedding_dim: width D_e of the external embeddings, or None without representation regularisation.
+        guides: other guides, by names that `check_guide_names` lets pass, with the widths of their embeddings.
     """
 
     def __init__(
-        self, config: ModelConfig, objective: ObjectiveConfig | None = None, embedding_dim: int | None = None
+        self,
+        config: ModelConfig,
+        objective: ObjectiveConfig | None = None,
+        embedding_dim: int | None = None,
+        guides: Mapping[str, tuple[Regularisation, int]] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -202,9 +169,13 @@ class CAT(nn.Module):
                 f"regularisation_weight={self.objective.regularisation_weight} needs external embeddings, but "
                 "embedding_dim is None: give the data set embeddings (`cat-audio embed`), or set the weight to 0"
             )
+        # All that L_r is made of; the one that the objective describes has no name.
+        self.terms = {"": self.objective.regularisation} if self.objective.regularisation_weight else {}
+        self.terms |= {name: guide for name, (guide, _) in (guides or {}).items()}
         for name, value in (
             ("regularisation_layer", self.objective.regularisation_layer),
             ("teacher_top_k", self.objective.teacher_top_k),
+            *((f"guides.{name}.layer", guide.layer) for name, (guide, _) in (guides or {}).items()),
         ):
             if not 0 <= value <= config.depth:
                 raise ValueError(f"{name}={value}; expected 0 to {config.depth}, the number of blocks")
@@ -212,9 +183,14 @@ class CAT(nn.Module):
         self.decoder = Decoder(config)
         self.regulariser: nn.Linear | None = None
         if embedding_dim:
-            widths = (config.embed_dim, embedding_dim)
-            self.regulariser = nn.Linear(*(widths if self._projects_student else widths[::-1]))
+            self.regulariser = self.objective.regularisation.linear(config.embed_dim, embedding_dim)
             init_linear(self.regulariser)
+        # After all else, so that a guide more leaves the other weights as they were.
+        self.regularisers = nn.ModuleDict(
+            {name: guide.linear(config.embed_dim, dim) for name, (guide, dim) in (guides or {}).items()}
+        )
+        for linear in cast(Iterable[nn.Linear], self.regularisers.values()):
+            init_linear(linear)
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
         # In a tuple: no submodule, and so not in the state dict.
         self._low: tuple[Encoder, ...] = ()
@@ -225,10 +201,6 @@ class CAT(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
-
-    @property
-    def _projects_student(self) -> bool:
-        return self.objective.regularisation_projection == "student"
 
     @property
     def acting_teacher(self) -> Encoder:
@@ -276,18 +248,20 @@ class CAT(nn.Module):
         assert total is not None  # depth >= used >= 1
         return total
 
-    def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """The student on its visible patches: last block's output (N, 1+K, D), and the CLS (N, D) that L_r looks at."""
+    def encode(self, spec: Tensor, visible: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The student on its visible patches: last block's output (N, 1+K, D), and by their layers the CLS tokens
+        (N, D) that L_r looks at."""
         with part("stem"):
             x = self.student.embed(spec, visible)
-        cls = None
+        layers = {term.layer for term in self.terms.values()}
+        cls = {}
         with part("blocks"):
             low = for_products(x)
             for i, block in enumerate(self.student.blocks, start=1):
                 x, low, t = block(x, low)
-                if i == self.objective.regularisation_layer:
-                    cls = t[:, 0]
-        return x, x[:, 0] if cls is None else cls
+                if i in layers:
+                    cls[i] = t[:, 0]
+        return x, {0: x[:, 0], **cls}
 
     def decode(
         self, x: Tensor, visible: Tensor, grid: tuple[int, int], rng: Tensor, noise: Tensor | None = None
@@ -309,9 +283,10 @@ class CAT(nn.Module):
         *,
         rng: Tensor,
         mask_noise: Tensor | None = None,
-        regularisation_weight: Tensor | None = None,
+        guides: Mapping[str, Tensor | None] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> PretrainOutput:
-        """Losses of one batch.
+        """Losses of one batch. In eval mode a term of L_r without embeddings is left out; in training it is an error.
 
         Args:
             spec: (B, 1, T, F) normalised log-mel spectrograms.
@@ -319,7 +294,8 @@ class CAT(nn.Module):
             embedding: (B, D_e) external embedding of every clip, or None.
             rng: (2,) int64, seed and offset of the noise in the decoder.
             mask_noise: (B*M, L-K, D) noise to use in place of drawn noise, masked patches in ascending order.
-            regularisation_weight: 0-dim float32 in place of the objective's, where a schedule moves it.
+            guides: the same of the other guides, by name.
+            weights: of the terms that have a schedule, by name ("": the objective's), 0-dim float32.
         """
         P = self.config.patch_size
         grid = (spec.shape[2] // P, spec.shape[3] // P)
@@ -329,17 +305,18 @@ class CAT(nn.Module):
         with part("decoder"):
             prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
         with part("loss"):
-            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embedding, regularisation_weight)
+            embeddings = {"": embedding, **(guides or {})}
+            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embeddings, weights or {})
 
     def _losses(
         self,
         x: Tensor,
-        cls: Tensor,
+        cls: dict[int, Tensor],
         prediction_NLD: Tensor,
         target_BLD: Tensor,
         visible: Tensor,
-        embedding: Tensor | None,
-        weight: Tensor | None,
+        embeddings: Mapping[str, Tensor | None],
+        weights: Mapping[str, Tensor],
     ) -> PretrainOutput:
         regression, pred_std, target_std = masked_regression_loss(
             prediction_NLD, target_BLD, visible, backend=self.config.backend
@@ -351,24 +328,24 @@ class CAT(nn.Module):
         target_cls = target_BLD.mean(1).repeat_interleave(M, dim=0)
         global_ = reduce(squared_distance(x[:, 0].float(), target_cls))
         loss = regression + o.global_weight * global_
-        regularisation = torch.zeros_like(regression)
-        if self.regulariser is not None and o.regularisation_weight:
-            if embedding is None:
-                raise ValueError("this model has a regularisation term, but the batch has no external embedding")
-            if o.regularisation_normalise:
-                embedding = F.normalize(embedding.float(), dim=-1)
-            cls, external = (
-                (self.regulariser(cls), embedding)
-                if self._projects_student
-                else (cls, self.regulariser(embedding.to(self.regulariser.weight.dtype)))
-            )
-            distance = DISTANCES[o.regularisation_distance]
-            regularisation = reduce(distance(cls.float(), external.float().repeat_interleave(M, dim=0)))
-            loss = loss + (o.regularisation_weight if weight is None else weight) * regularisation
-
+        zero = torch.zeros_like(regression)
+        pulls: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            embedding = embeddings.get(name)
+            if embedding is None and self.training:
+                of = f"guides.{name}" if name else "this model"
+                raise ValueError(f"{of} has a regularisation term, but the batch has no external embedding for it")
+            if embedding is not None:
+                pulls[name] = reduce(term.distances(self._linear(name), cls[term.layer], embedding, M))
+                loss = loss + weights.get(name, term.weight) * pulls[name]
+        shown = {name: pull.detach() for name, pull in pulls.items()}
+        others = tuple(shown.get(name, zero) for name in self.regularisers)
         return PretrainOutput(
-            loss, regression.detach(), global_.detach(), regularisation.detach(), pred_std, target_std
+            loss, regression.detach(), global_.detach(), shown.get("", zero), pred_std, target_std, others
         )
+
+    def _linear(self, name: str) -> nn.Linear:
+        return cast(nn.Linear, self.regularisers[name] if name else self.regulariser)
 
     def update_teacher(self, decay: float | Tensor) -> None:
         """teacher = decay * teacher + (1 - decay) * student, in float32."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from cat.data import AudioError, Manifest
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
 from cat.model import ObjectiveConfig
-from cat.model.pretraining import DISTANCES
+from cat.model.regularisation import DISTANCES
 from cat.training.recipe import PretrainConfig
 
 SAMPLED = 2_048  # rows that stand for all; the constant is then within a few per cent

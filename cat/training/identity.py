@@ -59,6 +59,8 @@ def check_same_data(
             f"({_embeddings(old)}): its numbers would change ({'; '.join(reasons)}). Give those of then, or start "
             "another run with run.name=OTHER"
         )
+    if "guides" in now:
+        _check_same_guides(saved.get("guides") or {}, now["guides"], run_dir)
     old, new = saved.get("valid", now["valid"]), now["valid"]
     if old is not None and new is not None and old != new:
         raise ConfigError(
@@ -112,6 +114,25 @@ def other_embeddings(old: Mapping[str, Any] | None, new: Mapping[str, Any] | Non
     if which:
         reasons.append("its clips have other rows")
     return reasons
+
+
+def _check_same_guides(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+    """A run may go on with a live guide whose embeddings have been cached since, and the other way about."""
+    for name, new in now.items():
+        if reasons := _other_guide(saved.get(name), new):
+            raise ConfigError(
+                f"guides.{name} is another one than when {run_dir} was started: its numbers would change "
+                f"({'; '.join(reasons)}). Give that one, or start another run with run.name=OTHER"
+            )
+
+
+def _other_guide(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
+    """Why it is another one: cached rows by what they are, live encoders, which have none, by theirs."""
+    if old is not None and "sha256" in old and "sha256" in new:
+        return other_embeddings(old, new)
+    if old is not None and old.get("identity") is not None and old["identity"] == new.get("identity"):
+        return []
+    return [f"the encoder was {'none' if old is None else _encoder(old)}, now {_encoder(new)}"]
 
 
 def _encoder(identity: Mapping[str, Any]) -> str:

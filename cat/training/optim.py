@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from cat.model import SCHEDULES, ObjectiveConfig
+from cat.model import SCHEDULES, Regularisation
 
 
 class AdamW(Protocol):
@@ -107,10 +107,9 @@ def ema_decay(config: EmaConfig, step: int) -> float:
     return config.end - (config.end - config.start) * (1.0 - step / config.steps)
 
 
-def regularisation_weight(config: ObjectiveConfig, step: int) -> float:
-    """What L_r counts in the update that follows ``step`` others."""
-    share = SCHEDULES[config.regularisation_schedule](step, config.regularisation_steps)
-    return config.regularisation_weight * share
+def regularisation_weight(term: Regularisation, step: int) -> float:
+    """What an L_r counts in the update that follows ``step`` others."""
+    return term.weight * SCHEDULES[term.schedule](step, term.steps)
 
 
 def decays(parameter: Tensor, on: Literal["all", "matrices"]) -> bool:

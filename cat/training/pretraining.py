@@ -11,10 +11,13 @@ from torch import Tensor
 
 from cat.config import ConfigError
 from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_batches
+from cat.data.guides import Guides
 from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
+from cat.progress import say
 from cat.training.guidance import UNWIRED, Guidance, reaches
+from cat.training.guides import OpenGuides
 from cat.training.identity import data_identity
 from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, regularisation_weight, restore_optimizer
 from cat.training.recipe import PretrainConfig, made_with, pick_device, pick_features, pick_precision
@@ -22,7 +25,8 @@ from cat.training.records import CollapseCheck
 from cat.training.step import PretrainStep
 from cat.training.task import Warn
 
-LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")  # in the order of PretrainOutput
+# In the order of `PretrainOutput`; then "regularisation.NAME" of every other guide.
+LOSSES = ("loss", "regression", "global", "regularisation", "pred_std", "target_std")
 NOISE_PER_STEP = 1 << 32  # offsets of the decoder's noise that one step may use; a batch of 96 takes 2^25
 EVAL_NOISE = 1 << 62  # where evaluation's offsets begin
 
@@ -33,7 +37,6 @@ class Pretraining:
 
     command = "cat-audio pretrain"
     one_shape = True
-    values = (*LOSSES, "grad_norm")
     network = CAT
 
     def __init__(self, config: PretrainConfig, manifest: Manifest, valid: Manifest | None = None) -> None:
@@ -43,7 +46,13 @@ class Pretraining:
         self.precision = pick_precision(run.precision, self.device)
         self.features = pick_features(config.data.features, self.device)
         self._embeddings = open_embeddings(manifest) if config.objective.regularisation_weight else None
+        self.guides = OpenGuides(config.guides, manifest, device=self.device, precision=self.precision)
         self.identity = data_identity(manifest, valid, self._embeddings)
+        if config.guides:
+            self.identity["guides"] = self.guides.identity
+        self._losses = (*LOSSES, *(f"regularisation.{name}" for name in config.guides))
+        self.values = (*self._losses, "grad_norm")
+        self._valid_guides = self._of_validation()
         if run.cuda_graph and self.device.type != "cuda":
             raise ConfigError(
                 f"run.cuda_graph=true needs a GPU, but run.device={run.device} is {self.device} here; "
@@ -65,7 +74,18 @@ class Pretraining:
         store, run = self._embeddings, self.config.run
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
-            return self.network(self.config.model, self.config.objective, embedding_dim=store.dim if store else None)
+            guides = {name: (guide, self.guides.dims[name]) for name, guide in self.config.guides.items()}
+            return self.network(self.config.model, self.config.objective, store.dim if store else None, guides)
+
+    def _of_validation(self) -> Guides:
+        if self.valid is None:
+            return Guides()
+        guides, notes = self.guides.of_validation(self.valid)
+        if self._embeddings is not None and open_embeddings(self.valid) is None:
+            notes.append(f"validation goes without L_r: {self.valid.name} names no embeddings")
+        for note in notes:
+            say(note)
+        return guides
 
     @property
     def whole(self) -> bool:
@@ -73,7 +93,8 @@ class Pretraining:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        return made_with(self.config.run, self.device, self.precision, self.config.model.kernels, self.features)
+        made = made_with(self.config.run, self.device, self.precision, self.config.model.kernels, self.features)
+        return made | {f"guides.{name}.where": where for name, where in self.guides.where.items()}
 
     # ------------------------------------------------------------ updates
 
@@ -88,7 +109,7 @@ class Pretraining:
 
     def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
         config = self.config
-        return pretrain_batches(
+        batches = pretrain_batches(
             config.data,
             config.features,
             config.masks,
@@ -98,36 +119,41 @@ class Pretraining:
             num_steps=count,
             manifest=self.manifest,
             waveforms=self.features == "gpu",
+            guides=self.guides.train,
             warn=warn,
         )
+        return self.guides.listen(batches, self.manifest)
 
     def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         lr, decay = learning_rate(self.config.optim, step), ema_decay(self.config.ema, step + 1)
         told = {"lr": lr, "ema_decay": decay}
-        weight = None
-        if self.config.objective.regularisation_schedule != "constant":
-            weight = told["regularisation_weight"] = regularisation_weight(self.config.objective, step)
+        scheduled = {name: term for name, term in self.model.terms.items() if term.scheduled}
+        weights = {name: regularisation_weight(term, step) for name, term in scheduled.items()}
+        told |= {f"regularisation_weight.{name}".rstrip("."): weight for name, weight in weights.items()}
         inputs = self._inputs(batch, step * NOISE_PER_STEP)
         if step == 0 and self._embeddings is not None and self._guidance.warns:
             self._unwired = not self._reached(inputs)
-        return self.step(*inputs, lr=lr, decay=decay, regularisation_weight=weight), told
+        return self.step(*inputs, lr=lr, decay=decay, weights=weights), told
 
-    def _inputs(self, batch: Batch, noise_offset: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _inputs(
+        self, batch: Batch, noise_offset: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]:
         """What the model takes, on its device."""
         with part("input"):
             batch = batch.to(self.device).with_features(self.config.features)
             self._rng[1].fill_(noise_offset)
-        return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng
+        return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng, batch.guides
 
-    def _reached(self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> bool:
+    def _reached(self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]) -> bool:
         """Whether L_r moves the student, by two clips, before anything is compiled or recorded."""
-        spec, visible, embedding, rng = inputs
+        spec, visible, embedding, rng, guides = inputs
         clones = visible[: 2 * self.config.masks.num_masks]
 
         def loss(weight: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 few = None if embedding is None else embedding[:2]
-                return self.model(spec[:2], clones, few, rng=rng, regularisation_weight=weight).loss
+                others = {name: rows[:2] for name, rows in guides.items()}
+                return self.model(spec[:2], clones, few, rng=rng, guides=others, weights={"": weight}).loss
 
         with torch.compiler.set_stance("force_eager"):
             return reaches(self.model.student.cls, loss)
@@ -142,30 +168,32 @@ class Pretraining:
     # ------------------------------------------------------------ evaluation
 
     def scoring_batches(self, warn: Warn) -> Iterator[Batch]:
-        data = self.config.data
-        return eval_batches(
-            cast(Manifest, self.valid),
+        data, valid = self.config.data, cast(Manifest, self.valid)
+        batches = eval_batches(
+            valid,
             self.config.features,
             data.batch_size,
             data.num_workers,
             waveforms=self.features == "gpu",
+            guides=self._valid_guides,
             warn=warn,
         )
+        return self.guides.listen(batches, valid)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         """The validation losses: centre crops, with masks and noise that are the same every time, and L_r with the
         whole weight, whatever its schedule: checkpoints of one run are compared."""
         config, clips = self.config, 0
-        total = torch.zeros(len(LOSSES), device=self.device)
+        total = torch.zeros(len(self._losses), device=self.device)
         self.model.eval()
         for batch in batches:
             visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
             batch = dataclasses.replace(batch, visible=visible)
             output = self.step.losses(*self._inputs(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP))
-            total += torch.stack([value.float() for value in output]) * len(batch.clips)
+            total += torch.stack([value.float() for value in output.numbers]) * len(batch.clips)
             clips += len(batch.clips)
-        return dict(zip(LOSSES, (total / clips).tolist(), strict=True))
+        return dict(zip(self._losses, (total / clips).tolist(), strict=True))
 
     def told(self, values: Mapping[str, float]) -> str:
         return f"loss {values['loss']:.4f}"

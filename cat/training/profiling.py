@@ -24,8 +24,8 @@ TRACE = Path("profile", "trace.json")  # in the run directory
 
 # In the order of a step; "rest" is the loop itself.
 PARTS = (
-    *("data wait", "input", "teacher", "targets", "stem", "blocks", "decoder", "loss", "forward, rest", "backward"),
-    *("optimiser", "EMA", "graph", "rest"),
+    *("data wait", "guides", "input", "teacher", "targets", "stem", "blocks", "decoder", "loss", "forward, rest"),
+    *("backward", "optimiser", "EMA", "graph", "rest"),
 )
 
 

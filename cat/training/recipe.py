@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from cat.data.dataset import DataConfig
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.masks import MaskConfig
 from cat.device import pick_device as pick_device  # for those who look for it here
-from cat.model import PRESETS, ModelConfig, ObjectiveConfig
+from cat.model import PRESETS, GuideConfig, ModelConfig, ObjectiveConfig, check_guide_names
 from cat.training.optim import EmaConfig, OptimConfig
 
 SECTION_PRESETS: dict[type, Mapping[str, Any]] = {ModelConfig: PRESETS, FeatureConfig: FEATURE_PRESETS}
@@ -131,6 +132,7 @@ class PretrainConfig:
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    guides: Mapping[str, GuideConfig] = field(default_factory=dict)
     masks: MaskConfig = field(default_factory=MaskConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -139,6 +141,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_fit(self.model, self.features)
+        check_guide_names(self.guides)
 
     @property
     def run_dir(self) -> Path:
@@ -160,7 +163,7 @@ R = TypeVar("R", bound=Recipe)
 
 # Keys at the top of a recipe that only one command knows.
 _OWN_KEYS = {
-    "pretrain": ("objective", "masks", "ema"),
+    "pretrain": ("objective", "guides", "masks", "ema"),
     "finetune": ("task", "encoder", "weights", "freeze", "head", "loss", "augment", "classes", "class_names"),
 }
 RECIPES = Path(__file__).parents[2] / "recipes"  # of a checkout; they are not installed
@@ -279,6 +282,8 @@ _FREE = {
     "data.max_failed_share",
     "model.kernels",
 }
+# Of a guide: where its embeddings come from may move too; what they are is compared.
+_FREE_OF_A_GUIDE = re.compile(r"guides\.\w+\.(encoder|embeddings|where)")
 _BOUND_IN_RUN = {"run.seed"}
 
 
@@ -294,7 +299,7 @@ def check_same_run(saved: Mapping[str, Any], config: Recipe, run_dir: Path) -> N
     changed = {
         key: values
         for key, values in differences(before, to_mapping(config)).items()
-        if key in _BOUND_IN_RUN or not (key in _FREE or key.startswith("run."))
+        if key in _BOUND_IN_RUN or not (key in _FREE or key.startswith("run.") or _FREE_OF_A_GUIDE.fullmatch(key))
     }
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())

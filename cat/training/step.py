@@ -6,7 +6,7 @@ Nothing here waits for the device. The step runs eager, compiled in part or whol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -51,9 +51,11 @@ class PretrainStep:
             compile_blocks(model)
         self._forward = torch.compile(model, backend=COMPILER) if compile == "step" else model
         self._decay: float | Tensor = 1.0
-        # A tensor, that neither a graph nor a compiled loss has the number in it; none where it is always the same.
-        scheduled = model.objective.regularisation_schedule != "constant"
-        self._regularisation = torch.zeros((), device=self.device) if scheduled else None
+        # Tensors, that neither a graph nor a compiled loss has the number in it; none where it is always the same.
+        self._weights = {
+            name: torch.zeros((), device=self.device) for name, term in model.terms.items() if term.scheduled
+        }
+        self._guides = tuple(model.regularisers)
         self._replay: Replay | None = None
         self.whole = True  # False after an error between two parts of an update: the weights fit no step
         if cuda_graph:
@@ -66,11 +68,12 @@ class PretrainStep:
         visible: Tensor,
         embedding: Tensor | None,
         rng: Tensor,
-        regularisation_weight: Tensor | None = None,
+        guides: Mapping[str, Tensor | None] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> PretrainOutput:
         """As `CAT.forward`, in the step's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16), part("forward, rest"):
-            return self._forward(spec, visible, embedding, rng=rng, regularisation_weight=regularisation_weight)
+            return self._forward(spec, visible, embedding, rng=rng, guides=guides, weights=weights)
 
     def __call__(
         self,
@@ -78,28 +81,34 @@ class PretrainStep:
         visible: Tensor,
         embedding: Tensor | None,
         rng: Tensor,
+        guides: Mapping[str, Tensor] | None = None,
         *,
         lr: float,
         decay: float,
-        regularisation_weight: float | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> Tensor:
-        """One update; the weight of L_r is needed where it has a schedule.
+        """One update; the weights of the terms of L_r that have a schedule are needed, by the terms' names.
 
-        Returns the fields of `PretrainOutput` and the gradient norm, (7,) float32; the next call may overwrite them.
+        Returns `PretrainOutput.numbers` and the gradient norm, (7,) float32 without other guides; the next call may
+        overwrite them.
         """
         set_learning_rate(self.optimizer, lr)
         if isinstance(self._decay, Tensor):
             self._decay.fill_(decay)
         else:
             self._decay = decay
-        if self._regularisation is not None:
-            if regularisation_weight is None:
-                raise ValueError("regularisation_weight is None; expected its value, since it has a schedule")
-            self._regularisation.fill_(regularisation_weight)
-        return (self._replay or self._update)(spec, visible, embedding, rng)
+        for name, held in self._weights.items():
+            if weights is None or name not in weights:
+                raise ValueError(f"weights has no {name!r}; expected the value of this term, since it has a schedule")
+            held.fill_(weights[name])
+        rows = [(guides or {}).get(name) for name in self._guides]
+        return (self._replay or self._update)(spec, visible, embedding, rng, *rows)
 
-    def _update(self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor) -> Tensor:
-        output = self.losses(spec, visible, embedding, rng, self._regularisation)
+    def _update(
+        self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor, *rows: Tensor | None
+    ) -> Tensor:
+        guides = dict(zip(self._guides, rows, strict=True))
+        output = self.losses(spec, visible, embedding, rng, guides, self._weights)
         with part("backward"):
             output.loss.backward()
         with part("optimiser"):
@@ -110,7 +119,7 @@ class PretrainStep:
         with part("EMA"):
             self.model.update_teacher(self._decay)
         self.whole = True
-        return torch.stack([*(value.detach().float() for value in output), grad_norm.float()])
+        return torch.stack([*(value.detach().float() for value in output.numbers), grad_norm.float()])
 
 
 def compile_blocks(model: CAT, backend: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -45,12 +46,19 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Guide:
+    weight: float = 1.0
+    source: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     net: Net = field(default_factory=Net)
     optim: Optim = field(default_factory=Optim)
     folder: Path | None = None
     fast: bool = False
+    guides: Mapping[str, Guide] = field(default_factory=dict)
 
 
 PRESETS = {Net: {"small": Net(widths=(4,)), "large": Net(widths=(32, 64), depth=9)}}
@@ -68,6 +76,25 @@ def test_file_overrides_and_defaults(tmp_path):
     )
     assert made == Recipe("a", Net(widths=(1, 2, 3)), Optim(5e-4, (0.8, 0.9), 400))
     assert type(made.optim.steps) is int
+
+
+def test_sections_with_names_of_the_recipe_s_own(tmp_path):
+    text = "name: a\nguides: {clap: {weight: 2}, random: }\n"
+    made = recipe(tmp_path, text, "guides.clap.source=x.npy", "guides.own.weight=0.5")
+    assert made.guides == {"clap": Guide(2.0, "x.npy"), "random": Guide(), "own": Guide(0.5)}
+    write_yaml(made, tmp_path / "again.yaml")
+    assert load(Recipe, tmp_path / "again.yaml") == made
+    assert to_mapping(made)["guides"]["clap"] == {"weight": 2.0, "source": "x.npy"}
+    for override, message in (
+        ("guides.clap.wieght=1", "unknown key 'guides.clap.wieght'; the nearest known one is 'guides.clap.weight'"),
+        ("guides.clap.weight=much", "guides.clap.weight is much; expected a number"),
+        ("guides.clap=much", "guides.clap is 'much'"),
+        ("guides=much", "guides is 'much' .a text.; expected a name, and below it the keys weight, source"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe(tmp_path, "name: a", override)
+    with pytest.raises(ConfigError, match=r"guides.a b: 'a b' is not a name; expected letters, digits and _"):
+        recipe(tmp_path, "name: a\nguides: {a b: {}}\n")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch
 from cat.commands import experiment, main
 from cat.config import ConfigError
 from cat.data import synth
-from cat.experiments import failures, kernels, overfit
+from cat.experiments import failures, kernels, overfit, regularisation_cost
 from cat.experiments.recipes import experiment_config
 
 pytest.importorskip("soundfile")
@@ -58,6 +61,11 @@ def test_overfit_falls_by_ninety_percent(two_sounds, tmp_path, capsys):
         result["values"]["curve"][0]["target_std"] == result["values"]["curve"][-1]["target_std"]
     )  # targets stood still
     assert (tmp_path / "overfit" / "figures" / "loss.png").is_file()
+
+
+def test_overfit_has_no_guides(two_sounds, tmp_path):
+    with pytest.raises(ConfigError, match=r"guides\.g: overfit trains on one batch without guides"):
+        command("overfit", two_sounds, tmp_path, "guides.g.encoder=random")
 
 
 def test_overfit_fails_when_the_loss_does_not_fall_enough(two_sounds, tmp_path, capsys):
@@ -211,3 +219,44 @@ def test_a_projector_on_both_sides_collapses(two_sounds):
         deviations.append(output.target_std.item())
     assert deviations[-1] < 0.5 * max(deviations)
     assert output.loss.item() < 1
+
+
+# ---------------------------------------------------------------- what a guide costs
+
+
+def test_the_cost_of_the_regularisation(two_sounds, tmp_path, monkeypatch):
+    """In this process, for the test: the losses of live and cached guides decide."""
+    config = experiment_config("kernels", two_sounds / "train.jsonl", [*SMALL, "data.batch_size=2"])
+
+    def here(other):
+        def run(config, steps):
+            guides = {name: dataclasses.replace(guide, **other(guide)) for name, guide in config.guides.items()}
+            found = regularisation_cost._train(dataclasses.replace(config, guides=guides), steps)
+            return {**found, "memory": 2**20 * (3 if guides else 1)}
+
+        return run
+
+    def measured(other):
+        monkeypatch.setattr(regularisation_cost, "_in_a_process", here(other))
+        options = {"encoder": "random", "steps": 1, "rounds": 1, "progress": False}
+        return regularisation_cost.regularisation_cost(config, tmp_path / "out", **options)
+
+    verdict = measured(lambda guide: {})
+    assert verdict.passed
+    assert [row[0] for row in verdict.rows] == ["without", "cached", "live, data workers", "live, training process"]
+    assert [row[5:7] for row in verdict.rows] == [("1", "0"), *[("3", "2")] * 3]
+    assert verdict.rows[0][2] == "1.00"
+    assert verdict.rows[0][-1] != verdict.rows[1][-1]
+    json.dumps(verdict.values)
+    assert "FAIL" in measured(lambda guide: {"encoder": "random:1"} if guide.where == "device" else {}).format()
+
+
+def test_memory_is_that_of_a_process_and_those_below_it():
+    own = regularisation_cost._memory(os.getpid())
+    if own is None:
+        pytest.skip("no smaps_rollup here")
+    holding = "held = bytearray(b'x' * 10**8); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert regularisation_cost._memory(os.getpid()) > own + 9 * 10**7
+        child.stdin.close()

@@ -224,6 +224,29 @@ def test_what_the_data_set_raises_is_raised(num_workers):
         list(prefetched(Squares(at=(1, fail)), range(3), num_workers=num_workers))
 
 
+class TwoArguments(ValueError):
+    """Takes more than its text, as many do, and so does not come back from a pipe."""
+
+    def __init__(self, text: str, more: int) -> None:
+        super().__init__(text)
+
+
+@pytest.mark.parametrize(("error", "cause"), [(ValueError("no: 7; expected 8"), "line"), (TwoArguments("7", 8), None)])
+def test_an_error_of_a_worker_has_its_own_words(error, cause):
+    """And no traceback among them, which is told with that of the main process; unless it cannot travel."""
+
+    def fail():
+        raise error
+
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        list(prefetched(Squares(at=(1, fail)), range(3), num_workers=1))
+    if cause is None:
+        assert "Caught TwoArguments in DataLoader worker process 0" in str(raised.value)
+    else:
+        assert str(raised.value) == str(error)
+        assert "test_workers.py" in str(raised.value.__cause__)
+
+
 KILLED = """
 t.workers.ForkingPickler = None  # nothing can be shared
 items = t.prefetched(t.Squares(), range(99), num_workers=2, prefetch=4, warn=lambda text: None)

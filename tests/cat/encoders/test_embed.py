@@ -95,7 +95,7 @@ def test_when_too_many_clips_fail_what_is_done_is_kept(folder, monkeypatch):
         command.run(arguments(*words, 0.1))
     assert sorted(path.name for path in folder.glob("*x.*")) == ["x.failures.jsonl", "x.npy.partial"]
     assert len((folder / "x.failures.jsonl").read_text().splitlines()) == 3
-    monkeypatch.setattr(embed, "_encode", None)
+    monkeypatch.setattr(embed, "encode_clips", None)
     assert command.run(arguments(*words, 0.5)) == 0
     assert not (folder / "x.npy.partial").exists()
 
@@ -369,7 +369,7 @@ def test_what_a_killed_one_left_goes_with_the_next(folder):
         "import os, sys, cat.encoders.embed as embed\n"
         "from cat.data import load_manifest\n"
         "from cat.encoders import LogMelStatistics\n"
-        "embed._encode = lambda *_: os._exit(9)\n"
+        "embed.encode_clips = lambda *_: os._exit(9)\n"
         "embed.write_embeddings(load_manifest(sys.argv[1]), LogMelStatistics(), embed.Path(sys.argv[2]))\n"
     )
     words = [sys.executable, "-c", code, str(folder / "clips.jsonl"), str(folder / "out" / "x.npy")]

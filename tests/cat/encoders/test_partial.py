@@ -64,21 +64,21 @@ def undisturbed(folder: Path) -> dict[str, bytes]:
 def encoded(monkeypatch) -> list[list[int]]:
     """The clips that go through an encoder in this process, batch by batch."""
     found: list[list[int]] = []
-    before = embed._encode
+    before = embed.encode_clips
 
     def encode(encoder, manifest, indices, waves):
         found.append(list(indices))
         return before(encoder, manifest, indices, waves)
 
-    monkeypatch.setattr(embed, "_encode", encode)
+    monkeypatch.setattr(embed, "encode_clips", encode)
     monkeypatch.setattr(embed, "SECONDS", 0)
     return found
 
 
 def stop_at(monkeypatch, batch: int, act) -> None:
     """In the place of a batch (the first is 1) something else happens."""
-    before, calls = embed._encode, itertools.count(1)
-    monkeypatch.setattr(embed, "_encode", lambda *a: act() if next(calls) == batch else before(*a))
+    before, calls = embed.encode_clips, itertools.count(1)
+    monkeypatch.setattr(embed, "encode_clips", lambda *a: act() if next(calls) == batch else before(*a))
 
 
 def blocks(folder: Path) -> list[Path]:
@@ -107,8 +107,8 @@ import itertools, os, sys
 from cat.commands import main
 from cat.encoders import embed
 embed.SECONDS = 0
-encode, calls = embed._encode, itertools.count(1)
-embed._encode = lambda *a: os.kill(os.getpid(), 9) if next(calls) == 3 else encode(*a)
+encode, calls = embed.encode_clips, itertools.count(1)
+embed.encode_clips = lambda *a: os.kill(os.getpid(), 9) if next(calls) == 3 else encode(*a)
 main(sys.argv[1:])
 """
 
@@ -350,13 +350,13 @@ def tiny(seed: int = 0) -> CatEncoder:
 def test_any_number_of_processes_gives_the_same_files(folder, monkeypatch):
     monkeypatch.setattr(embed, "SECONDS", 0)
     manifest, encoder = load_manifest(folder / "clips.jsonl"), tiny()
-    encode, files = embed._encode, {}
+    encode, files = embed.encode_clips, {}
 
     def alone(*arguments):
         assert torch.get_num_threads() == 1
         return encode(*arguments)
 
-    monkeypatch.setattr(embed, "_encode", alone)
+    monkeypatch.setattr(embed, "encode_clips", alone)
     for jobs, workers, threads in ((1, 0, 2), (1, 1, 1), (2, 1, 2)):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)  # is not what it depends on

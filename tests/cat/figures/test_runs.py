@@ -92,6 +92,14 @@ def test_loss_curves_of_several_runs(is_picture, tmp_path):
     assert is_picture(runs.write_loss_curves(tmp_path / "loss.png", {"with": rows, "without": rows[:5]}))
 
 
+def test_every_guide_has_a_panel(tmp_path, monkeypatch):
+    rows = [{"step": s, "loss": 1 / s, "regularisation": 0.0, "regularisation.yamnet": 2 / s} for s in range(1, 9)]
+    drawn = []
+    monkeypatch.setattr(runs, "save", lambda drawing, path: drawn.append([a.get_title() for a in drawing.axes]) or path)
+    runs.write_loss_curves(tmp_path / "loss.png", {"guided": rows, "plain": [{"step": 1, "loss": 1.0}]})
+    assert drawn[0][:2] == ["total, as optimised", "L_r towards yamnet"]
+
+
 def test_smoothing_looks_back_only_and_skips_what_is_missing():
     values = np.array([4.0, 2.0, np.nan, 6.0, 8.0])
     np.testing.assert_allclose(runs.smoothed(values, 2), [4, 3, 2, 6, 7])

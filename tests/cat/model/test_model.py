@@ -15,7 +15,7 @@ from cat.config import ConfigError, from_mapping, to_mapping
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, PRESETS, Encoder, ModelConfig, ObjectiveConfig, masked_indices, pretraining, sincos_positions
 from cat.model.encoder import Block, attend
-from cat.model.pretraining import DISTANCES
+from cat.model.regularisation import DISTANCES
 from cat_kernels import average_targets
 
 SMALL = ModelConfig(channels=(8, 16), embed_dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_layers=2)
@@ -190,7 +190,7 @@ def test_every_distance_is_zero_at_its_target_and_trains_the_projection(distance
     )
     spec, visible = small_batch(clips=1, masks=1)
     with torch.no_grad():
-        cls = model.encode(spec, visible)[1]
+        cls = model.encode(spec, visible)[1][2]
         if projection == "student":
             embedding = model.regulariser(cls)
         else:  # the projection goes from the narrower to the wider: an embedding whose image is the CLS token
@@ -249,7 +249,7 @@ def test_either_side_is_projected():
         spec, visible = (x.double() if x.is_floating_point() else x for x in small_batch(clips=2, masks=2))
         embedding = torch.randn(2, 5, dtype=torch.float64)
         with torch.no_grad():
-            cls, W, b = model.encode(spec, visible)[1], model.regulariser.weight, model.regulariser.bias
+            cls, W, b = model.encode(spec, visible)[1][0], model.regulariser.weight, model.regulariser.bias
             e = embedding.repeat_interleave(2, dim=0)
             left, right = (cls @ W.T + b, e) if projection == "student" else (cls, e @ W.T + b)
             expected = ((left - right) ** 2).sum() / left.shape[1] ** 0.5

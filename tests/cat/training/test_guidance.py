@@ -13,7 +13,7 @@ from torch import nn
 from cat.config import from_mapping
 from cat.data import Clip, EmbeddingWriter, Manifest, open_embeddings
 from cat.model import ObjectiveConfig, squared_distance
-from cat.model.pretraining import DISTANCES
+from cat.model.regularisation import DISTANCES
 from cat.training import guidance
 from cat.training.guidance import (
     BEST_CONSTANT,

@@ -63,7 +63,7 @@ def test_ema_decay_is_linear_then_constant():
 )
 def test_weight_of_the_regularisation(schedule, expected):
     config = ObjectiveConfig(regularisation_weight=2.0, regularisation_schedule=schedule, regularisation_steps=4)
-    assert [regularisation_weight(config, step) for step in range(6)] == pytest.approx(expected)
+    assert [regularisation_weight(config.regularisation, step) for step in range(6)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

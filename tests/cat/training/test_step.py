@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cat.data.masks import MaskConfig, inverse_block_masks
-from cat.model import CAT, ModelConfig, ObjectiveConfig
+from cat.model import CAT, ModelConfig, ObjectiveConfig, Regularisation
 from cat.training import step
 from cat.training.optim import OptimConfig
 from cat.training.step import PretrainStep
@@ -111,7 +111,7 @@ SCHEDULED = {"regularisation_schedule": "decay", "regularisation_steps": 100}
 
 def run_scheduled(update, weights, device=CPU):
     kwargs = {"lr": 1e-3, "decay": 0.9}
-    rows = [update(*batch(i, device), **kwargs, regularisation_weight=w).clone() for i, w in enumerate(weights)]
+    rows = [update(*batch(i, device), **kwargs, weights={"": w}).clone() for i, w in enumerate(weights)]
     return torch.stack(rows).cpu()
 
 
@@ -124,7 +124,7 @@ def test_a_scheduled_weight_counts_as_the_recipe_s_own():
     loss, regression, global_ = found[2, :3]
     assert loss == regression + global_
     assert found[2, 3] > 0
-    with pytest.raises(ValueError, match="regularisation_weight is None; expected its value"):
+    with pytest.raises(ValueError, match="weights has no ''; expected the value"):
         PretrainStep(build(**SCHEDULED), OPTIM)(*batch(0), lr=1e-3, decay=0.9)
 
 
@@ -135,14 +135,47 @@ def test_a_recorded_or_compiled_step_follows_the_schedule(monkeypatch):
     weights = [0.1, 0.08, 0.06, 0.04, 0.02, 0.0]
     eager = run_scheduled(PretrainStep(build(**SCHEDULED), OPTIM), weights)
     recorded = PretrainStep(build(**SCHEDULED), OPTIM, cuda_graph=True)
-    held = recorded._regularisation
+    held = recorded._weights[""]
     torch.testing.assert_close(run_scheduled(recorded, weights), eager, rtol=1e-5, atol=1e-6)
-    assert recorded._regularisation is held
+    assert recorded._weights[""] is held
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(step, "COMPILER", counter)
     compiled = PretrainStep(build(**SCHEDULED), OPTIM, compile="step")
     torch.testing.assert_close(run_scheduled(compiled, weights), eager, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_several_guides_reach_a_recorded_or_compiled_step(monkeypatch):
+    """Rows and the weights that have a schedule, as tensors; the other weight is a number."""
+    monkeypatch.setattr(step, "record", lambda function, device: function)
+    monkeypatch.setattr(step.Replay, "_side_stream", lambda self: contextlib.nullcontext())
+    guides = {"a": (Regularisation(2.0, layer=1, schedule="stop", steps=2), 3), "b": (Regularisation(distance="kl"), 7)}
+
+    def run_guided(**options):
+        torch.manual_seed(0)
+        model = CAT(MODEL, ObjectiveConfig(global_loss_reduction="mean", **SCHEDULED), guides=guides).train()
+        update, rows = PretrainStep(model, OPTIM, **options), []
+        for i in range(6):
+            spec, visible, _, rng = batch(i)
+            told = {
+                name: torch.randn(2, dim, generator=torch.Generator().manual_seed(i))
+                for name, (_, dim) in guides.items()
+            }
+            lr = {"lr": 1e-3, "decay": 0.9}
+            rows.append(update(spec, visible, None, rng, told, **lr, weights={"a": 2.0 * (i < 2)}).clone())
+        return torch.stack(rows)
+
+    eager = run_guided()
+    loss, regression, global_, flat, _, _, first, second, _ = eager.T
+    torch.testing.assert_close(loss, regression + global_ + 2 * (torch.arange(6) < 2) * first + second)
+    assert not flat.any()
+    assert first[2:].all()
+    torch.testing.assert_close(run_guided(cuda_graph=True), eager, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(step, "COMPILER", counter)
+    torch.testing.assert_close(run_guided(compile="step"), eager, rtol=1e-3, atol=1e-4)
     assert counter.frame_count == 1
 
 
