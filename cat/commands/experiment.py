@@ -18,6 +18,7 @@ from cat.experiments.claims import CLAIMS
 from cat.experiments.failures import failures
 from cat.experiments.kernels import kernels
 from cat.experiments.overfit import overfit
+from cat.experiments.overhead import overhead
 from cat.experiments.paper import Options, examine
 from cat.experiments.recipes import experiment_config
 from cat.experiments.records import claim_record, compare, read_record
@@ -32,6 +33,7 @@ from cat.training.recipe import PretrainConfig, pick_device
 EPILOG = """\
 overfit       one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
 kernels       the same run with the operators' kernels and with the dense formula: losses must agree
+overhead      memory and time of a guide: without, cached, live; losses of live and cached must agree
 failures      what goes wrong with a guide, and collapse: each provoked, and the trainer's warning must name it
 
 Studies, of several runs from each of several seeds, probed as they go:
@@ -48,11 +50,12 @@ Exit code 0 when the verdict is PASS. OUT/NAME gets result.json and figures. Wit
 minute on two CPU cores, kernels several, a study one to three hours, and goes on where it was stopped;
 model.preset=small and the like ask for more, optim.steps=60 for less.
 """
+GUIDED = ("overhead", "failures")  # besides studies: those that take the first --guide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("name", choices=("overfit", "kernels", "failures", *CLAIMS))
+    parser.add_argument("name", choices=("overfit", "kernels", "overhead", "failures", *CLAIMS))
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="fields of the recipe to change")
     parser.add_argument(
         "--data",
@@ -64,12 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that experiment did not write")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     studies = parser.add_argument_group("of studies")
-    studies.add_argument("--pool", type=Path, default=None, help="clips to train on, in place of DATA's")
+    studies.add_argument(
+        "--pool", type=Path, default=None, help="clips to train on, in place of DATA's; also of overhead and failures"
+    )
     studies.add_argument(
         "--task", action="append", default=[], metavar="NAME=FOLDER", help="what to probe on, in place of DATA; repeat"
     )
     studies.add_argument(
-        "--guide", action="append", default=[], metavar="NAME=ENCODER", help=f"default random; repeat. ENCODER: {USAGE}"
+        "--guide",
+        action="append",
+        default=[],
+        metavar="NAME=ENCODER",
+        help=f"default random; repeat. overhead and failures take one. ENCODER: {USAGE}",
     )
     studies.add_argument("--seeds", default="0,1,2", help="default %(default)s")
     studies.add_argument("--probes", type=int, default=0, help="how often a run is probed (default: by study)")
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.record:
         claim_record(args.record, args.name, overwrite=args.overwrite)
     data = args.data
-    if data is None and not (args.pool and (args.task or args.name == "failures")):
+    if data is None and not (args.pool and (args.task or args.name in GUIDED)):
         data = _made_data(args.out / "data", progress=not args.quiet)
     pool = args.pool or data / "train.jsonl"
     config = experiment_config(args.name, pool, args.overrides)
@@ -99,6 +108,9 @@ def run(args: argparse.Namespace) -> int:
     elif args.name == "overfit":
         verdict = overfit(config, say=(lambda text: None) if args.quiet else say)
         write_loss_curves(out / "figures" / "loss.png", {"overfit": verdict.values["curve"]})
+    elif args.name == "overhead":
+        guide = next(iter(_guides(args).values()))
+        verdict = overhead(config, out, encoder=guide, progress=not args.quiet)
     elif args.name == "failures":
         guide = next(iter(_guides(args).values()))
         encoder = build_encoder(guide, device=pick_device(config.run.device))
@@ -107,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         verdict = kernels(config, out, progress=not args.quiet)
     print(verdict.format())
     write_json(out / "result.json", _result(args.name, verdict, config, time.perf_counter() - started))
-    print(f"written: {out / 'result.json'}, figures in {out / 'figures'}")
+    pictures = f", figures in {out / 'figures'}" if (out / "figures").exists() else ""
+    print(f"written: {out / 'result.json'}{pictures}")
     return 0 if verdict.passed else 1
 
 
@@ -127,7 +140,7 @@ def _result(name: str, verdict: Verdict, config: PretrainConfig, seconds: float)
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that the experiment does not have."""
-    own = {"failures": ("pool", "guide")}.get(args.name, ())
+    own = ("pool", "guide") if args.name in GUIDED else ()
     for option in ("pool", "task", "guide", "record", "compare"):
         if args.name not in CLAIMS and getattr(args, option) and option not in own:
             raise ValueError(f"--{option} belongs to studies ({', '.join(CLAIMS)}); {args.name} has none")
@@ -165,7 +178,9 @@ def _options(args: argparse.Namespace, pool: Path, data: Path | None) -> Options
 
 
 def _claim(name: str, out: Path, *, overwrite: bool) -> None:
-    figures = {"overfit": ("loss",), "kernels": ("loss", "agreement")}.get(name, ("scores",))
+    figures = {"overfit": ("loss",), "failures": ("loss",), "kernels": ("loss", "agreement"), "overhead": ()}.get(
+        name, ("scores",)
+    )
     result = Output(
         out / "result.json",
         lambda path: json_of(path, experiment=str, verdict=str)["experiment"] == name,

@@ -2,6 +2,7 @@
 
 ``overfit``  one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
 ``kernels``  the same run with the operators' kernels and with the dense formula
+``overhead``  memory and time of a guide: without, cached, live in the data workers or in the training process
 ``failures``  what goes wrong with a guide, and collapse: each provoked, and the trainer's warning must name it
 
 and the studies of `cat.experiments.claims`, which put the paper's claims to the test: several runs each from several

@@ -52,7 +52,8 @@ FAILURES: dict[str, Any] = {
 def experiment_config(name: str, train: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The recipe of an experiment on the manifest ``train``; `overrides` as for ``cat-audio pretrain``."""
     recipe = {section: dict(fields) for section, fields in RECIPE.items()}
-    layers: list[Mapping[str, Any]] = [{"overfit": OVERFIT, "kernels": KERNELS, "failures": FAILURES}.get(name, {})]
+    own = {"overfit": OVERFIT, "kernels": KERNELS, "failures": FAILURES}
+    layers: list[Mapping[str, Any]] = [own.get(name, {})]
     if name in CLAIMS:
         layers = [STUDY, CLAIMS[name].recipe]
     for layer in layers:

@@ -15,7 +15,7 @@ import torch
 from cat.commands import experiment, main
 from cat.config import ConfigError
 from cat.data import synth
-from cat.experiments import failures, kernels, overfit, regularisation_cost
+from cat.experiments import failures, kernels, overfit, overhead
 from cat.experiments.recipes import experiment_config
 
 pytest.importorskip("soundfile")
@@ -231,15 +231,15 @@ def test_the_cost_of_the_regularisation(two_sounds, tmp_path, monkeypatch):
     def here(other):
         def run(config, steps):
             guides = {name: dataclasses.replace(guide, **other(guide)) for name, guide in config.guides.items()}
-            found = regularisation_cost._train(dataclasses.replace(config, guides=guides), steps)
+            found = overhead._train(dataclasses.replace(config, guides=guides), steps)
             return {**found, "memory": 2**20 * (3 if guides else 1)}
 
         return run
 
     def measured(other):
-        monkeypatch.setattr(regularisation_cost, "_in_a_process", here(other))
+        monkeypatch.setattr(overhead, "_in_a_process", here(other))
         options = {"encoder": "random", "steps": 1, "rounds": 1, "progress": False}
-        return regularisation_cost.regularisation_cost(config, tmp_path / "out", **options)
+        return overhead.overhead(config, tmp_path / "out", **options)
 
     verdict = measured(lambda guide: {})
     assert verdict.passed
@@ -252,11 +252,11 @@ def test_the_cost_of_the_regularisation(two_sounds, tmp_path, monkeypatch):
 
 
 def test_memory_is_that_of_a_process_and_those_below_it():
-    own = regularisation_cost._memory(os.getpid())
+    own = overhead._memory(os.getpid())
     if own is None:
         pytest.skip("no smaps_rollup here")
     holding = "held = bytearray(b'x' * 10**8); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        assert regularisation_cost._memory(os.getpid()) > own + 9 * 10**7
+        assert overhead._memory(os.getpid()) > own + 9 * 10**7
         child.stdin.close()

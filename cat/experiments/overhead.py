@@ -33,7 +33,7 @@ _WARM_UP = 3  # updates besides those whose batches the workers have ready
 _EVERY = 0.25  # seconds between two looks at the memory
 
 
-def regularisation_cost(
+def overhead(
     config: PretrainConfig,
     out: Path,
     *,
