@@ -34,10 +34,6 @@ from cat.training.recipe import PretrainConfig
 GUIDE = torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) + 0.7
 
 
-def term(**changes) -> Regularisation:
-    return Regularisation(**changes)
-
-
 # ---------------------------------------------------------------- the constant prediction
 
 
@@ -45,7 +41,7 @@ def term(**changes) -> Regularisation:
 def test_no_constant_prediction_is_better(distance):
     """Against one that is trained from the best of ten rows."""
     rows, measure = GUIDE[:200].double(), DISTANCES[distance]
-    best = constant_loss(rows, term(distance=distance))
+    best = constant_loss(rows, Regularisation(distance=distance))
     assert BEST_CONSTANT.keys() == DISTANCES.keys()
     trained = min(rows[:10], key=lambda row: measure(row.expand_as(rows), rows).mean()).clone().requires_grad_()
     optimiser = torch.optim.Adam([trained], lr=0.05)
@@ -60,15 +56,15 @@ def test_no_constant_prediction_is_better(distance):
 
 def test_l2s_is_the_variance_also_of_unit_vectors():
     rows = torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0], [1, 2, 0, 0], [-1, -2, 0, 0]])
-    assert constant_loss(rows, term()) == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
+    assert constant_loss(rows, Regularisation()) == pytest.approx((1 + 1 + 5 + 5) / 4 / 2)  # sqrt(4) = 2
     units = F.normalize(GUIDE, dim=-1)
     expected = squared_distance(units, units.mean(0)).mean().item()
-    assert constant_loss(17 * GUIDE, term(normalise=True)) == pytest.approx(expected, rel=1e-5)
+    assert constant_loss(17 * GUIDE, Regularisation(normalise=True)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("distance", sorted(DISTANCES))
 def test_there_is_none_of_equal_rows_nor_of_a_projected_embedding(distance):
-    options = term(distance=distance)
+    options = Regularisation(distance=distance)
     assert constant_loss(GUIDE[:1].expand(9, -1), options) is None
     assert constant_loss(GUIDE[:0], options) is None
     assert constant_loss(GUIDE, dataclasses.replace(options, projection="external")) is None
@@ -124,7 +120,7 @@ def test_the_share_of_doubles_does_not_grow_with_the_sample():
 
 
 def test_a_weight_that_does_nothing_or_everything_is_named_with_one_that_would_do():
-    constant = constant_loss(GUIDE, term())
+    constant = constant_loss(GUIDE, Regularisation())
     one = constant / 4  # of a model that is 16 wide, at weight 1
     for weight, words in ((0.5 / one, ""), (1e-4 / one, "hardly feel"), (100 / one, "drown")):
         found = warnings_of_weight(constant, weight, 16)
@@ -225,7 +221,7 @@ def test_a_run_with_embeddings_and_without_a_guide_says_so(linked):
 def test_what_is_explained_knows_how_the_loss_is_reduced(linked, reduction, guide):
     changes = under(guide)
     changes["objective"]["global_loss_reduction"] = reduction
-    constant = constant_loss(GUIDE[:40], term()) * (10 if reduction == "sum" else 1)
+    constant = constant_loss(GUIDE[:40], Regularisation()) * (10 if reduction == "sum" else 1)
     found = guidance_of(linked, guide, **changes)
     assert found.derived({column("regularisation", guide): 0.7 * constant}) == {
         column("regularisation_explained", guide): pytest.approx(0.3)
@@ -259,16 +255,18 @@ def test_when_it_is_judged(linked, guide):
 def test_guides_are_judged_each_by_itself(linked):
     """Only the one that is not followed is named; a live one is not judged, nor one that projects its embeddings."""
     others = {"b": {"embeddings": "b"}, "out": {"embeddings": "o", "projection": "external"}, "live": {"encoder": "e"}}
-    found = guidance_of(linked, "", "b", "out", guides=others, objective={"global_loss_reduction": "mean"})
+    mean = {"global_loss_reduction": "mean"}
+    found = guidance_of(linked, "", "b", "out", guides=others, objective=mean)
     assert found.advice() == []
-    constant = constant_loss(GUIDE[:40], term())
+    constant = constant_loss(GUIDE[:40], Regularisation())
     row = {"regularisation": 0.0, "regularisation.b": constant, "regularisation.out": 99.0, "regularisation.live": 99.0}
     explained = {"regularisation_explained": 1.0, "regularisation_explained.b": pytest.approx(0.0)}
     assert found.derived(row) == explained
     (warning,) = found.update([{"step": step, **row} for step in range(1, 111)])
     assert warning.startswith("guides.b: the student does not follow the guide")
     off = {"regularisation_weight.b": 0.0, "regularisation_weight": 1.0}
-    assert guidance_of(linked, "b", guides=others).update([{"step": s, **row, **off} for s in range(1, 111)]) == []
+    found = guidance_of(linked, "b", guides=others, objective=mean)
+    assert found.update([{"step": step, **row, **off} for step in range(1, 111)]) == []
 
 
 @pytest.mark.parametrize("guide", ["", "g"])
