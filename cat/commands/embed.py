@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pooling", choices=POOLINGS, default="mean", help="of a CAT checkpoint's tokens (default mean)"
     )
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a CAT checkpoint")
-    parser.add_argument("--normalise", action="store_true", help="scale every embedding to unit length")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
         "--jobs",
@@ -81,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
         say(note)
     outputs = claim_outputs(manifest, args.out, args.manifest_out, overwrite=args.overwrite)
     with one_thread(device):  # for networks too that have as many as torch when they are made
-        encoder = build_encoder(
-            args.encoder, pooling=args.pooling, weights=args.weights, normalise=args.normalise, device=device
-        )
+        encoder = build_encoder(args.encoder, pooling=args.pooling, weights=args.weights, device=device)
         jobs = pick_jobs(args.jobs, encoder)
         written, skipped = write_embeddings(
             manifest,

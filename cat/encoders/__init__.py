@@ -9,7 +9,7 @@ from cat.encoders.build import USAGE, build_encoder, twin_of
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import ClapEncoder
 from cat.encoders.dasheng import DashengEncoder
-from cat.encoders.frozen import FrozenEncoder, UnitLength
+from cat.encoders.frozen import FrozenEncoder
 from cat.encoders.laion_package import LaionClapEncoder
 from cat.encoders.modelfile import FileConfig, FileEncoder
 from cat.encoders.statistics import LogMelStatistics, RandomProjection
@@ -32,7 +32,6 @@ __all__ = [
     "Layer",
     "LogMelStatistics",
     "RandomProjection",
-    "UnitLength",
     "build_encoder",
     "twin_of",
 ]

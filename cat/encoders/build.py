@@ -33,7 +33,7 @@ from cat.encoders.beats import BEATsEncoder
 from cat.encoders.checkpoint import CatEncoder
 from cat.encoders.clap import DEFAULT_CLAP, ClapEncoder
 from cat.encoders.dasheng import DashengEncoder
-from cat.encoders.frozen import FrozenEncoder, UnitLength
+from cat.encoders.frozen import FrozenEncoder
 from cat.encoders.laion_package import LaionClapEncoder
 from cat.encoders.modelfile import FileEncoder
 from cat.encoders.named import is_named, named_encoder
@@ -69,23 +69,13 @@ USAGE = ", ".join(
 
 
 def build_encoder(
-    spec: str,
-    *,
-    pooling: str = "mean",
-    weights: str = "student",
-    normalise: bool = False,
-    device: Device = "cpu",
+    spec: str, *, pooling: str = "mean", weights: str = "student", device: Device = "cpu"
 ) -> FrozenEncoder:
     """The encoder that `spec` names (see the table above).
 
     `pooling` ("mean" of the patch tokens, "cls", or "both" side by side) and `weights` ("student" or "teacher")
-    apply to CAT checkpoints only. `normalise`: embeddings of unit length (`UnitLength`).
+    apply to CAT checkpoints only.
     """
-    encoder = _build(spec, pooling, weights, device)
-    return UnitLength(encoder) if normalise else encoder
-
-
-def _build(spec: str, pooling: str, weights: str, device: Device) -> FrozenEncoder:
     kind, colon, rest = spec.partition(":")
     if family := FAMILIES.get(kind):
         named = family.usage.removeprefix(kind)  # "", ":PATH" or "[:PATH]"
@@ -108,7 +98,8 @@ def _untrained(spec: str, rest: str, pooling: str, weights: str, device: Device)
     seed, colon, trained = rest.partition(":")
     if not (seed.isdecimal() and colon):
         seed, trained = "0", rest
-    return twin_of(_build(trained, pooling, weights, device), int(seed), f"encoder {spec!r}")
+    encoder = build_encoder(trained, pooling=pooling, weights=weights, device=device)
+    return twin_of(encoder, int(seed), f"encoder {spec!r}")
 
 
 def twin_of(encoder: FrozenEncoder, seed: int, asked: str) -> FrozenEncoder:

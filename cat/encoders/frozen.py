@@ -54,23 +54,6 @@ def mean_direction(rows_WE: Tensor, lengths_W: Tensor) -> Tensor:
     return nn.functional.normalize(weighted_mean(rows_WE, lengths_W), dim=0)
 
 
-class UnitLength:
-    """Another encoder's embeddings, scaled to unit length: encoders differ in it a hundredfold, and with them what a
-    clip costs under the representation regularisation. Of a long clip's windows it is the mean direction."""
-
-    combine = staticmethod(mean_direction)
-
-    def __init__(self, encoder: FrozenEncoder) -> None:
-        self.encoder = encoder
-        self.name, self.sample_rate, self.dim = f"{encoder.name}, unit length", encoder.sample_rate, encoder.dim
-        self.min_samples: int = getattr(encoder, "min_samples", 1)
-        self.device: torch.device = getattr(encoder, "device", torch.device("cpu"))
-        self.threads: int = getattr(encoder, "threads", 1)
-
-    def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return nn.functional.normalize(self.encoder(waveform, lengths), dim=1)
-
-
 def checked_lengths(waveform: Tensor, lengths: Tensor | None) -> Tensor:
     """Samples of each clip, (B,) int64 on the CPU."""
     if waveform.ndim != 2:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.encoders.frozen import FrozenEncoder, UnitLength
+from cat.encoders.frozen import FrozenEncoder
 
 
 class UnknownIdentity(TypeError):
@@ -28,8 +28,6 @@ def identity_of(encoder: FrozenEncoder) -> str:
     An encoder's own attribute ``identity`` comes first. Of an encoder that is not one of ours and has none, what can be
     seen counts: its name and settings, the file that it is written in, its weights. What that file imports is not seen.
     """
-    if isinstance(encoder, UnitLength):
-        return _digest(["unit length", identity_of(encoder.encoder)])
     own = getattr(encoder, "identity", None)
     if isinstance(own, str):
         return own

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cat.data.workers import prefetched
-from cat.encoders.frozen import FrozenEncoder, UnitLength
+from cat.encoders.frozen import FrozenEncoder
 from cat.encoders.identity import device_of
 from cat.encoders.partial import Block
 
@@ -37,12 +37,11 @@ def pick_jobs(asked: int | None, encoder: FrozenEncoder) -> int:
 
     Raises: ValueError for a number that cannot be.
     """
-    inner = encoder.encoder if isinstance(encoder, UnitLength) else encoder
-    device, threads = device_of(inner), getattr(inner, "threads", 1)
+    device, threads = device_of(encoder), getattr(encoder, "threads", 1)
     # Not get_start_method alone, which would settle it for the whole program.
     start = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if asked is None:
-        ours = type(inner).__module__.startswith("cat.")
+        ours = type(encoder).__module__.startswith("cat.")
         return min(_cores(), _MOST) if device.type == "cpu" and threads == 1 and ours and start == "fork" else 1
     if asked < 1:
         raise ValueError(f"{asked} jobs; expected at least 1")

@@ -36,7 +36,7 @@ def constant_to_beat(rows: np.ndarray, config: PretrainConfig) -> float:
 
     Raises: `ConfigError` where there is none.
     """
-    constant = constant_loss(torch.from_numpy(rows), config.objective)
+    constant = constant_loss(torch.from_numpy(rows), config.objective.regularisation)
     if constant is None:
         raise ConfigError(
             f"objective.regularisation_projection={config.objective.regularisation_projection!r}, and {len(rows)} "

@@ -1,15 +1,19 @@
-"""Does the student follow its guide, the external encoder? What a run can tell from the embeddings and from its losses.
+"""Does the student follow its guides, the external encoders? What a run can tell from embeddings and from its losses.
 
 The measure of L_r is what the best constant prediction gets: a student that has learned nothing of the guide but its
 average is there, and what L_r is below it the student knows about the clip. ``regularisation_explained``, a number of
 every update in ``metrics.jsonl``, is that share: 1 - L_r / constant. All of it is computed on the host.
+
+Guides go by the names of their terms in `cat.model.CAT`: "" is the one whose embeddings ``data.train`` names. A live
+guide's embeddings are not known before it has heard the clips, so it has no such measure; those of the first batches
+would not do, as a run that goes on begins with other ones. Whether it pulls at the student is looked at all the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from cat.data import AudioError, Manifest
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore
-from cat.model import ObjectiveConfig
+from cat.model import Regularisation
 from cat.model.regularisation import DISTANCES
 from cat.training.recipe import PretrainConfig
 
@@ -71,18 +75,18 @@ def _spread(number: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, number - 1, min(number, count)).astype(np.int64))
 
 
-def constant_loss(rows: Tensor, objective: ObjectiveConfig) -> float | None:
+def constant_loss(rows: Tensor, term: Regularisation) -> float | None:
     """L_r of one clip-clone, in the mean over embeddings (n, D_e), for the best prediction that is the same for all: of
     "l2" their variance over sqrt(D_e).
 
     None where there is no such thing: of rows that are all the same, and where it is the embedding that is projected
-    (``regularisation_projection`` "external"): that projection can make anything of L_r.
+    (``projection`` "external"): that projection can make anything of L_r.
     """
-    if len(rows) < 2 or objective.regularisation_projection != "student":
+    if len(rows) < 2 or term.projection != "student":
         return None
-    rows = _as_compared(rows, objective)
-    best = BEST_CONSTANT[objective.regularisation_distance](rows)
-    loss = float(DISTANCES[objective.regularisation_distance](best.expand_as(rows), rows).mean())
+    rows = F.normalize(rows.double(), dim=-1) if term.normalise else rows.double()
+    best = BEST_CONSTANT[term.distance](rows)
+    loss = float(DISTANCES[term.distance](best.expand_as(rows), rows).mean())
     return loss if loss > 1e-12 else None
 
 
@@ -92,61 +96,85 @@ def reduced(loss: float, config: PretrainConfig) -> float:
     return loss * (config.data.batch_size * config.masks.num_masks if summed else 1)
 
 
-def _as_compared(rows: Tensor, objective: ObjectiveConfig) -> Tensor:
-    rows = rows.double()
-    return F.normalize(rows, dim=-1) if objective.regularisation_normalise else rows
+# ---------------------------------------------------------------- names
+
+
+def column(value: str, guide: str) -> str:
+    """What an update's row calls a ``value`` of the guide: "regularisation" or "regularisation.NAME"."""
+    return f"{value}.{guide}" if guide else value
+
+
+def setting(field: str, guide: str) -> str:
+    """What a recipe calls a ``field`` of the guide's `Regularisation`."""
+    return f"guides.{guide}.{field}" if guide else f"objective.regularisation_{field}"
+
+
+def _of(guide: str, warning: str) -> str:
+    return f"guides.{guide}: {warning}" if guide else warning
+
+
+# ---------------------------------------------------------------- all guides of a run
+
+
+Stored = tuple[EmbeddingStore | EmbeddingFiles, np.ndarray]  # embeddings, and of every clip its row among them
 
 
 class Guidance:
-    """What a run says of its guide. ``store``: the embeddings, where it learns from them.
+    """What a run says of its guides. ``terms``: those of `cat.model.CAT`; ``stored``: the embeddings of those that are
+    not live.
 
     With ``run.guidance_share`` 0 it warns of nothing.
     """
 
     def __init__(
-        self, config: PretrainConfig, manifest: Manifest, store: EmbeddingStore | EmbeddingFiles | None
+        self,
+        config: PretrainConfig,
+        manifest: Manifest,
+        terms: Mapping[str, Regularisation],
+        stored: Mapping[str, Stored],
     ) -> None:
-        objective, optim, share = config.objective, config.optim, config.run.guidance_share
-        self.warns = share > 0
-        self._unused = store is None and (manifest.embeddings or manifest.embedding_files) is not None
-        self._advice: list[str] = []
-        self._check: GuidanceCheck | None = None
-        if store is None:
-            return
-        rows = sample_rows(store, manifest.rows)
-        self._advice = warnings_of_rows(rows)
-        constant = constant_loss(rows, objective)
-        if constant is None:
-            return
-        constant = reduced(constant, config)
-        if not self._advice:  # no weight mends a guide that is no use
-            self._advice = warnings_of_weight(constant, objective.regularisation_weight, config.model.embed_dim)
-        rising = objective.regularisation_steps if objective.regularisation_schedule == "warmup" else 0
-        warm_up = max(optim.warmup_steps, rising)
-        self._check = GuidanceCheck(
-            constant,
-            after=warm_up + round(share * max(0, optim.steps - warm_up)),
-            window=max(1, min(math.ceil(JUDGED / config.data.batch_size), optim.steps // 8)),
-        )
+        self.warns = config.run.guidance_share > 0
+        embedded = (manifest.embeddings or manifest.embedding_files) is not None
+        self._advice = [UNUSED] if embedded and not terms else []
+        self._checks: dict[str, GuidanceCheck] = {}
+        for guide, (store, rows) in stored.items():
+            self._look_at(guide, terms[guide], sample_rows(store, rows), config)
+
+    def _look_at(self, guide: str, term: Regularisation, rows: Tensor, config: PretrainConfig) -> None:
+        optim, advice, constant = config.optim, warnings_of_rows(rows, guide), constant_loss(rows, term)
+        if constant is not None:
+            constant = reduced(constant, config)
+            if not advice:  # no weight mends a guide that is no use
+                advice = warnings_of_weight(constant, term.weight, config.model.embed_dim, guide)
+            warm_up = max(optim.warmup_steps, term.steps if term.schedule == "warmup" else 0)
+            self._checks[guide] = GuidanceCheck(
+                constant,
+                after=warm_up + round(config.run.guidance_share * max(0, optim.steps - warm_up)),
+                window=max(1, min(math.ceil(JUDGED / config.data.batch_size), optim.steps // 8)),
+                guide=guide,
+            )
+        self._advice += [_of(guide, warning) for warning in advice]
 
     def advice(self) -> list[str]:
         """What can be said before the first update."""
-        if not self.warns:
-            return []
-        return [UNUSED] if self._unused else self._advice
+        return self._advice if self.warns else []
 
     def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
         """What is recorded beside an update's losses."""
-        return {"regularisation_explained": self._check.explained(row["regularisation"])} if self._check else {}
+        return {
+            column("regularisation_explained", guide): check.explained(row[column("regularisation", guide)])
+            for guide, check in self._checks.items()
+        }
 
     def update(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        return self._check.update(rows) if self._check and self.warns else []
+        checks = self._checks.items() if self.warns else ()
+        return [_of(guide, warning) for guide, check in checks for warning in check.update(rows)]
 
 
 # ---------------------------------------------------------------- before the first update
 
 
-def warnings_of_rows(rows: Tensor) -> list[str]:
+def warnings_of_rows(rows: Tensor, guide: str = "") -> list[str]:
     """What is wrong with embeddings (n, D_e) whoever learns from them, each with its remedy.
 
     Not whether the guide is one for these sounds: nothing in its embeddings alone tells that.
@@ -158,8 +186,7 @@ def warnings_of_rows(rows: Tensor) -> list[str]:
     if not lengths.min() * NORMS >= lengths.max():
         found.append(
             f"the external embeddings' lengths go from {lengths.min():.3g} to {lengths.max():.3g}: the longest will "
-            "have nearly all of L_r; set objective.regularisation_normalise=true, and look at the clips with the odd "
-            "ones"
+            f"have nearly all of L_r; set {setting('normalise', guide)}=true, and look at the clips with the odd ones"
         )
     units = F.normalize(rows.double(), dim=-1)
     centred = units - units.mean(0)
@@ -193,7 +220,7 @@ def _duplicates(centred: Tensor) -> float:
     return float((distances.min(1).values < ALIKE * 2 * squares.mean()).double().mean())
 
 
-def warnings_of_weight(constant: float, weight: float, width: int) -> list[str]:
+def warnings_of_weight(constant: float, weight: float, width: int, guide: str = "") -> list[str]:
     """Whether weight * L_r is of the size of L_p: both of the best constant prediction, for L_p sqrt(width), as its
     targets have mean 0 and deviation 1. ``constant``: L_r's, reduced as the run's."""
     one = constant / math.sqrt(width)  # at weight 1
@@ -201,28 +228,34 @@ def warnings_of_weight(constant: float, weight: float, width: int) -> list[str]:
         return []
     low, high = (float(f"{share / one:.1g}") for share in (0.1, 1.0))
     sizes = (
-        f"with objective.regularisation_weight={weight:g} what there is to learn from it is {weight * one:.3g} times "
+        f"with {setting('weight', guide)}={weight:g} what there is to learn from it is {weight * one:.3g} times "
         f"what there is to learn from the patches; expected 0.1 to 1, a weight from {low:g} to {high:g}"
     )
     if weight * one < WEAK:
         return [f"the student will hardly feel the guide: {sizes}"]
-    return [f"the guide will drown the patches: {sizes}, or objective.regularisation_normalise=true"]
+    return [f"the guide will drown the patches: {sizes}, or {setting('normalise', guide)}=true"]
 
 
-def reaches(cls: Tensor, loss: Callable[[Tensor], Tensor]) -> bool:
-    """Whether L_r pulls at the student: whether ``loss``, of the weight of L_r, a 0-dim tensor, has another gradient
-    for the CLS token with it than without. Waits for the device."""
-    # A large weight: rounding must not hide a small gradient. Where there is none, both are the same to the last bit.
-    without, with_ = (
-        torch.autograd.grad(loss(torch.full((), weight, device=cls.device)), cls)[0] for weight in (0.0, 1000.0)
+def unwired(cls: Tensor, guides: Iterable[str], loss: Callable[[Mapping[str, Tensor]], Tensor]) -> list[str]:
+    """The guides that do not pull at the student: whose terms of ``loss``, which is linear in their weights, 0-dim
+    tensors by the guides' names, have no gradient for the CLS token. Waits for the device, once."""
+    weights = {guide: torch.ones((), device=cls.device, requires_grad=True) for guide in guides}
+    # What the loss is the larger for a weight of 1 more: L_r itself, each guide's, of one pass through the model.
+    terms = torch.autograd.grad(loss(weights), list(weights.values()), create_graph=True)
+    pulls = [torch.autograd.grad(term, cls, retain_graph=True, allow_unused=True)[0] for term in terms]
+    pulled = torch.stack([(torch.zeros_like(cls) if pull is None else pull).count_nonzero() for pull in pulls])
+    return [guide for guide, by in zip(weights, pulled.tolist(), strict=True) if not by]
+
+
+def warning_of_unwired(guide: str) -> str:
+    return _of(
+        guide,
+        "L_r does not reach the student: its gradient for the CLS token is zero, so the regulariser's head learns and "
+        f"the encoder does not. The head must be given CLS as block {setting('layer', guide)} puts it out, not "
+        "detached",
     )
-    return bool((with_ - without).norm() > 1e-6 * without.norm())
 
 
-UNWIRED = (
-    "L_r does not reach the student: its gradient for the CLS token is zero, so the regulariser's head learns and the "
-    "encoder does not. The head must be given CLS as block objective.regularisation_layer puts it out, not detached"
-)
 UNUSED = (
     "the clips have external embeddings, but objective.regularisation_weight is 0: nothing is learned from them. The "
     "paper needs five times the steps without; set the weight, or leave the embeddings out"
@@ -239,10 +272,11 @@ class GuidanceCheck:
     Args:
         constant: the constant prediction's L_r, reduced as the run's.
         after: updates before which nothing is said.
+        guide: whose L_r it is.
     """
 
-    def __init__(self, constant: float, *, after: int, window: int) -> None:
-        self._constant, self._after, self._window = constant, after, window
+    def __init__(self, constant: float, *, after: int, window: int, guide: str = "") -> None:
+        self._constant, self._after, self._window, self._guide = constant, after, window, guide
         self._last: deque[float] = deque(maxlen=2 * window)
         self._warned = False
 
@@ -252,12 +286,12 @@ class GuidanceCheck:
 
     def update(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Take in the updates in ``rows``; the warning that is due, once until L_r recovers."""
-        warnings = []
+        warnings, guide = [], self._guide
         for row in rows:
-            if row.get("regularisation_weight") == 0:  # a schedule's end
+            if row.get(column("regularisation_weight", guide)) == 0:  # a schedule's end
                 self._last.clear()
                 continue
-            self._last.append(row["regularisation"])
+            self._last.append(row[column("regularisation", guide)])
             if row["step"] < self._after or len(self._last) < 2 * self._window:
                 continue
             values = list(self._last)
@@ -270,7 +304,6 @@ class GuidanceCheck:
                 warnings.append(
                     f"the student does not follow the guide: L_r is {now:.4g} at step {row['step']}, and predicting "
                     f"the same for every clip would get {self._constant:.4g}. Are the embeddings those of these clips? "
-                    "Else try a larger objective.regularisation_weight, or a later objective.regularisation_layer (0: "
-                    "the last)"
+                    f"Else try a larger {setting('weight', guide)}, or a later {setting('layer', guide)} (0: the last)"
                 )
         return warnings

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # else only for a run that has a live guide: they bring 200 m
 
 
 class OpenGuides:
-    """Widths, identities and readers of all guides, and ``where`` their embeddings are made.
+    """Widths, identities and readers of all guides, ``where`` their embeddings are made, and those that are ``cached``.
 
     Raises: what `build_encoder` and `CachedRows` raise, with the guide's name.
     """
@@ -34,18 +34,18 @@ class OpenGuides:
         self._here: dict[str, FrozenEncoder] = {}
         self._device = device
         self._dtype = torch.bfloat16 if device.type == "cuda" and precision == "bf16" else torch.float32
-        cached: dict[str, Reader] = {}
+        self.cached: dict[str, CachedRows] = {}
         for name, guide in configs.items():
             try:
                 if guide.embeddings:
-                    cached[name] = rows = CachedRows(guide.embeddings, manifest)
+                    self.cached[name] = rows = CachedRows(guide.embeddings, manifest)
                     self.dims[name], self.identity[name] = rows.store.dim, rows.identity
                 else:
                     self._take_up(name, str(guide.encoder))
             except Exception as error:
                 error.add_note(f"(of guides.{name})")
                 raise
-        self.train = self._readers(manifest, cached)
+        self.train = self._readers(manifest, self.cached)
         self._listener: Callable[[Iterator[Batch], Manifest], Iterator[Batch]] | None = None
 
     def _take_up(self, name: str, spec: str) -> None:

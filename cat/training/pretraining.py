@@ -16,7 +16,7 @@ from cat.data.masks import inverse_block_masks
 from cat.model import CAT
 from cat.parts import part
 from cat.progress import say
-from cat.training.guidance import UNWIRED, Guidance, reaches
+from cat.training.guidance import Guidance, Stored, column, unwired, warning_of_unwired
 from cat.training.guides import OpenGuides
 from cat.training.identity import data_identity
 from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, regularisation_weight, restore_optimizer
@@ -50,7 +50,7 @@ class Pretraining:
         self.identity = data_identity(manifest, valid, self._embeddings)
         if config.guides:
             self.identity["guides"] = self.guides.identity
-        self._losses = (*LOSSES, *(f"regularisation.{name}" for name in config.guides))
+        self._losses = (*LOSSES, *(column("regularisation", name) for name in config.guides))
         self.values = (*self._losses, "grad_norm")
         self._valid_guides = self._of_validation()
         if run.cuda_graph and self.device.type != "cuda":
@@ -67,8 +67,10 @@ class Pretraining:
         self._collapse = CollapseCheck(
             pred_std=run.collapse_pred_std, target_std=run.collapse_target_std, steps=run.collapse_steps
         )
-        self._guidance = Guidance(config, manifest, self._embeddings)
-        self._unwired = False
+        stored: dict[str, Stored] = {} if self._embeddings is None else {"": (self._embeddings, manifest.rows)}
+        stored |= {name: (rows.store, rows.rows) for name, rows in self.guides.cached.items()}
+        self._guidance = Guidance(config, manifest, self.model.terms, stored)
+        self._unwired: list[str] = []
 
     def _build_model(self) -> CAT:
         store, run = self._embeddings, self.config.run
@@ -129,10 +131,10 @@ class Pretraining:
         told = {"lr": lr, "ema_decay": decay}
         scheduled = {name: term for name, term in self.model.terms.items() if term.scheduled}
         weights = {name: regularisation_weight(term, step) for name, term in scheduled.items()}
-        told |= {f"regularisation_weight.{name}".rstrip("."): weight for name, weight in weights.items()}
+        told |= {column("regularisation_weight", name): weight for name, weight in weights.items()}
         inputs = self._inputs(batch, step * NOISE_PER_STEP)
-        if step == 0 and self._embeddings is not None and self._guidance.warns:
-            self._unwired = not self._reached(inputs)
+        if step == 0 and self.model.terms and self._guidance.warns:
+            self._unwired = self._look_for_unwired(inputs)
         return self.step(*inputs, lr=lr, decay=decay, weights=weights), told
 
     def _inputs(
@@ -144,26 +146,29 @@ class Pretraining:
             self._rng[1].fill_(noise_offset)
         return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng, batch.guides
 
-    def _reached(self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]) -> bool:
-        """Whether L_r moves the student, by two clips, before anything is compiled or recorded."""
+    def _look_for_unwired(
+        self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]
+    ) -> list[str]:
+        """The guides that do not move the student, by two clips, before anything is compiled or recorded."""
         spec, visible, embedding, rng, guides = inputs
         clones = visible[: 2 * self.config.masks.num_masks]
 
-        def loss(weight: Tensor) -> Tensor:
+        def loss(weights: Mapping[str, Tensor]) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 few = None if embedding is None else embedding[:2]
                 others = {name: rows[:2] for name, rows in guides.items()}
-                return self.model(spec[:2], clones, few, rng=rng, guides=others, weights={"": weight}).loss
+                return self.model(spec[:2], clones, few, rng=rng, guides=others, weights=weights).loss
 
         with torch.compiler.set_stance("force_eager"):
-            return reaches(self.model.student.cls, loss)
+            return unwired(self.model.student.cls, self.model.terms, loss)
 
     def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
         return self._guidance.derived(row)
 
     def warnings(self, rows: list[dict[str, Any]]) -> list[str]:
-        unwired, self._unwired = self._unwired, False
-        return [*([UNWIRED] if unwired else []), *self._collapse.update(rows), *self._guidance.update(rows)]
+        found = [warning_of_unwired(name) for name in self._unwired]
+        self._unwired = []
+        return [*found, *self._collapse.update(rows), *self._guidance.update(rows)]
 
     # ------------------------------------------------------------ evaluation
 

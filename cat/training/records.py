@@ -6,9 +6,9 @@ the head's rate of every update, and in an evaluation the metrics of its task:
 - ``{"kind": "train", "step": s, "loss": ..., "regression": ..., "global": ..., "regularisation": ...,
   "pred_std": ..., "target_std": ..., "grad_norm": ..., "lr": ..., "ema_decay": ...}`` for every update; s counts
   updates done, so the first is 1; with "regularisation_weight" where that has a schedule, and
-  "regularisation_explained" where there are external embeddings (`cat.training.guidance`). "regularisation" is the L_r
-  of the guide that data.train names; with other guides there are also "regularisation.NAME", the L_r of each, not
-  weighted, and "regularisation_weight.NAME"
+  "regularisation_explained" where the embeddings are known beforehand (`cat.training.guidance`). "regularisation" is
+  the L_r of the guide that data.train names; with other guides there are also "regularisation.NAME", the L_r of each,
+  not weighted, and the other two with ".NAME"
 - ``{"kind": "valid", "step": s, "loss": ..., ...}`` for every evaluation after update s
 - ``{"kind": "speed", "step": s, "clips_per_s": ..., "seconds": ...}`` every ``log_every`` updates
 - ``{"kind": "warning", "step": s, "text": ...}`` for every warning of the trainer, the same one once

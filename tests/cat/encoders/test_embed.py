@@ -72,14 +72,6 @@ def test_rows_belong_to_their_clips_and_failures_are_recorded(folder, capsys):
     assert "too short" in failures[2]["reason"]
 
 
-def test_normalised_rows_have_unit_length(folder):
-    out = folder / "unit.npy"
-    assert main(["embed", str(folder / "clips.jsonl"), "--encoder", "logmel", "--normalise", "-o", str(out)]) == 0
-    rows, sidecar = np.load(out), json.loads((folder / "unit.npy.json").read_text())
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
-    assert sidecar["encoder"] == "logmel, unit length"
-
-
 def test_workers_give_the_same_file(folder):
     manifest = load_manifest(folder / "clips.jsonl")
     for name, workers in (("a.npy", 0), ("b.npy", 2)):

@@ -120,17 +120,6 @@ def test_random_projection_is_fixed_by_its_seed():
     assert (RandomProjection(seed=1)(2 * waveform) * embedding).sum(1).min() > 0.99  # it does not tell the level
 
 
-def test_unit_length_is_of_every_encoder():
-    waveform, lengths = noise(2, 9000), torch.tensor([9000, 5000])
-    plain, unit = build_encoder("logmel"), build_encoder("logmel", normalise=True)
-    assert isinstance(unit, FrozenEncoder)
-    assert (unit.name, unit.dim, unit.min_samples) == ("logmel, unit length", plain.dim, plain.min_samples)
-    rows = plain(waveform, lengths)
-    torch.testing.assert_close(unit(waveform, lengths), rows / rows.norm(dim=1, keepdim=True))
-    of_windows = unit.combine(unit(waveform, lengths), lengths)
-    torch.testing.assert_close(of_windows.norm(), torch.tensor(1.0))
-
-
 def test_bad_requests_say_what_was_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither one of clap"):
         build_encoder(str(tmp_path / "nothing"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cat.data.features import FeatureConfig
-from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, UnitLength, build_encoder
+from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, build_encoder
 from cat.encoders.identity import identity, identity_of
 from cat.model import Encoder, ModelConfig
 from tests.released_encoders import audiomae_file, beats_file, dasheng_file
@@ -26,7 +26,7 @@ class Mine(LogMelStatistics):
 
 def test_it_is_of_weights_and_settings_alone():
     encoders = [tiny(0), tiny(1), tiny(0, "cls"), LogMelStatistics(), LogMelStatistics(FeatureConfig(mean=0.0))]
-    encoders += [UnitLength(LogMelStatistics()), RandomProjection(seed=0), RandomProjection(seed=1), Mine()]
+    encoders += [RandomProjection(seed=0), RandomProjection(seed=1), Mine()]
     found = [identity_of(encoder) for encoder in encoders]
     assert len(set(found)) == len(found)
     assert found == [identity_of(encoder) for encoder in encoders]
@@ -83,7 +83,6 @@ def test_every_family_has_one_that_its_path_does_not_change(family, tmp_path):
     assert one.name != moved.name
     identity(one)  # known, not only as far as it is seen
     assert identity_of(one) == identity_of(moved)
-    assert identity_of(one) != identity_of(UnitLength(one))
     if hasattr(moved, "model"):
         with torch.no_grad():
             next(moved.model.parameters()).flatten()[0] += 1e-3

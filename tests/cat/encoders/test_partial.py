@@ -23,7 +23,7 @@ import torch
 from cat.commands import main
 from cat.data import Clip, Manifest, load_manifest, write_manifest
 from cat.data.features import FeatureConfig
-from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, UnitLength, embed, partial, reading
+from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, embed, partial, reading
 from cat.encoders.jobs import EncoderError, pick_jobs
 from cat.locks import InUseError, sole_user
 from cat.model import Encoder, ModelConfig
@@ -242,7 +242,6 @@ def other_clips(folder: Path, order: list[int]) -> None:
 OTHERS = {
     "encoder": (["--encoder", "logmel"], r"the encoder was random:5 \(\w{12}\), now logmel \(\w{12}\)"),
     "its seed": (["--encoder", "random:6"], r"the encoder was random:5 \(\w{12}\), now random:6"),
-    "unit length": (["--normalise"], r"now random:5, unit length \(\w{12}\)"),
     "batch": (["--batch-size", "4"], "batch_size was 2, now 4"),
     "more clips": ([*range(CLIPS), 0], "the data set had 9 clips, now 10"),
     "order": ([1, 0, *range(2, CLIPS)], "the data set had 9 clips, now 9, other ones or in another order"),
@@ -404,7 +403,6 @@ class Mine(LogMelStatistics):
 def test_how_many_processes(monkeypatch):
     monkeypatch.setattr("cat.encoders.jobs._cores", lambda: 4)
     assert pick_jobs(None, tiny()) == 4
-    assert pick_jobs(None, UnitLength(LogMelStatistics())) == 4
     assert pick_jobs(None, Mine()) == 1
     assert pick_jobs(3, Mine()) == 3
     monkeypatch.setattr("cat.encoders.jobs._cores", lambda: 96)
@@ -415,7 +413,7 @@ def test_how_many_processes(monkeypatch):
     with pytest.raises(ValueError, match=r"2 jobs on cuda; expected 1: .*--num-workers"):
         pick_jobs(2, on_gpu)
     with pytest.raises(ValueError, match="was made with 4 threads of its own"):
-        pick_jobs(2, UnitLength(threaded))
+        pick_jobs(2, threaded)
     with pytest.raises(ValueError, match="0 jobs; expected at least 1"):
         pick_jobs(0, tiny())
 

@@ -22,7 +22,9 @@ from cat.encoders import FrozenEncoder, build_encoder, live, reading
 from cat.encoders.embed import collect_embeddings, write_embeddings
 from cat.encoders.jobs import EncoderError
 from cat.encoders.live import InEachProcess, Listener, LiveRows, Waves
+from cat.model import CAT
 from cat.training.pretrain import pretrain, profile
+from cat.training.pretraining import Pretraining
 from cat.training.recipe import load_recipe
 from cat.training.records import read_rows
 
@@ -103,6 +105,11 @@ def heard_batches(encoder: FrozenEncoder, manifest: Manifest, size: int) -> list
     return list(eval_batches(manifest, FeatureConfig(frames=32), size, guides=guides))
 
 
+def without_measure(rows: list[dict]) -> list[dict]:
+    """But for what only cached guides have."""
+    return [{key: value for key, value in row.items() if key != "regularisation_explained.g"} for row in rows]
+
+
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     saved = checkpoints.load(checkpoints.newest(run_dir))
     return {f"model.{k}": v for k, v in saved.model.items()} | {f"moments.{k}": v for k, v in saved.optimizer.items()}
@@ -115,6 +122,7 @@ def test_live_and_cached_give_the_same_losses(tmp_path, place):
     """To the last bit where the cache was made of a clip at a time; else to the rounding of batches."""
     cached = run(place, tmp_path / "cached", cached_guide(place))
     assert min(row["regularisation.g"] for row in cached) > 0.01
+    cached = without_measure(cached)
     assert run(place, tmp_path / "0", live_guide(place)) == cached
     assert run(place, tmp_path / "2", live_guide(place), "data.num_workers=2") == cached
     assert run(place, tmp_path / "device", live_guide(place), "guides.g.where=device", "data.num_workers=1") == cached
@@ -128,7 +136,8 @@ def test_a_guide_is_what_the_objective_describes_under_another_name(tmp_path, pl
         place, tmp_path / "named", *train, cached_guide(place), *(f"guides.g.{k}={v}" for k, v in fields.items())
     )
     assert [row["loss"] for row in named] == [row["loss"] for row in flat]
-    assert [row["regularisation.g"] for row in named] == [row["regularisation"] for row in flat]
+    for value in ("regularisation", "regularisation_explained", "regularisation_weight"):
+        assert [row[f"{value}.g"] for row in named] == [row[value] for row in flat]
     assert {row["regularisation"] for row in named} == {0.0}
     assert [row["regularisation_weight.g"] for row in named] == [row["regularisation_weight"] for row in flat]
     ours, theirs = weights(tmp_path / "named"), weights(tmp_path / "flat")
@@ -184,6 +193,36 @@ def test_what_travels_to_workers_leaves_the_encoder_behind(place):
     copied = pickle.loads(pickle.dumps(rows))
     assert copied.encoder._built is None
     assert np.array_equal(copied(0), expected)
+
+
+# ---------------------------------------------------------------- are they followed?
+
+
+class CutAtLayer1(CAT):
+    def encode(self, spec: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        x, cls = super().encode(spec, visible)
+        return x, {layer: token.detach() if layer == 1 else token for layer, token in cls.items()}
+
+
+def test_guides_whose_head_is_not_wired_are_named(tmp_path, place, monkeypatch):
+    """Live ones, and with no embeddings in data.train; looking for them changes no number."""
+    monkeypatch.setattr(Pretraining, "network", CutAtLayer1)
+    guides = [live_guide(place), "guides.g.layer=1", live_guide(place, "other", "h"), "run.stop_at=2"]
+    rows = run(place, tmp_path / "run", *guides)
+    (told,) = read_rows(tmp_path / "run" / "metrics.jsonl", "warning")
+    assert told["text"].startswith("guides.g: L_r does not reach the student")
+    assert run(place, tmp_path / "not", *guides, "run.guidance_share=0") == rows
+
+
+def test_a_cached_guide_that_is_not_followed_is_named(tmp_path, place):
+    """By a run whose data.train names no embeddings."""
+    guide = [cached_guide(place), "guides.g.weight=1e-6", "run.guidance_share=0", "optim.lr=1e-9"]
+    run(place, tmp_path / "silent", *guide, "run.stop_at=16")
+    assert read_rows(tmp_path / "silent" / "metrics.jsonl", "warning") == []
+    run(place, tmp_path / "run", *guide, "run.stop_at=16", "run.guidance_share=0.1")
+    told = [row["text"] for row in read_rows(tmp_path / "run" / "metrics.jsonl", "warning")]
+    assert told[0].startswith("guides.g: ")
+    assert "guides.g: the student does not follow the guide" in told[-1]
 
 
 # ---------------------------------------------------------------- clips that have no embedding
@@ -304,7 +343,9 @@ def test_a_run_goes_on_with_its_guide_cached(tmp_path, place, capsys):
     run(place, tmp_path / "run", live_guide(place), "run.stop_at=2")
     pretrain(load_recipe(place / "minute.yaml", [cached_guide(place)]), tmp_path / "run", resume=True)
     assert "guides.g.where was worker and is now cached: losses will agree up to rounding" in capsys.readouterr().err
-    assert [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] != "speed"] == whole
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] in ("train", "valid")]
+    assert without_measure(rows) == whole
+    assert ["regularisation_explained.g" in row for row in rows] == [False, False, True, True]
 
 
 def test_other_cached_embeddings_do_not_go_on(tmp_path, place):

@@ -41,8 +41,8 @@ def test_equal_rows_of_the_same_encoder_go_on(change):
             ["the encoder was clap:a.pt (111111111111), now beats:b.pt (222222222222)", "the rows are others"],
         ),
         (
-            {"encoder": "clap:a.pt, unit length", "identity": "2" * 64},
-            ["the encoder was clap:a.pt (111111111111), now clap:a.pt, unit length (222222222222)"],
+            {"encoder": "untrained:clap:a.pt", "identity": "2" * 64},
+            ["the encoder was clap:a.pt (111111111111), now untrained:clap:a.pt (222222222222)"],
         ),
         (
             {"identity": "2" * 64, "sha256": "x"},

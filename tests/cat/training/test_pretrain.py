@@ -264,7 +264,7 @@ def test_looking_for_a_head_that_is_not_wired_compiles_nothing(tmp_path, recipe,
     changes = ["run.compile=blocks", "objective.regularisation_weight=1"]
     task = make_task(load_recipe(recipe, [*embedded, *changes]))
     batch = next(task.batches(0, 1, print))
-    assert task._reached(task._inputs(batch, 0))
+    assert task._look_for_unwired(task._inputs(batch, 0)) == []
     assert not graphs
     task.train(batch, 1)
     assert graphs
