@@ -8,7 +8,8 @@ or to a fixture `device`: "cuda" where there is one, else the CPU, where Triton'
 import gc
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
 
 # Tests are small: a second thread gains nothing and, where the cores are busy, waits at every operation (measured on
 # two shared cores: parity of the stem 7 s with one thread, 99 s with two). Subprocesses inherit it.
@@ -26,6 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
     reason = why_not_interpreted()
     if reason is not None:
         raise pytest.UsageError(reason)
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal() -> Iterator[None]:
+    """SIGINT and SIGHUP act, for the tests that send them, also where they were ignored from the start: in the
+    background of a shell, under ``nohup``."""
+    acting = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in acting if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, acting[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def why_not_interpreted() -> str | None:
