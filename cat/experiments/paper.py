@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cat.config import to_mapping, write_yaml
+from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
-from cat.experiments.readings import MAIN, curve, ends
+from cat.experiments.readings import MAIN, ends, of_bound, points
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, run_study
 from cat.experiments.trial import Task
@@ -69,9 +69,7 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
     verdict.notes.append(f"{trained / 3600:.1f} h of training in {len(arms) * len(options.seeds)} runs")
     _draw(record, out / name / "figures" / "scores.png", curves=claim.curves)
     if options.record is not None:
-        write_yaml(config, out / name / "recipe.yaml")
-        recipe = (out / name / "recipe.yaml").read_text(encoding="utf-8")
-        write_record(options.record, record, recipe, verdict, out / "studies" / "runs")
+        write_record(options.record, record, config, verdict, out / "studies" / "runs")
     return verdict, record
 
 
@@ -79,7 +77,7 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
     tasks = list(record["tasks"])
     if curves:
         lines = {
-            task: {arm: [_points(run, task) for run in found["runs"]] for arm, found in record["arms"].items()}
+            task: {arm: [points(run, task) for run in found["runs"]] for arm, found in record["arms"].items()}
             for task in tasks
         }
         write_study_curves(path, lines, _levels(record, "valid"), metric=f"valid: {METRIC}")
@@ -88,16 +86,12 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
         write_study_ends(path, dots, _levels(record, "test"), metric=f"test: {METRIC}")
 
 
-def _points(run: Mapping[str, Any], task: str) -> tuple[Sequence[float], Sequence[float]]:
-    steps, _, scores = curve(run, task)
-    return steps, scores
-
-
 def _levels(record: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
     """task -> bound -> its score on a split."""
     levels: dict[str, dict[str, float]] = {task: {} for task in record["tasks"]}
     for name, scores in record["bounds"].items():
         for task in levels:
-            found = scores[split][task]
-            levels[task][name] = found.get(MAIN, found.get("linear"))
+            level = of_bound(scores[split][task], MAIN)
+            if level is not None:
+                levels[task][name] = level
     return levels

@@ -29,6 +29,18 @@ def curve(run: Mapping[str, Any], task: str, probe: str = MAIN) -> tuple[list[fl
     return [r["step"] for r in rows], [r["seconds"] for r in rows], [r["valid"][task][probe] for r in rows]
 
 
+def points(run: Mapping[str, Any], task: str) -> tuple[list[float], list[float]]:
+    """Steps, valid scores."""
+    steps, _, scores = curve(run, task)
+    return steps, scores
+
+
+def of_bound(scores: Mapping[str, float], probe: str) -> float | None:
+    """What stands for a probe of CAT's tokens: of another encoder that of its only embedding, for their mean."""
+    kind, pooling = probe.split()
+    return scores.get(probe, scores.get(kind) if pooling == "mean" else None)
+
+
 def reached(at: Sequence[float], scores: Sequence[float], level: float) -> float | None:
     """Where a curve, straight between its points, first has the score; None where it never does. Before its first
     point it is taken to be there."""
@@ -62,10 +74,7 @@ def _table(
         for arm in record["arms"]
     ]
     for name, both in record["bounds"].items():
-        scores = both["test"]
-        cells = [
-            scores[t].get(p, scores[t].get(p.split()[0]) if p.endswith("mean") else None) for t in tasks for p in SHOWN
-        ]
+        cells = [of_bound(both["test"][task], probe) for task in tasks for probe in SHOWN]
         rows.append([name, *("" if c is None else f"{100 * c:.1f}" for c in cells), *([""] * len(extra))])
     return header, rows
 
@@ -104,7 +113,7 @@ def read_convergence(record: Record) -> Verdict:
         return statistics.mean(curve(run, task)[2][-1] for run in record["arms"][NONE]["runs"])
 
     def faster(task: str, arm: str) -> str:
-        found = [reached(*_steps_and_scores(run, task), level(task)) for run in record["arms"][arm]["runs"]]
+        found = [reached(*points(run, task), level(task)) for run in record["arms"][arm]["runs"]]
         known = [record["steps"][-1] / steps for steps in found if steps]
         if len(known) < len(found):
             return f"{len(known)} of {len(found)} get there"
@@ -117,11 +126,6 @@ def read_convergence(record: Record) -> Verdict:
     notes = [*_notes(record), f"fewer steps: to the valid score at which {NONE} ends; the paper says 5x on AudioSet"]
     ahead = _means(record, guided[0]).values(), _means(record, NONE).values()
     return Verdict(sum(ahead[0]) > sum(ahead[1]), f"{words}.", header, rows, notes)
-
-
-def _steps_and_scores(run: Mapping[str, Any], task: str) -> tuple[list[float], list[float]]:
-    steps, _, scores = curve(run, task)
-    return steps, scores
 
 
 def read_distillation(record: Record) -> Verdict:

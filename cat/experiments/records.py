@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cat.config import write_yaml
 from cat.experiments.readings import SHOWN, ends, percent
 from cat.experiments.verdict import Verdict
 from cat.files import replacing, write_json
 from cat.outputs import Output, claim, json_of
+from cat.training.recipe import PretrainConfig
 from cat.training.records import read_rows
 
 RECORD, RECIPE, LOG, TABLE = "record.json", "recipe.yaml", "log.jsonl", "table.md"
@@ -33,10 +35,11 @@ def claim_record(folder: Path, name: str, *, overwrite: bool = False) -> None:
     )
 
 
-def write_record(folder: Path, record: Mapping[str, Any], recipe: str, verdict: Verdict, runs: Path) -> None:
-    """`recipe`: YAML. `runs`: where the study's run directories are."""
+def write_record(folder: Path, record: Mapping[str, Any], recipe: PretrainConfig, verdict: Verdict, runs: Path) -> None:
+    """`runs`: where the study's run directories are."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file, text in ((RECIPE, recipe), (TABLE, markdown(verdict)), (LOG, "".join(_log(record, runs)))):
+    write_yaml(recipe, folder / RECIPE)
+    for file, text in ((TABLE, markdown(verdict)), (LOG, "".join(_log(record, runs)))):
         with replacing(folder / file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     write_json(folder / RECORD, {"format": FORMAT, **record})

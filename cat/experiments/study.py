@@ -32,6 +32,7 @@ from cat.experiments.trial import Task, Trial, probed, run_trial
 from cat.files import write_json
 from cat.model.regularisation import DISTANCES
 from cat.progress import say
+from cat.training.guidance import reduced
 from cat.training.recipe import SECTION_PRESETS, PretrainConfig, pick_device
 
 COST = 5.0  # of predicting the mean embedding; L_p begins at 8 to 10 and L_g at about the same
@@ -49,8 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """`guides`: name -> encoder, as `build_encoder` takes it. `bounds`: probe the guides, the log-mel statistics and
-    the untrained encoder too."""
+    """`guides`: name -> encoder, as `build_encoder` takes it. `probes`: how often a run is probed."""
 
     recipe: PretrainConfig
     pool: Path
@@ -59,7 +59,6 @@ class Study:
     guides: dict[str, str]
     seeds: tuple[int, ...]
     probes: int
-    bounds: bool = True
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -96,7 +95,7 @@ def run_study(study: Study, folder: Path, *, jobs: int = 1, progress: bool = Tru
     }
     return {
         "arms": arms,
-        "bounds": _bounds(study, trials[study.arms[0].name, study.seeds[0]], folder) if study.bounds else {},
+        "bounds": _bounds(study, trials[study.arms[0].name, study.seeds[0]], folder),
         "guides": {name: guide.told() for name, guide in guides.items()},
         "pool": _counted(study.pool),
         "tasks": {t.name: {s: _counted(t.folder / f"{s}.jsonl") for s in SPLITS} for t in study.tasks},
@@ -159,9 +158,7 @@ def _configured(study: Study, arm: Arm, guides: dict[str, _Guide]) -> tuple[floa
         return 0.0, config
     guide = guides[arm.guide]
     config = _overridden(config, [f"data.train={guide.manifest}"])
-    weight = arm.cost / guide.constant(config.objective.regularisation_distance)
-    if config.objective.global_loss_reduction == "sum":
-        weight /= config.data.batch_size * config.masks.num_masks
+    weight = arm.cost / reduced(guide.constant(config.objective.regularisation_distance), config)
     weight = float(f"{weight:.4g}")
     return weight, _overridden(config, [f"objective.regularisation_weight={weight}"])
 
