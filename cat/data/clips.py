@@ -42,21 +42,25 @@ class Clip:
 class Texts(Sequence[str]):
     """Strings, as the bytes of all and where each one ends. Paths of any bytes, by Python's surrogate escapes."""
 
-    __slots__ = ("_bytes", "_ends")
+    __slots__ = ("_bytes", "_columns", "_ends")
     _bytes: Any  # a bytearray, or a file's memory, where nothing is appended
     _ends: Any
+    _columns: tuple[Columns, str, str] | None  # of a file
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._bytes, self._ends = bytearray(), array("q", [0])
+        self._bytes, self._ends, self._columns = bytearray(), array("q", [0]), None
         for text in texts:
             self.append(text)
 
     @classmethod
-    def of(cls, content: np.ndarray, ends: np.ndarray) -> Texts:
-        """Those that `arrays` gave, without a copy."""
+    def of(cls, file: Columns, content: str, ends: str) -> Texts:
+        """The texts whose `arrays` are these two columns, without a copy."""
         texts = cls.__new__(cls)
-        texts._bytes, texts._ends = content.data, ends.data
+        texts._bytes, texts._ends, texts._columns = file[content].data, file[ends].data, (file, content, ends)
         return texts
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self._columns is None else (Texts.of, self._columns)
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -96,13 +100,13 @@ class Texts(Sequence[str]):
 class Files(Sequence[Path]):
     """Paths in a folder, or absolute ones."""
 
-    __slots__ = ("_folder", "_names")
+    __slots__ = ("_folder", "names")
 
     def __init__(self, folder: Path, names: Texts) -> None:
-        self._folder, self._names = folder, names
+        self._folder, self.names = folder, names
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     @overload
     def __getitem__(self, index: int) -> Path: ...
@@ -110,8 +114,8 @@ class Files(Sequence[Path]):
     def __getitem__(self, index: slice) -> Files: ...
     def __getitem__(self, index: int | slice) -> Path | Files:
         if isinstance(index, slice):
-            return Files(self._folder, self._names[index])
-        return self._folder / self._names[index]
+            return Files(self._folder, self.names[index])
+        return self._folder / self.names[index]
 
 
 class Clips(Sequence[Clip]):
@@ -199,8 +203,8 @@ class Clips(Sequence[Clip]):
         if wrong:
             raise ColumnsError(f"{file.path}: {wrong[0]}, expected {_DTYPES[wrong[0].split()[0]]}; write it again")
         clips._file = file
-        clips.paths = Texts.of(own["paths"], own["path_ends"])
-        clips._extra = Texts.of(own["extra"], own["extra_ends"])
+        clips.paths = Texts.of(file, f"{_OWN}paths", f"{_OWN}path_ends")
+        clips._extra = Texts.of(file, f"{_OWN}extra", f"{_OWN}extra_ends")
         clips._samples, clips._rates, clips._rows = (own[name].data for name in ("samples", "rates", "rows"))
         clips._label_ids, clips._label_ends = own["label_ids"].data, own["label_ends"].data
         clips._negative = own["negative"].data
