@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from cat.data.clips import Clip, Clips
 from cat.data.manifest import Manifest, ManifestError
+from tests.memory import private_memory_of_a_child
 
 CLIPS = (
     Clip("x/ä.wav", 100, 8000, ("dog", "bark"), 3, {"speaker": "s0", "start_s": 0.5, "nested": [{"a": None}]}),
@@ -85,28 +86,6 @@ def test_a_worker_that_looks_at_every_clip_gets_no_copy_of_them():
     """As objects these clips made 14 MB of private memory in every worker."""
     clips = Clips(Clip(f"folder/{i:09}.wav", 160000, 16000, (f"l{i % 500}", f"l{i % 7}"), i) for i in range(50_000))
     assert private_memory_of_a_child(lambda: sum(len(clip.labels) for clip in clips)) < 4
-
-
-def private_memory_of_a_child(work) -> float:
-    """MB that a forked process gets of its own by doing `work`."""
-
-    def private() -> int:
-        with open("/proc/self/smaps_rollup") as file:
-            return sum(int(line.split()[1]) for line in file if line.startswith("Private_Dirty"))
-
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            before = private()
-            work()
-            os.write(write, str((private() - before) / 1024).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    os.waitpid(child, 0)
-    with open(read) as file:
-        return float(file.read())
 
 
 def test_clips_of_a_file_are_those_that_were_saved(tmp_path):

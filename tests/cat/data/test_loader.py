@@ -1,7 +1,6 @@
 """Batches: a pure function of (seed, step), with every clip's label and embedding beside it."""
 
 import dataclasses
-import itertools
 import pickle
 
 import numpy as np
@@ -426,17 +425,6 @@ def test_bad_feature_settings(changes, words):
 def test_frames_must_fill_patches(manifest):
     with pytest.raises(ValueError, match=r"features\.frames is 32; .* 48"):
         PretrainDataset(manifest, DATA, FEATURES, MASKS, patch_size=48, seed=0)
-
-
-def test_two_million_clips_cost_nothing_per_step():
-    """One permutation an epoch, and no more than two of them are kept."""
-    many = Manifest(tuple(itertools.repeat(Clip("a.wav"), 2_000_000)), root=None)
-    dataset = PretrainDataset(many, DATA, FEATURES, MASKS, patch_size=8, seed=0)
-    first = dataset._order.epoch(0)
-    assert dataset._order.epoch(0) is first
-    for epoch in range(4):
-        dataset._order.epoch(epoch)
-    assert len(dataset._order._epochs) == 2
 
 
 def test_data_sets_travel_to_workers_that_are_not_forked(manifest):
