@@ -238,6 +238,28 @@ def starts_table(data: Data) -> Table:
     return Table("Start of a pre-training step, seconds", ["start", "imports", "first update", "at speed"], rows)
 
 
+def entries_table(data: Data) -> Table:
+    header = [
+        "start on a manifest",
+        "entries",
+        "imports",
+        "list",
+        "rest",
+        "first batch, s",
+        "peak MiB",
+        "a worker's own MiB",
+    ]
+    rows = []
+    for r in data["rows"]:
+        if r["benchmark"] == "entries":
+            seconds = [f"{r[name]:.1f}" for name in ("import_s", "read_s", "rest_s")]
+            rows.append([
+                f"{r['mode']}, {r['provider']}", f"{r['shape']['clips']:,}", *seconds, f"{r['median_ms'] / 1000:.1f}",
+                f"{r['peak_MiB']:.0f}", f"{r['worker_MiB']:.0f}",
+            ])  # fmt: skip
+    return Table("Start of a run, CPU time of the main process", header, rows)
+
+
 PARTS = {
     "student_stem": "student's stem",
     "student": "student, stem included",
@@ -285,6 +307,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "step": step_table,
     "parts": parts_table,
     "starts": starts_table,
+    "entries": entries_table,
     "stem-sweep": sweep_table,
     "kernels": kernels_table,
     "fbank": fbank_table,
