@@ -179,7 +179,7 @@ def fitting_frames(manifest: Manifest, features: FeatureConfig, patch_size: int)
     longest = 0.0
     for index in np.linspace(0, len(manifest) - 1, min(len(manifest), _LOOKED_AT)).astype(int).tolist():
         with contextlib.suppress(AudioError):
-            longest = max(longest, seconds_of(manifest.path(index)))
+            longest = max(longest, seconds_of(manifest.audio(index)))
     samples = torch.tensor(math.ceil(longest * features.sample_rate))
     frames = min(int(frames_in(features, samples)), MOST_FRAMES)
     return patch_size * rows_of(frames, patch_size)
