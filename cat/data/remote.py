@@ -109,7 +109,7 @@ class RemoteFile:
 def names_below(url: str) -> list[str]:
     """Of the files in a folder, where its server lists them. Raises: `RemoteError`."""
     try:
-        found = _tried(url, lambda fs, path: fs.ls(path, detail=False))
+        found = _tried(url, lambda fs, path: fs.ls(f"{path}/", detail=False))
     except Unusable as error:
         raise RemoteError(str(error)) from None
     return [str(name).rstrip("/").rsplit("/", 1)[-1] for name in found]
@@ -225,36 +225,34 @@ class Cache:
         """A descriptor of the file; ``fill(descriptor)`` writes one that is missing."""
         path = self.path(name)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return self._make(name, size, fill)
-        with contextlib.suppress(OSError):  # it may be gone by now, or another user's
-            os.utime(path)
-        return descriptor
-
-    def _make(self, name: Path, size: int, fill: Callable[[int], None]) -> int:
-        path = self.path(name)
-        try:
-            make_folder(path.parent)
-            part, descriptor = _own_part(path)
-            try:
-                if path.exists():  # another process has made it meanwhile
-                    part.unlink()
-                    os.close(descriptor)
-                    return self.open(name, size, fill)
-                self._reserve(descriptor, size)
-                fill(descriptor)
-                os.replace(part, path)
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    part.unlink()
-                os.close(descriptor)
-                raise
+            while (descriptor := _existing(path)) is None:
+                descriptor = self._make(path, size, fill)
+                if descriptor is not None:
+                    break
         except OSError as error:
             text = f"{error.filename or self.folder}: {error.strerror or error}"
             more = f" ({LIMIT} says how much it may hold)" if error.errno in NO_SPACE else ""
             raise RemoteError(f"{text}; the cache{more} needs a folder with room, {FOLDER} names another") from error
+        return descriptor
+
+    def _make(self, path: Path, size: int, fill: Callable[[int], None]) -> int | None:
+        """None where another process has made it meanwhile."""
+        make_folder(path.parent)
+        part, descriptor = _own_part(path)
+        try:
+            if path.exists():
+                part.unlink()
+                os.close(descriptor)
+                return None
+            self._reserve(descriptor, size)
+            fill(descriptor)
+            os.replace(part, path)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            os.close(descriptor)
+            raise
         return descriptor
 
     def _reserve(self, descriptor: int, size: int) -> None:
@@ -306,6 +304,16 @@ class Cache:
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+def _existing(path: Path) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # it may be gone by now, or another user's
+        os.utime(path)
+    return descriptor
 
 
 def _own_part(path: Path) -> tuple[Path, int]:

@@ -54,11 +54,11 @@ def index_shards(
     overwrite: bool = False,
     progress: bool = False,
 ) -> tuple[int, list[tuple[str, str]], list[str]]:
-    """Writes ``out/shards.index`` of the tar files in a folder, or behind a URL, in the order of their names; ``out`` is
-    the folder itself where it is one of this machine. Every byte is read once.
+    """Writes ``out/shards.index`` of the tar files in a folder, or behind a URL, in the order of their names; ``out``
+    is the folder itself where it is one of this machine. Every byte is read once.
 
-    ``labels``: the field of a sample's JSON that has its labels, ``a.b`` for one in another; without it the file ``.cls``
-    of the sample counts. Returns the number of clips, what could not be read, and notes.
+    ``labels``: the field of a sample's JSON that has its labels, ``a.b`` for one in another; without it the file
+    ``.cls`` of the sample counts. Returns the number of clips, what could not be read, and notes.
 
     Raises: `ManifestError` for a tar file that is cut off, compressed or none, and where no clip is found;
     `cat.outputs.OutputError` for an index that is not to be replaced; `cat.data.remote.RemoteError`; OSError.
