@@ -207,9 +207,10 @@ def _load_folder(path: Path) -> Manifest:
 
 def _load_shards(path: str | os.PathLike[str]) -> Manifest:
     index, folder = open_index(path), folder_of(path)
-    embeddings, notes = index.info.get("embeddings"), ()
+    embeddings, notes = index.info.get("embeddings"), []
     if embeddings is not None and isinstance(folder, str):
-        embeddings, notes = None, (f"{folder}: its embeddings, {embeddings}, are not fetched",)
+        notes.append(f"{folder}: its embeddings, {embeddings}, are not fetched")
+        embeddings = None
     return Manifest(
         index.clips,
         Path(folder),
@@ -220,7 +221,7 @@ def _load_shards(path: str | os.PathLike[str]) -> Manifest:
         extra=index.info.get("extra") or {},
         shards=folder,
         members=index.members,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import random
@@ -133,7 +134,7 @@ def _download(url: str, size: int, descriptor: int) -> None:
     at = 0
     while at < size:
         end = min(at + PIECE, size)
-        content = _tried(url, lambda fs, path, at=at, end=end: _piece(fs, path, at, end, size))
+        content = _tried(url, functools.partial(_piece, at=at, end=end, size=size))
         if len(content) == size:  # of a server that does not know ranges
             at = 0
         os.pwrite(descriptor, content, at)

@@ -6,10 +6,10 @@ import io
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from cat.data.containers import Unusable
 from cat.data.content import Stored
 
 _OPEN = 64  # shards that a process keeps open
-_DTYPES = {"shard": np.dtype("<i4"), "offset": np.dtype("<i8"), "size": np.dtype("<i8"), "crc": np.dtype("<u4")}
+_DTYPES: dict[str, Any] = {"shard": "<i4", "offset": "<i8", "size": "<i8", "crc": "<u4"}
 
 
 class Shard(Protocol):
@@ -52,7 +52,7 @@ class LocalShard:
         return False
 
 
-class Shards(Sequence[Shard]):
+class Shards:
     """Shards in order, of which each process keeps some open."""
 
     def __init__(self, shards: Iterable[Shard]) -> None:
@@ -66,7 +66,10 @@ class Shards(Sequence[Shard]):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __getitem__(self, number):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Shard]:
+        return iter(self._shards)
+
+    def __getitem__(self, number: int) -> Shard:
         return self._shards[number]
 
     def forget(self, number: int) -> bool:
@@ -179,8 +182,8 @@ class Members:
         shards: list[Shard] = []
         columns: dict[str, list[np.ndarray]] = {name: [] for name in _DTYPES}
         for members, count in parts:
-            for name, dtype in _DTYPES.items():
-                absent = np.full(count, -1 if name == "shard" else 0, dtype)
+            for name in _DTYPES:
+                absent = np.full(count, -1 if name == "shard" else 0, dtype=np.int64)
                 columns[name].append(absent if members is None else members.columns[name])
             if members is not None:
                 numbers = columns["shard"][-1]

@@ -107,7 +107,7 @@ def index_shards(
 
 def _shards(place: str | os.PathLike[str]) -> list[tuple[str, Any]]:
     if is_url(place):
-        remote = RemoteFolder(os.fspath(place).rstrip("/"), "to be indexed")  # type: ignore[arg-type]
+        remote = RemoteFolder(os.fspath(place).rstrip("/"), "to be indexed")
         names = [name for name in names_below(remote.url) if name.endswith(".tar")]
         found: list[tuple[str, Any]] = [
             (name, remote.file(name, size_of_remote(f"{remote.url}/{name}"))) for name in sorted(names)
@@ -184,7 +184,7 @@ class _Reader:
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
-        tar.members = []  # or tarfile keeps all
+        tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps all of them
         if member.isreg() and not member.issparse():
             yield member
 

@@ -134,7 +134,8 @@ def shards_asked(server):
 
 def test_clips_from_a_server_and_then_from_the_cache(server, shards):
     manifest = load_manifest(server.url)
-    assert server.asked and not shards_asked(server)
+    assert server.asked
+    assert not shards_asked(server)
     assert_same(waves(manifest), waves(load_manifest(shards)))
     assert shards_asked(server) == ["000000.tar", "000001.tar", "000002.tar"]
     server.asked.clear()
@@ -276,7 +277,7 @@ def test_any_url_of_fsspec(memory, shards):
 
 
 def test_urls_that_cannot_be(tmp_path):
-    with pytest.raises(RemoteError, match="nonsense://x/shards.index: Protocol not known: nonsense"):
+    with pytest.raises(RemoteError, match=r"nonsense://x/shards\.index: Protocol not known: nonsense"):
         load_manifest("nonsense://x")
 
 
@@ -285,7 +286,7 @@ def test_urls_that_cannot_be(tmp_path):
 
 def test_the_cache_keeps_its_limit_and_what_was_used_last(memory, cache, monkeypatch):
     manifest = load_manifest(memory)
-    size = max((path.stat().st_size for path in cache.rglob("*") if path.is_file()))
+    size = max(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     monkeypatch.setenv("CAT_CACHE_GB", str((2 * 61_440 + size + 20_000) / 1e9))
     for index in (0, 4, 0, 8, 0):
         read_audio(manifest.audio(index), RATE)
@@ -298,7 +299,7 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(memory, cache, monkeyp
 def test_a_limit_below_one_shard_or_none(memory, monkeypatch):
     manifest = load_manifest(memory)
     monkeypatch.setenv("CAT_CACHE_GB", "1e-5")
-    with pytest.raises(RemoteError, match="a shard of .* is more than the cache may hold; set CAT_CACHE_GB"):
+    with pytest.raises(RemoteError, match=r"a shard of .* is more than the cache may hold; set CAT_CACHE_GB"):
         read_audio(manifest.audio(0), RATE)
     monkeypatch.setenv("CAT_CACHE_GB", "much")
     with pytest.raises(RemoteError, match="CAT_CACHE_GB is 'much'; expected how many GB"):

@@ -65,7 +65,7 @@ def test_a_manifest_of_shards_travels_to_another_process(shards):
     read_audio(sharded.audio(0), RATE)  # with a descriptor open
     there = pickle.loads(pickle.dumps(sharded))
     np.testing.assert_array_equal(read_audio(there.audio(7), RATE), read_audio(sharded.audio(7), RATE))
-    with pytest.raises(ValueError, match="12 clips, but 3 members of shards; use Manifest.take"):
+    with pytest.raises(ValueError, match=r"12 clips, but 3 members of shards; use Manifest\.take"):
         Manifest(sharded.clips, sharded.root, members=sharded.members.take(np.arange(3)))
 
 
