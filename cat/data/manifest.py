@@ -54,7 +54,8 @@ __all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "is_written", 
 
 FORMAT = "cat-audio manifest"
 VERSION = 1
-_HEADER_FIELDS = ("format", "version", "embeddings", "embeddings_fingerprint", "label_names", "shards")
+_SHARDS = "shards"  # field of the header
+_HEADER_FIELDS = ("format", "version", "embeddings", "embeddings_fingerprint", "label_names")
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _load_file(path: Path) -> Manifest:
         )
     if not path.is_file():
         raise ManifestError(f"{path}: is not a regular file; a manifest is read more than once")
-    return loaders[path.suffix.lower()](path)
+    return _in_shards(loaders[path.suffix.lower()](path))
 
 
 def _load_released(path: Path) -> Manifest:
@@ -246,6 +247,24 @@ def _load_released(path: Path) -> Manifest:
         source=path,
         notes=listed.notes,
     )
+
+
+def _in_shards(manifest: Manifest) -> Manifest:
+    """With the place of every clip where the header names shards, whose index has them under the same paths."""
+    extra = dict(manifest.extra)
+    place = extra.pop(_SHARDS, None)
+    if place is None:
+        return manifest
+    place = place if is_url(place) else manifest.root / place
+    index = open_index(place)
+    numbers = {path: number for number, path in enumerate(index.clips.paths)}
+    at = np.array([numbers.get(path, -1) for path in manifest.columns.paths], dtype=np.int64)
+    if len(at) and at.min() < 0:
+        raise ManifestError(
+            f"{manifest.name}: {manifest.columns.paths[int(at.argmin())]} is not in the shards of {place}; expected "
+            "paths as their index has them"
+        )
+    return dataclasses.replace(manifest, root=Path(place), shards=place, members=index.members.take(at), extra=extra)
 
 
 # --- JSON Lines ------------------------------------------------------------------------------------------------------
@@ -271,48 +290,30 @@ def _load_jsonl(path: Path) -> Manifest:
                 )
 
     clips = Clips(read())
-    if header.get("shards") is not None:
-        place = header["shards"] if is_url(header["shards"]) else folder / header["shards"]
-        sharded = {"root": Path(place), "shards": place, "members": _members(clips, place, path)}
-    else:
-        sharded = {"root": folder}
     embeddings = header.get("embeddings")
     if embeddings is None and (clips.rows >= 0).any():
         with_row = clips.paths[int((clips.rows >= 0).argmax())]
         raise ManifestError(f"{path}: {with_row} has an embedding row, but the header names no embeddings file")
     return Manifest(
         clips,
+        folder,
         embeddings=None if embeddings is None else folder / embeddings,
         embeddings_fingerprint=header.get("embeddings_fingerprint"),
         label_names=header.get("label_names") or {},
         source=path,
         extra={key: value for key, value in header.items() if key not in _HEADER_FIELDS},
-        **sharded,
     )
 
 
-def _members(clips: Clips, place: str | Path, manifest: Path) -> Members:
-    """Of clips that the index at ``place`` has under the same paths."""
-    index = open_index(place)
-    numbers = {path: number for number, path in enumerate(index.clips.paths)}
-    at = np.array([numbers.get(path, -1) for path in clips.paths], dtype=np.int64)
-    if len(at) and at.min() < 0:
-        raise ManifestError(
-            f"{manifest}: {clips.paths[int(at.argmin())]} is not in the shards of {place}; expected paths as their "
-            "index has them"
-        )
-    return index.members.take(at)
-
-
 def _check_header(entry: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    check_fields(entry, _HEADER_FIELDS, where)
+    check_fields(entry, (*_HEADER_FIELDS, _SHARDS), where)
     version = entry.get("version")
     if entry.get("format") != FORMAT or version != VERSION or isinstance(version, bool):
         raise ManifestError(
             f"{where}: format {shorten(entry.get('format'))} version {shorten(version)}; "
             f"this release reads {FORMAT!r} version {VERSION}"
         )
-    kinds = {"embeddings": str, "embeddings_fingerprint": str, "label_names": dict, "shards": str}
+    kinds = {"embeddings": str, "embeddings_fingerprint": str, "label_names": dict, _SHARDS: str}
     for name, kind in kinds.items():
         if entry.get(name) is not None and not isinstance(entry[name], kind):
             raise ManifestError(f"{where}: {name} must be {kind.__name__}, got {shorten(entry[name])}")
@@ -370,7 +371,7 @@ def _json_lines(manifest: Manifest, path: Path) -> Iterator[bytes]:
     if manifest.members is not None:
         if manifest.shards is None:
             raise ManifestError(f"{path}: clips of several sharded data sets cannot be written as one manifest")
-        header["shards"] = manifest.shards if isinstance(manifest.shards, str) else relative(manifest.shards)
+        header[_SHARDS] = manifest.shards if isinstance(manifest.shards, str) else relative(manifest.shards)
     if manifest.label_names:
         header["label_names"] = manifest.label_names
     yield json_line({**header, **manifest.extra})
