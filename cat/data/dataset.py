@@ -31,7 +31,7 @@ from cat.data.sampling import Order
 class DataConfig:
     """Which clips, and how they are read."""
 
-    train: str = ""  # folder, .jsonl, .tsv or .json
+    train: str = ""  # folder, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None
     batch_size: int = 96
     num_workers: int = 4  # 0 reads in the main process

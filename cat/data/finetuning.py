@@ -39,7 +39,7 @@ PADDINGS = ("mask", "fill")
 class FinetuneDataConfig:
     """Which labelled clips, and how they are read."""
 
-    train: str = ""  # folder of folders, .jsonl, .tsv or .json
+    train: str = ""  # folder of folders, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None  # to choose the model by; null: held out of train
     test: str | None = None  # scored once, at the end
     valid_share: float = 0.1  # of train, held out where there is no valid

@@ -290,7 +290,7 @@ def _check_one_label(manifest: Manifest, table: _Table) -> None:
 
 def _check_folders(manifest: Manifest) -> None:
     """A folder of folders: one that has no clips was meant to be a class."""
-    if manifest.source is None or manifest.source != manifest.root:
+    if manifest.source is None or manifest.source != manifest.root or manifest.members is not None:
         return
     classes = {path.partition("/")[0] for path in manifest.columns.paths if "/" in path}
     folders = sorted(entry.name for entry in manifest.source.iterdir() if entry.is_dir() and not entry.is_symlink())

@@ -129,7 +129,7 @@ def read_cut(
     """A clip, and of one longer than ``features.frames`` the part that ``crop`` says; ``place``: where the random one
     begins, as a share of the positions there are."""
     wave, first = read_crop(
-        manifest.path(clip),
+        manifest.audio(clip),
         features.sample_rate,
         max_samples=features.samples,
         start={"random": place, "center": 0.5, "start": 0.0}[crop],

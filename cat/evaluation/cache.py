@@ -176,8 +176,7 @@ def _can_be_read_now(
     manifest: Manifest, encoder: FrozenEncoder, skipped: list[Skipped], options: dict[str, Any]
 ) -> bool:
     """Whether a clip that failed when the entry was made, perhaps for want of a network, does so no more."""
-    clips = [manifest.clips[clip.index] for clip in skipped]
-    again = dataclasses.replace(manifest, clips=clips)
+    again = manifest.take(np.array([clip.index for clip in skipped], dtype=np.int64))
     return any(len(indices) for indices, _, _ in embed_manifest(again, encoder, **{**options, "progress": False}))
 
 
@@ -275,7 +274,7 @@ def _clips(manifest: Manifest) -> str:
     digest = hashlib.sha256()
     for index in range(len(manifest)):
         path = os.path.abspath(manifest.path(index))
-        digest.update(os.fsencode(path) + b"\0" + stamp(path).encode() + b"\n")
+        digest.update(os.fsencode(path) + b"\0" + stamp(manifest.audio(index)).encode() + b"\n")
     return digest.hexdigest()
 
 
