@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +103,19 @@ def seconds_of(path: str | os.PathLike[str]) -> float:
 
 
 def read_windows(
-    path: str | os.PathLike[str], sample_rate: int, max_samples: int, *, min_samples: int = 1
+    path: str | os.PathLike[str],
+    sample_rate: int,
+    max_samples: int,
+    *,
+    min_samples: int = 1,
+    opened: Callable[[int, int], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """The whole clip of `read_audio`, in consecutive windows that are equally long (to a sample) and no longer than
-    ``max_samples``: one after the other, so that memory does not grow with the clip. Raises as `read_audio`."""
+    ``max_samples``: one after the other, so that memory does not grow with the clip. ``opened`` is told the file's own
+    samples and sample rate before the first window. Raises as `read_audio`."""
     with _opened(Path(path)) as sound:
+        if opened is not None:
+            opened(sound.length, sound.rate)
         available = _available(sound, sample_rate, min_samples)
         count = -(-available // max_samples)
         edges = [available * number // count for number in range(count + 1)]

@@ -90,7 +90,7 @@ class Labels:
         """(n,) float64: of each clip to be drawn, the sum over its labels of 1000 / (n_c + 0.01), where n_c clips have
         the label (the released AS-2M recipe)."""
         clips, classes = self.entries(manifest)
-        per_class = 1000 / (np.bincount(classes, minlength=len(self.classes)) + 0.01)
+        per_class = class_weights(np.bincount(classes, minlength=len(self.classes)))
         return np.bincount(clips, weights=per_class[classes], minlength=len(manifest))
 
     def targets(self, manifest: Manifest, indices: Iterable[int]) -> Tensor:
@@ -170,6 +170,11 @@ def labels_of(manifest: Manifest, task: str = "auto", classes: Sequence[str] | N
             'another class, or, for a task with several labels a clip, clips that have none: "labels": []'
         )
     return labels
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """(C,) float64: 1000 / (n_c + 0.01), where n_c clips have the label."""
+    return 1000 / (counts + 0.01)
 
 
 def clip_labels(clip: Clip) -> tuple[str, ...] | None:

@@ -213,5 +213,8 @@ def stamp(path: str | os.PathLike[str]) -> str:
 
 
 def digest_of_stamps(stamps: Iterable[str]) -> str:
-    """SHA-256 of the stamps of some files, in order."""
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
+    """SHA-256 of the stamps of some files, in order, with a newline between them."""
+    digest = hashlib.sha256()
+    for number, each in enumerate(stamps):
+        digest.update(f"\n{each}".encode() if number else each.encode())
+    return digest.hexdigest()
