@@ -15,7 +15,7 @@ EPILOG = """\
 examples:
   cat-audio prepare my/audio -o prepared                            check, measure, list
   cat-audio prepare my/audio -o flac --convert flac                 and write every file as 16 kHz mono FLAC
-  cat-audio prepare balanced_train_segments.csv --audio audioset -o as20k    AudioSet's lists, and what there is of it
+  cat-audio prepare audioset/balanced_train_segments.csv -o as20k   AudioSet's list, and what there is of it
 
 A file is rejected that is missing, unreadable, cut off, empty, silent, shorter than a frame or --min-seconds, or that
 has NaN or infinite samples: each is decoded to its end. DIR gets manifest.jsonl (the clips that can be used),
