@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="+",
-        type=Path,
         metavar="SOURCE",
         help="a folder of audio, a manifest, or AudioSet's *_segments.csv",
     )

@@ -114,6 +114,11 @@ class Partial:
                 again = f"the same command {self._work.does} its clips again"
                 raise DamagedBlock(f"{self._path(begin)}: {error}; {again}") from None
 
+    def drop(self, begin: int) -> None:
+        """A block whose clips are to be done again."""
+        self._path(begin).unlink(missing_ok=True)
+        self._blocks.pop(begin, None)
+
     def remove(self) -> None:
         """What it is made of, and the folder when nothing else is in it."""
         self._clear()

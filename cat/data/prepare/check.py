@@ -34,6 +34,7 @@ RECORD = np.dtype(
         ("sum", "<f8"),  # of the log-mel values of all frames
         ("squares", "<f8"),  # of their squares
         ("content", "<u8", (2,)),
+        ("bytes", "<i8"),  # of the file that was written
     ]
 )
 
@@ -95,6 +96,7 @@ def check_file(path: Path, config: PrepareConfig, target: Path | None = None) ->
     except Unusable as error:
         raise AudioError(path, str(error)) from None
     record["content"] = np.frombuffer(digest.digest()[:16], "<u8")
+    record["bytes"] = 0 if target is None else target.stat().st_size
     return record
 
 

@@ -68,9 +68,9 @@ def kept_clips(
                 samples, rate, name = int(record["heard"]), sample_rate, f"{AUDIO}/{names[place]}"
             yield dataclasses.replace(clip, path=name, samples=samples, sample_rate=rate, embedding=None)
 
-    root = manifest.root if names is None else path.parent
     known = list(manifest.label_names)
-    new = Manifest(Clips(clips()), root, source=path, extra=manifest.extra)
+    new = manifest.take(np.flatnonzero(usable)) if names is None else Manifest((), path.parent, extra=manifest.extra)
+    new = dataclasses.replace(new, clips=Clips(clips()), source=path, notes=())
     order = [*known, *sorted(set(before).difference(known))]
     counts = {label: after[label] for label in order if after[label]}
     new = dataclasses.replace(new, label_names={label: manifest.label_names[label] for label in known if after[label]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,13 @@ class Source:
     searched: Path | None = None
 
 
-def read_source(names: Sequence[Path], audio: Path | None = None) -> Source:
+def read_source(names: Sequence[str | os.PathLike[str]], audio: Path | None = None) -> Source:
     """A folder of audio, a manifest, or one or more ``*_segments.csv``; of these, ``audio`` is the folder that the
     videos' files are searched in (None: where the first list lies), and ``class_labels_indices.csv`` lies beside it.
 
     Raises: `ManifestError`.
     """
-    lists = [name for name in names if name.suffix.lower() == ".csv"]
+    lists = [Path(name) for name in names if Path(name).suffix.lower() == ".csv"]
     if lists and len(lists) == len(names):
         return _audioset(lists, audio)
     if len(names) != 1 or audio is not None:
@@ -44,7 +45,7 @@ def read_source(names: Sequence[Path], audio: Path | None = None) -> Source:
             "manifest, or one or more of AudioSet's *_segments.csv, to which --audio belongs"
         )
     manifest = load_manifest(names[0])
-    return Source(manifest, str(names[0]), searched=manifest.root if names[0].expanduser().is_dir() else None)
+    return Source(manifest, str(names[0]), searched=manifest.root if manifest.source == manifest.root else None)
 
 
 def _audioset(tables: Sequence[Path], audio: Path | None) -> Source:

@@ -12,6 +12,7 @@ What is not finished lies in ``OUT/partial`` (`cat.data.partial`) and ``OUT/audi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -35,7 +36,7 @@ from cat.data.prepare.convert import Names
 from cat.data.prepare.report import FORMAT, describe, kinds_of, readable
 from cat.data.prepare.source import Source
 from cat.data.workers import cores, prefetched
-from cat.files import flush_all, flush_to_disk, replacing, write_json
+from cat.files import clear_leftovers, flush_all, flush_to_disk, replacing, write_json
 from cat.locks import LOCK, sole_user
 from cat.outputs import OutputError, json_of
 from cat.progress import Progress, say
@@ -54,8 +55,8 @@ class TooManyRejected(RuntimeError):
     """More files cannot be used than allowed."""
 
 
-class SourceChanged(RuntimeError):
-    """Audio files became others while they were checked."""
+class FilesChanged(RuntimeError):
+    """Audio files became others after they were checked or written."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def _finished(source: Source, out: Path, job: dict[str, Any]) -> dict[str, Any] 
 
 
 def _check_contents(out: Path) -> None:
+    clear_leftovers(out)
     names = {path.name for path in out.iterdir()}
     begun = (out / _PARTIAL).is_dir()
     foreign = sorted(names - (_OURS if begun else {LOCK}))
@@ -179,7 +181,9 @@ def _check_contents(out: Path) -> None:
 
 def _job(source: Source, config: PrepareConfig) -> dict[str, Any]:
     versions = {"cat-kernels": __version__, "libsndfile": import_library("soundfile").__libsndfile_version__}
-    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     settings = asdict(config)
     features = {name: value for name, value in settings.pop("features").items() if name not in ("mean", "std")}
     clips = {"count": len(source.manifest), "fingerprint": source.manifest.fingerprint}
@@ -307,6 +311,8 @@ def _assemble(
     groups = same_content(records, np.flatnonzero(usable))
     if config.drop_duplicates:
         usable[[place for group in groups for place in group[1:]]] = False
+    if names is not None:
+        _check_written(partial, pieces, records["bytes"], usable, names, out / _AUDIO_PARTIAL)
     kept = kept_clips(manifest, out / MANIFEST, records, usable, names, config.features.sample_rate)
     duplicates = described(manifest, groups)
     _write_lines(out / _DUPLICATES, duplicates)
@@ -324,22 +330,47 @@ def _assemble(
         "stamps": stamps,
     }
     with replacing(out / _READABLE) as temporary:
-        temporary.write_text(readable(report), encoding="utf-8")
+        temporary.write_text(readable(report), encoding="utf-8", errors="backslashreplace")
     write_json(out / REPORT, report)
     return report
 
 
 def _checked_stamps(manifest: Manifest, pieces: Iterable[Piece]) -> str:
-    """Of all files. Raises: `SourceChanged`."""
+    """Of all files. Raises: `FilesChanged`."""
 
     def all_of_them() -> Iterator[str]:
         for piece in pieces:
             found = [stamp(manifest.path(place)) for place in range(piece.begin, piece.end)]
             if piece.stamps != digest_of_stamps(found):
-                raise SourceChanged("audio files have changed since they were checked; the same command does it again")
+                raise FilesChanged("audio files have changed since they were checked; the same command does it again")
             yield from found
 
     return digest_of_stamps(all_of_them())
+
+
+def _check_written(
+    partial: Partial, pieces: Iterable[Piece], sizes: np.ndarray, usable: np.ndarray, names: Names, audio: Path
+) -> None:
+    """Raises: `FilesChanged` when a file that was written is not there as it was; its block is done again then."""
+    wrong = []
+    for piece in pieces:
+        places = piece.begin + np.flatnonzero(usable[piece.begin : piece.end])
+        found = [audio / names[place] for place in places.tolist() if _size(audio / names[place]) != sizes[place]]
+        if found:
+            partial.drop(piece.begin)
+            wrong += found
+    if wrong:
+        raise FilesChanged(
+            f"{len(wrong)} files are not, or no longer, what was written, such as {wrong[0]}; the same command writes "
+            "them again"
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _check_share(out: Path, rejected: list[dict[str, str]], listed: int, all_of_them: bool, most: float) -> None:

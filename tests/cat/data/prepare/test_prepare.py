@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,21 @@ def test_names_of_converted_files_are_all_different():
     assert [outside[0], outside[1]] == ["data/x/a.wav", "y/b.wav"]
 
 
+def test_file_names_of_any_bytes(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    (folder / "a b").mkdir(parents=True)
+    for name in (b"caf\xe9.wav", b"new\nline.wav", b'quote".wav'):
+        path = folder / "a b" / os.fsdecode(name)
+        with open(path, "wb") as file:
+            soundfile.write(file, noise(len(name)), 16000, format="WAV")
+    (folder / "a b" / os.fsdecode(b"bad\xe9.wav")).write_bytes(b"x")
+    words = ["prepare", str(folder), "--convert", "flac", "--quiet", "--jobs", "1", "-o"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    manifest = load_manifest(tmp_path / "out/manifest.jsonl")
+    assert len(manifest) == 3
+    assert all(manifest.path(index).is_file() for index in range(3))
+
+
 # ---------------------------------------------------------------- AudioSet
 
 
@@ -386,6 +402,38 @@ def test_a_file_that_changes_meanwhile_is_checked_again(audio, checked, monkeypa
     assert run(audio) == 0
     assert checked == ["0.wav", "1.flac"]
     assert content(audio.parent / "out") == undisturbed(audio)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_file_that_is_not_as_it_was_written_is_written_again(audio, checked, monkeypatch, capsys, damage):
+    """By the power, or by somebody who clears up."""
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_assemble", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run(audio, "--convert", "flac") == 130
+    path = audio.parent / "out/audio.partial/horn/4.flac"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert run(audio, "--convert", "flac") == 1
+    assert f"1 files are not, or no longer, what was written, such as {path}; the same command writes them again" in (
+        capsys.readouterr().err
+    )
+    checked.clear()
+    assert run(audio, "--convert", "flac") == 0
+    assert checked == ["4.wav", "again.flac"]
+    assert content(audio.parent / "out") == undisturbed(audio, "--convert", "flac")
+
+
+def test_what_a_killed_writer_left_is_in_nobodys_way(audio, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_assemble", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run(audio) == 130
+    left = audio.parent / "out/.manifest.jsonl.abcdefgh.tmp"
+    left.mkdir()
+    (left / ".lock").write_text(socket.gethostname())
+    assert run(audio) == 0
+    assert not left.exists()
 
 
 def test_another_job_is_refused_with_the_reason(audio, checked, monkeypatch, capsys):
