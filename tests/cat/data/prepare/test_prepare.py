@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 from cat.commands import main
 from cat.data import AudioError, Clip, Manifest, load_manifest, read_audio, write_manifest
 from cat.data.prepare import PrepareConfig, check, convert, prepare_clips, read_source, work
+from cat.locks import InUseError
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
@@ -351,6 +353,40 @@ def test_told_to_stop_it_keeps_all_that_is_done(audio, checked, monkeypatch, cap
     assert run(audio) == 0
     assert len(checked) == 8
     assert content(audio.parent / "out") == undisturbed(audio)
+
+
+def test_stopped_before_anything_is_done_it_leaves_nothing(audio, monkeypatch):
+    before, calls = work.check_file, itertools.count(1)
+    monkeypatch.setattr(
+        work, "check_file", lambda *a: os.kill(os.getpid(), signal.SIGINT) if next(calls) == 3 else before(*a)
+    )
+    assert run(audio, "--convert", "flac") == 130
+    assert not (audio.parent / "out").exists()
+
+
+def test_a_second_process_is_refused(audio, checked, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        held: list[str] = []
+        patch.setattr(work, "_check_rest", lambda *_: held.append(try_again(audio)))
+        assert run(audio) == 1  # nothing was checked
+    assert "out is in use by another thread of this process; another prepare fills it: wait for it" in held[0]
+    assert checked == []
+
+
+def try_again(audio: Path) -> str:
+    """What a thread is told that prepares the same."""
+    told: list[str] = []
+
+    def again() -> None:
+        try:
+            prepare_clips(read_source([audio]), audio.parent / "out", jobs=1)
+        except InUseError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    thread.join(60)
+    return told[0]
 
 
 def test_stopped_between_the_files_it_writes(audio, checked, monkeypatch):
