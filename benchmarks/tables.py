@@ -254,6 +254,28 @@ def loader_table(data: Data) -> Table:
     return Table(f"Reading clips, CPU time; an H200 takes {taken:.0f} clips/s (predicted step, base)", header, rows)
 
 
+def entries_table(data: Data) -> Table:
+    header = [
+        "start on a manifest",
+        "entries",
+        "imports",
+        "list",
+        "rest",
+        "first batch, s",
+        "peak MiB",
+        "a worker's own MiB",
+    ]
+    rows = []
+    for r in data["rows"]:
+        if r["benchmark"] == "entries":
+            seconds = [f"{r[name]:.1f}" for name in ("import_s", "read_s", "rest_s")]
+            rows.append([
+                f"{r['mode']}, {r['provider']}", f"{r['shape']['clips']:,}", *seconds, f"{r['median_ms'] / 1000:.1f}",
+                f"{r['peak_MiB']:.0f}", f"{r['worker_MiB']:.0f}",
+            ])  # fmt: skip
+    return Table("Start of a run, CPU time of the main process", header, rows)
+
+
 PARTS = {
     "student_stem": "student's stem",
     "student": "student, stem included",
@@ -302,6 +324,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "parts": parts_table,
     "starts": starts_table,
     "loader": loader_table,
+    "entries": entries_table,
     "stem-sweep": sweep_table,
     "kernels": kernels_table,
     "fbank": fbank_table,

@@ -33,7 +33,6 @@ from cat.data.workers import prefetched
 from cat.progress import say
 
 PADDINGS = ("mask", "fill")
-SAMPLERS = ("shuffle", "weighted")
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,6 @@ class FinetuneDataConfig:
     def __post_init__(self) -> None:
         check_reading(self)
         check_choice("padding", self.padding, PADDINGS)
-        check_choice("sampler", self.sampler, SAMPLERS)
-        if self.epoch_clips is not None and self.epoch_clips < 1:
-            raise ValueError(f"data.epoch_clips is {self.epoch_clips}; it must be at least 1, or null for all clips")
         if not 0.0 < self.valid_share < 1.0:
             raise ValueError(f"data.valid_share is {self.valid_share}; it is a share, between 0 and 1")
 

@@ -30,9 +30,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from cat.data.clips import CLIP_FIELDS, Clip, Clips
+from cat.data.clips import CLIP_FIELDS, Clip, Clips, Texts
 from cat.data.folder import AUDIO_SUFFIXES, find_clips
-from cat.data.released import read_json, read_tsv
+from cat.data.parsed import read_once
+from cat.data.released import Listed, read_json, read_tsv
 from cat.data.remote import is_url
 from cat.data.shards.index import folder_of, is_sharded, open_index
 from cat.data.shards.members import Member, Members
@@ -55,6 +56,7 @@ __all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "is_written", 
 FORMAT = "cat-audio manifest"
 VERSION = 1
 _SHARDS = "shards"  # field of the header
+_CLIP_FIELDS = (*CLIP_FIELDS, "events")
 _HEADER_FIELDS = ("format", "version", "embeddings", "embeddings_fingerprint", "label_names")
 
 
@@ -135,8 +137,8 @@ class Manifest:
     def fingerprint(self) -> str:
         """SHA-256 of the clip paths in order; labels and embedding rows may change without changing it."""
         digest = hashlib.sha256()
-        for path in self.columns.paths:
-            digest.update(_as_posix(path).encode("utf-8", "surrogateescape") + b"\n")
+        for piece in _posix_lines(self.columns.paths):
+            digest.update(piece)
         return digest.hexdigest()
 
     @cached_property
@@ -149,9 +151,18 @@ class Manifest:
         return identity
 
 
-def _as_posix(path: str) -> str:
-    plain = os.sep == "/" and "//" not in path and "/." not in path and not path.startswith(".")
-    return path if plain and not path.endswith("/") else PurePath(path).as_posix()
+def _posix_lines(paths: Texts) -> Iterator[bytes]:
+    """The bytes of all paths, each with a line end, in pieces."""
+    content, ends = paths.arrays
+    begins = ends[:-1]
+    plain = os.sep == "/" and (begins < ends[1:]).all() and not (paths.mention("//") or paths.mention("/."))
+    if not plain or (content[begins] == ord(".")).any() or (content[ends[1:] - 1] == ord("/")).any():
+        for path in paths:
+            yield PurePath(path).as_posix().encode("utf-8", "surrogateescape") + b"\n"
+        return
+    for first in range(0, len(paths), 1 << 16):  # as they are: a hundred times faster
+        some = ends[first : first + (1 << 16) + 1]
+        yield np.insert(content[some[0] : some[-1]], some[1:] - some[0], ord("\n")).tobytes()
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -227,26 +238,14 @@ def _load_shards(path: str | os.PathLike[str]) -> Manifest:
 
 
 def _load_file(path: Path) -> Manifest:
-    loaders = {".jsonl": _load_jsonl, ".tsv": _load_released, ".json": _load_released}
-    if path.suffix.lower() not in loaders:
+    readers = {".jsonl": _read_jsonl, ".tsv": read_tsv, ".json": read_json}
+    if path.suffix.lower() not in readers:
         raise ManifestError(
-            f"{path}: a manifest ends in {', '.join(loaders)}, or is a folder of audio; got {path.suffix!r}"
+            f"{path}: a manifest ends in {', '.join(readers)}, or is a folder of audio; got {path.suffix!r}"
         )
     if not path.is_file():
         raise ManifestError(f"{path}: is not a regular file; a manifest is read more than once")
-    return _in_shards(loaders[path.suffix.lower()](path))
-
-
-def _load_released(path: Path) -> Manifest:
-    listed = (read_tsv if path.suffix.lower() == ".tsv" else read_json)(path)
-    return Manifest(
-        listed.clips,
-        listed.root,
-        embedding_files=listed.embedding_files,
-        label_names=listed.label_names,
-        source=path,
-        notes=listed.notes,
-    )
+    return _in_shards(Manifest(**read_once(path, readers[path.suffix.lower()])._asdict(), source=path))
 
 
 def _in_shards(manifest: Manifest) -> Manifest:
@@ -270,7 +269,7 @@ def _in_shards(manifest: Manifest) -> Manifest:
 # --- JSON Lines ------------------------------------------------------------------------------------------------------
 
 
-def _load_jsonl(path: Path) -> Manifest:
+def _read_jsonl(path: Path) -> Listed:
     header: dict[str, Any] = {}
     folder = path.parent
 
@@ -294,13 +293,12 @@ def _load_jsonl(path: Path) -> Manifest:
     if embeddings is None and (clips.rows >= 0).any():
         with_row = clips.paths[int((clips.rows >= 0).argmax())]
         raise ManifestError(f"{path}: {with_row} has an embedding row, but the header names no embeddings file")
-    return Manifest(
+    return Listed(
         clips,
         folder,
+        label_names=header.get("label_names") or {},
         embeddings=None if embeddings is None else folder / embeddings,
         embeddings_fingerprint=header.get("embeddings_fingerprint"),
-        label_names=header.get("label_names") or {},
-        source=path,
         extra={key: value for key, value in header.items() if key not in _HEADER_FIELDS},
     )
 
@@ -327,7 +325,7 @@ def _check_header(entry: dict[str, Any], folder: Path, where: str) -> dict[str, 
 
 
 def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
-    check_fields(entry, (*CLIP_FIELDS, "events"), where)
+    check_fields(entry, _CLIP_FIELDS, where)
     negative = entry.get("labels") == []
     events = entry.pop("events", None)
     if events is not None:

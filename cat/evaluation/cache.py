@@ -44,17 +44,6 @@ class DamagedEntry(ValueError):
     """A cache entry that is not, or no longer, what was written."""
 
 
-def default_folder() -> Path | None:
-    """``$XDG_CACHE_HOME/cat-audio/probe``, or below ``~/.cache``; None for a user without a home."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-    return base / "cat-audio" / "probe"
-
-
 @dataclass
 class FeatureCache:
     """Features by way of ``folder``; None: nothing is kept, and tokens lie in a temporary folder while they are needed.
