@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -101,6 +102,12 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             (place / "a-file").write_bytes(b"x")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, as ``sha256sum`` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_space(path: str | os.PathLike[str]) -> int | None:

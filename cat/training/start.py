@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cat.checkpoints import CheckpointError
 from cat.checkpoints import store as checkpoints
 from cat.device import pick_device
 from cat.progress import say
@@ -54,13 +56,26 @@ def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, pro
         torch.backends.cudnn.benchmark |= searches(trainer.task)
         if newest is None:
             trainer.task.begin()
-        notes = trainer.restore(checkpoints.load(newest)) if newest else []
+        notes = _restored(trainer, newest) if newest else []
         if resume and progress:
             notes.insert(
                 0, f"going on from {newest}" if newest else f"{run_dir} has no checkpoint yet: starting at step 0"
             )
             say("\n".join(notes))
         yield trainer
+
+
+def _restored(trainer: Trainer, newest: Path) -> list[str]:
+    """Takes it up; the error about a damaged one says how to go on without it."""
+    try:
+        return trainer.restore(checkpoints.load(newest))
+    except CheckpointError as error:
+        again = f"{trainer.task.command} --resume {shlex.quote(str(trainer.run_dir))}"
+        if checkpoints.other_whole(newest):
+            error.add_note(f"and then: {again}\nNothing was changed or deleted.")
+        else:
+            error.add_note("No other checkpoint of this run is whole. Nothing was changed or deleted.")
+        raise
 
 
 def _checkpoint_size(task: Task) -> int:
