@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat.checkpoints import store
+import cat.checkpoints.store as store
 
 
 class BackgroundWriter:

@@ -20,7 +20,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -124,12 +124,13 @@ def save_tensors(
     config: Mapping[str, Any],
     step: int | None = None,
     file_format: str = str(FORMAT),
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata.
 
-    ``file_format`` is what the file says of itself; transformers wants "pt".
+    ``file_format`` is what the file says of itself; transformers wants "pt". ``about``: more for the metadata.
     """
-    metadata = {"format": file_format, "config": json.dumps(config)}
+    metadata = {**(about or {}), "format": file_format, "config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -279,25 +280,34 @@ def read_state(path: PathLike) -> dict[str, Any]:
 def read_tensors(path: PathLike, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, by their `unwrapped` names, and the metadata of a safetensors file."""
     path = Path(path)
+    with opened(path, device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = dict(file.metadata() or {})
+    return unwrapped(tensors, str(path)), metadata
+
+
+@contextlib.contextmanager
+def opened(path: PathLike, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file, as `safetensors.safe_open` opens it. Raises: `CheckpointError`."""
+    path = Path(path)
     check_readable(path)
     try:
-        with open(path, "rb") as opened, safe_open(_utf8_name(path, opened), "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = dict(file.metadata() or {})
+        with open(path, "rb") as file, _safe_open(path, file, device) as tensors:
+            yield tensors
     except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); {remedy(path.parent)}"
         ) from None
-    return unwrapped(tensors, str(path)), metadata
 
 
-def _utf8_name(path: Path, file: IO[bytes]) -> str:
-    """A name by which safetensors opens the open ``file``, also where bytes of the path are not UTF-8."""
+def _safe_open(path: Path, file: IO[bytes], device: torch.device | str = "cpu") -> Any:
+    """Of the open ``file``, also where bytes of its path are not UTF-8."""
     try:
-        return os.fsencode(path).decode("utf-8")
+        name = os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:
-        return f"/proc/self/fd/{file.fileno()}"
+        name = f"/proc/self/fd/{file.fileno()}"
+    return safe_open(name, "pt", device=str(device))
 
 
 def check_readable(path: PathLike) -> None:
@@ -347,10 +357,11 @@ def other_whole(path: PathLike) -> Path | None:
 
 
 def _whole(path: Path) -> bool:
+    # Not by `read_state` and `opened`: their errors would ask for another whole one in turn.
     try:
         json.loads((path / STATE).read_text(encoding="utf-8"))
         for name in TENSORS:
-            with open(path / name, "rb") as file, safe_open(_utf8_name(path / name, file), "pt"):
+            with open(path / name, "rb") as file, _safe_open(path / name, file):
                 pass
     except (OSError, ValueError, SafetensorError):
         return False

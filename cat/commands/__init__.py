@@ -31,6 +31,7 @@ COMMANDS = {
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
     "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "checkpoints": ("cat.commands.checkpoints", "look at, check, average and publish checkpoints"),
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
@@ -42,7 +43,7 @@ COMMANDS = {
 GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict", "encode", "similar", "export"),
+    "use": ("predict", "encode", "similar", "export", "checkpoints"),
     "prepare": ("dataset", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }

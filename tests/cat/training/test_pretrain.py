@@ -733,5 +733,5 @@ def test_command_usage(capsys):
 
 def test_state_is_plain_json(uninterrupted):
     state = json.loads((checkpoints.newest(uninterrupted) / "state.json").read_text())
-    assert set(state) == {"format", "step", "score", "made_with", "data", "config"}
+    assert set(state) == {"format", "step", "score", "made_with", "data", "sha256", "config"}
     assert state["data"]["clips"] == 8
