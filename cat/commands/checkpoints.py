@@ -91,7 +91,8 @@ def _list(args: argparse.Namespace) -> int:
     width = max((len(str(row.path)) for row in rows), default=0)
     print(f"{'checkpoint':<{width}} {'step':>9} {'score':>10} {'size':>9}")
     for row in rows:
-        print(f"{row.path!s:<{width}} {_or_dash(row.step):>9} {_score(row.score):>10} {_size(row):>9}  {_marks(row)}")
+        line = f"{row.path!s:<{width}} {_or_dash(row.step):>9} {_score(row.score):>10} {_size(row):>9}  {_marks(row)}"
+        print(line.rstrip())
     return 0
 
 
