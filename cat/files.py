@@ -138,14 +138,14 @@ def _workplace(target: Path) -> Iterator[Path]:
         name = os.fsdecode(os.fsencode(target.name)[:200])  # file systems allow 255 bytes
         place = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
-        raise _named(error, target) from None
+        raise named(error, target) from None
     lock = -1
     try:
         lock = _lock(place)
         yield place
     except OSError as error:
         if _is_about(error, place):
-            raise _named(error, target) from error
+            raise named(error, target) from error
         raise
     finally:
         if lock >= 0:
@@ -234,8 +234,8 @@ def _is_about(error: OSError, place: Path) -> bool:
     return error.filename is None and error.errno in _OF_WRITING
 
 
-def _named(error: OSError, target: Path) -> OSError:
-    """The same error, about the target and not about a temporary file or nothing."""
+def named(error: OSError, target: Path) -> OSError:
+    """The same error, about the target and not about a temporary file or nothing, with what to do."""
     text = error.strerror or str(error)
     if error.errno in NO_SPACE:
         free = free_space(target.parent)

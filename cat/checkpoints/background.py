@@ -33,7 +33,9 @@ class BackgroundWriter:
         self.newest: Path | None = None  # the newest that is whole
         self.error: BaseException | None = None  # why the latest could not be written
         self._directory, self._keep = directory, keep
-        self._thread: threading.Thread | None = None
+        # Not `Thread.join`: interrupted by Ctrl-C it takes the thread for ended (Python 3.11).
+        self._done = threading.Event()
+        self._done.set()
         self._raise: BaseException | None = None
         self._held: dict[str, Tensor] = {}
 
@@ -54,8 +56,9 @@ class BackgroundWriter:
         write = partial(self._write, prune=prune, step=step, config=config, score=score, extra=extra)
         try:
             copies = self._copies("model", model), self._copies("optimizer", optimizer)
-            self._thread = threading.Thread(target=write, args=(*copies, _arrival(model)), name="checkpoint")
-            self._thread.start()
+            thread = threading.Thread(target=write, args=(*copies, _arrival(model)), name="checkpoint")
+            self._done.clear()
+            thread.start()
         except (MemoryError, RuntimeError):  # torch says the latter of memory, Python of threads
             self._held = {}
             write(model, optimizer, lambda: None)
@@ -63,7 +66,7 @@ class BackgroundWriter:
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return not self._done.is_set()
 
     def check(self) -> None:
         """Raises what went wrong since the last time; does not wait."""
@@ -78,9 +81,7 @@ class BackgroundWriter:
 
     def settle(self) -> None:
         """Until nothing is being written, whatever became of it."""
-        if self._thread is not None and self.busy:
-            self._thread.join()
-        self._thread = None
+        self._done.wait()
 
     def _write(
         self,
@@ -94,13 +95,17 @@ class BackgroundWriter:
         try:
             arrived()
             self.newest = store.save(self._directory, model=model, optimizer=optimizer, **rest)
+            self.error = None
+            if prune:
+                self._prune()
         except BaseException as error:
             self.error = self._raise = error
-            return
-        self.error = None
+        finally:
+            self._done.set()
+
+    def _prune(self) -> None:
         try:
-            if prune:
-                store.prune(self._directory, **self._keep)
+            store.prune(self._directory, **self._keep)
         except BaseException as error:
             self._raise = error
 
