@@ -33,7 +33,8 @@ def started(
         # Only now, when everything else has proved fit: nothing is deleted for a run that cannot start.
         old = [] if resume else files_of_earlier_run(run_dir, overwrite=overwrite)
         if trainer.step < trainer.config.end:
-            check_disk(run_dir, run, needed=_checkpoint_size(trainer.task), freed=total_size(old))
+            left = trainer.config.end - trainer.step
+            check_disk(run_dir, run, needed=_checkpoint_size(trainer.task), freed=total_size(old), updates=left)
         if old:
             delete_run(run_dir)
         yield trainer
