@@ -31,6 +31,7 @@ COMMANDS = {
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
     "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "checkpoints": ("cat.commands.checkpoints", "look at, check, average and publish checkpoints"),
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
     "prepare": ("cat.commands.prepare", "check, measure and convert audio, and list what can be used"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
@@ -44,7 +45,7 @@ COMMANDS = {
 GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict", "encode", "similar", "export"),
+    "use": ("predict", "encode", "similar", "export", "checkpoints"),
     "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cat.checkpoints import store as checkpoints
+from cat.checkpoints.background import BackgroundWriter
 from cat.checkpoints.store import Checkpoint, CheckpointError
 from cat.config import ConfigError, to_mapping, write_yaml
 from cat.data import Batch
@@ -62,14 +63,23 @@ class Trainer:
         self.device, self.precision = task.device, task.precision
         self._data = task.identity
         self.step = self._begun_at = 0
-        self.checkpoint: Path | None = None
-        self._log = torch.zeros(self.config.run.log_every, len(task.values), device=self.device)
+        run = self.config.run
+        self._writer = BackgroundWriter(
+            run_dir / "checkpoints", keep_last=run.keep_last, keep_best=run.keep_best, keep_every=run.keep_every
+        )
+        self._saved: int | None = None  # the step whose checkpoint is written, or being written
+        self._log = torch.zeros(run.log_every, len(task.values), device=self.device)
         self._rows: list[dict[str, Any]] = []  # of the updates whose losses are still on the device
         self._since_checkpoint: list[float] = []
         self._validated: tuple[int, float] | None = None  # step and score of the latest evaluation
         self._progress = progress
         self._stop = StopSignals()
-        self._saving = False  # True after an error of saving itself
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest that is whole; waits for one that is being written."""
+        self._writer.settle()
+        return self._writer.newest
 
     # ------------------------------------------------------------ resuming
 
@@ -88,7 +98,10 @@ class Trainer:
                 f"Resume with run.precision={made['precision']}"
             )
         self._data, notes = check_same_data(saved.state.get("data") or {}, self._data, self.config, self.run_dir)
-        checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
+        try:
+            checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {checkpoints.remedy(saved.path)}") from None
         try:
             if saved.step:
                 self.task.restore_optimizer(saved.optimizer)
@@ -96,7 +109,8 @@ class Trainer:
             raise CheckpointError(
                 f"{saved.path / checkpoints.OPTIMIZER}: {error}; {checkpoints.remedy(saved.path)}"
             ) from None
-        self.step, self.checkpoint = saved.step, saved.path
+        self.step = self._saved = saved.step
+        self._writer.newest = saved.path
         return notes + [
             f"{key} was {made[key]} and is now {value}: losses will agree up to rounding, not bit for bit"
             for key, value in now.items()
@@ -113,6 +127,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as records, self._stop:
             self._open_records(records)
+            records.callback(self._settle)
             self._begun_at = self.step
             try:
                 self._train()
@@ -136,6 +151,7 @@ class Trainer:
                 break
             self.failures.add(batch.failures, self.step + 1)
             self._update(batch)
+            self._writer.check()
             if self.step % run.log_every == 0:
                 self._flush()
             if validates and run.eval_every and self.step % run.eval_every == 0:
@@ -144,8 +160,16 @@ class Trainer:
             if asked or self.step % run.checkpoint_every == 0:
                 self._save(hurried=self.step % run.checkpoint_every != 0)
                 if asked:
+                    self._writer.wait()
                     self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
+        self._writer.wait()
+
+    def _settle(self) -> None:
+        """A second signal does not cost a checkpoint that is being written."""
+        if self._writer.busy:
+            self.progress.say("waiting for the checkpoint that is being written")
+        self._writer.settle()
 
     def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
@@ -167,17 +191,24 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
-        if self.step == self._begun_at or isinstance(error, TrainingError) or self._saving:
+        if error is self._writer.error:  # there is no more room, or no permission, for the next one either
+            error.add_note(f"the last good checkpoint: {self.checkpoint or 'none'}; {self._how_to_go_on()}")
+            return
+        if self.step == self._begun_at or isinstance(error, TrainingError):
             return
         try:
             if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
-            self._save(hurried=True)
+            self._save(hurried=True, prune=False)
+            self._writer.wait()
         except Exception as second:
             last = self.checkpoint or "none"
             error.add_note(f"step {self.step} could not be saved ({second}); the last checkpoint: {last}")
         else:
-            error.add_note(f"step {self.step} is saved; go on with: {self.task.command} --resume {self.run_dir}")
+            error.add_note(f"step {self.step} is saved; {self._how_to_go_on()}")
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with: {self.task.command} --resume {self.run_dir}"
 
     def unrecorded(self, count: int) -> Iterator[int]:
         """For profiling: ``count`` updates from where the run stands, one a turn, that leave no records. Yields their
@@ -297,29 +328,26 @@ class Trainer:
         if self._stop.received:
             raise _Stopped
 
-    def _save(self, *, hurried: bool = False) -> None:
-        """Write a checkpoint unless this step has one. ``hurried``: without a score, which may need an evaluation."""
-        if self.checkpoint is not None and self.checkpoint.name == checkpoints.step_name(self.step):
+    def _save(self, *, hurried: bool = False, prune: bool = True) -> None:
+        """Have a checkpoint written, in the background, unless this step has one. ``hurried``: without a score, which
+        may need an evaluation."""
+        if self._saved == self.step:
             return
         self._flush()
         self._check_parameters()
         hurried = hurried or self._stop.received is not None
         score = None if hurried else self._score()
         self.metrics.sync()
-        self._saving = True
-        self.checkpoint = checkpoints.save(
-            self.run_dir / "checkpoints",
+        self._writer.save(
             step=self.step,
             model=self.task.model.state_dict(),
             optimizer=self.task.optimizer_tensors(),
             config=to_mapping(self.config),
             score=score,
             extra={"made_with": self.task.made_with, "data": self._data},
+            prune=prune,
         )
-        self._saving = False
-        checkpoints.prune(
-            self.run_dir / "checkpoints", keep_last=self.config.run.keep_last, keep_best=self.config.run.keep_best
-        )
+        self._saved = self.step
         if not hurried:
             self._since_checkpoint = []
         self._restart_clock()

@@ -45,6 +45,7 @@ class RunConfig:
     checkpoint_every: int = 5_000  # updates
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints with the lowest validation (else training) loss kept besides
+    keep_every: int = 0  # and those of every so many updates; 0: none for that
     tensorboard: bool = True
     figures: bool = True  # write figures/ at the end, when matplotlib is installed
     collapse_pred_std: float = 0.01  # warn below, after collapse_steps updates in a row
@@ -56,7 +57,7 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("threads", "eval_every", "keep_best", "collapse_steps"):
+        for name in ("threads", "eval_every", "keep_best", "keep_every", "collapse_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if not 0 <= self.guidance_share <= 1:
