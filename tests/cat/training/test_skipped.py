@@ -42,10 +42,11 @@ LOUD = 6  # of the clips
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("skipped")
     random = np.random.default_rng(0)
-    (folder / "train").mkdir()
-    for i in range(9):
-        wave = random.standard_normal(6000) * (1e30 if i == LOUD else 0.1)
-        soundfile.write(folder / "train" / f"{i}.wav", wave, 16000, subtype="FLOAT")
+    for name in ("train", "quiet"):
+        (folder / name).mkdir()
+        for i in range(9):
+            wave = random.standard_normal(6000) * (1e30 if (name, i) == ("train", LOUD) else 0.1)
+            soundfile.write(folder / name / f"{i}.wav", wave, 16000, subtype="FLOAT")
     (folder / "minute.yaml").write_text(RECIPE.replace("data: {", f"data: {{train: {folder / 'train'}, "))
     return folder / "minute.yaml"
 
@@ -105,7 +106,7 @@ def test_replay_comes_to_the_weights_of_then(run, recipe, tmp_path, monkeypatch)
     rows = {row["step"]: row for row in read_rows(run / "metrics.jsonl", "train")}
     for at in (min(rows.keys() - skipped(run)), max(rows.keys() - skipped(run))):
         with monkeypatch.context() as patch:
-            patch.setattr(pretraining.CAT, "forward", exploding(pretraining.CAT.forward, at=at))
+            patch.setattr(pretraining.CAT, "forward", exploding(pretraining.CAT.forward, at))
             config = load_recipe(recipe, [f"run.stop_at={at}"])
             run_dir = pretrain(config, tmp_path / str(at), progress=False).run_dir
         again = replay(run_dir / "skipped" / f"step-{at:08d}.json", progress=False)
@@ -126,15 +127,15 @@ def test_replay_without_a_checkpoint_before_it_says_so(run, tmp_path):
     assert again.found.kind == "input"
 
 
-def exploding(forward, at):
-    """What makes the loss of one update infinite."""
+def exploding(forward, *at):
+    """What makes the loss of these updates infinite."""
     calls = 0
 
     def wrapped(self, *args, **kwargs):
         nonlocal calls
         calls += 1
         output = forward(self, *args, **kwargs)
-        return output._replace(loss=output.loss * math.inf) if calls == at else output
+        return output._replace(loss=output.loss * math.inf) if calls in at else output
 
     return wrapped
 
@@ -157,15 +158,21 @@ def test_replay_refuses_what_is_no_batch(run, recipe, capsys):
 
 
 def test_too_many_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(tmp_path, recipe, monkeypatch):
-    """A rate that ruins the weights: what is saved after that is not good, and takes the place of nothing."""
-    rate = pretraining.learning_rate
-    monkeypatch.setattr(pretraining, "learning_rate", lambda config, step: 1e30 if step == 3 else rate(config, step))
-    changes = ["optim.steps=40", "run.max_bad_steps=8", "run.keep_last=1", "run.keep_best=0"]
+    """It may be the weights: what is saved amid such updates takes the place of nothing."""
+    forward = pretraining.CAT.forward
+    monkeypatch.setattr(pretraining.CAT, "forward", exploding(forward, *range(4, 20)))
+    quiet = f"data.train={recipe.parent / 'quiet'}"
+    changes = [quiet, "optim.steps=40", "run.max_bad_steps=8", "run.keep_last=1", "run.keep_best=0"]
     with pytest.raises(TrainingError, match=r"in all of the 8 updates .*max_bad_steps.* checkpoint is .*step-0{7}3\."):
         pretrain(load_recipe(recipe, changes), tmp_path / "run", progress=False)
     good = tmp_path / "run" / "checkpoints" / "step-00000003"
     assert checkpoints.load(good).step == 3
-    with pytest.raises(TrainingError, match=r"step-0{7}3\."):  # and a run that goes on comes to the same end
+    monkeypatch.setattr(pretraining.CAT, "forward", exploding(forward, *range(1, 4)))
+    config = load_recipe(recipe, [*changes, "run.stop_at=6"])
+    assert pretrain(config, tmp_path / "run", resume=True, progress=False).skipped == 3
+    assert sorted(path.name for path in good.parent.iterdir()) == ["step-00000003", "step-00000006"]
+    monkeypatch.setattr(pretraining.CAT, "forward", exploding(forward, *range(1, 9)))
+    with pytest.raises(TrainingError, match=r"at step 4 .*step-0{7}3\."):  # it counts on
         pretrain(load_recipe(recipe, changes), tmp_path / "run", resume=True, progress=False)
 
 
@@ -200,7 +207,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
 
 
 def test_half_precision_scales_its_losses_and_goes_on_with_the_same_scale(tmp_path, recipe):
-    changes = ["run.precision=fp16", "run.max_bad_steps=2", "optim.steps=12"]
+    changes = ["run.precision=fp16", "run.max_bad_steps=3", "optim.steps=12"]
     for name, stops in (("whole", [12]), ("parts", [2, 7, 12])):
         for stop_at in stops:
             config = load_recipe(recipe, [*changes, f"run.stop_at={stop_at}"])
@@ -241,19 +248,17 @@ def test_the_first_module_is_found():
         model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         model[0].bias.zero_()
 
-    def found(x, spoil=None):
+    def found(x):
         with Finder(model) as finder:
-            if spoil is not None:
-                spoil()
             model(torch.tensor([x])).sum().backward()
         return finder.first and (finder.first.kind, finder.first.name)
 
     assert found([1.0, 2.0]) is None
     assert found([1.0, 0.0]) == ("gradient", "1")  # of a root at 0
     assert found([math.nan, 0.0]) == ("input", "input")
+    model[2].forward = lambda x: (x - 5).log()
+    assert found([1.0, 9.0]) == ("output", "2")
     with torch.no_grad():
-        model[2].forward = lambda x: (x - 5).log()
-        assert found([1.0, 9.0]) == ("output", "2")
         model[3].weight[0, 0] = math.inf
-        assert found([1.0, 2.0]) == ("weight", "3.weight")
+    assert found([1.0, 2.0]) == ("weight", "3.weight")
     assert not any(module._forward_hooks for module in model.modules())
