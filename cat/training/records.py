@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,23 @@ def read_rows(path: str | os.PathLike[str], kind: str | None = None) -> list[dic
 
     Raises: ValueError naming the line when one in the middle is not JSON.
     """
-    rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}; delete the line") from None
-        if kind is None or row.get("kind") == kind:
-            rows.append(row)
-    return rows
+    return list(each_row(path, kind))
+
+
+def each_row(path: str | os.PathLike[str], kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """As `read_rows`, one at a time."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line == "\n":
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not JSON: {line[:60].rstrip()!r}; delete the line") from None
+            if kind is None or row.get("kind") == kind:
+                yield row
 
 
 def truncate_rows(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
