@@ -101,17 +101,18 @@ def _section(title: str, content: str) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """Cells are HTML."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
+    table = f'<table class="{kind}"><thead><tr>{names}</tr></thead>\n<tbody>{lines}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _overview(runs: Sequence[Run]) -> str:
     rows = [[_named(number, run), *(escape(text) for text in _facts(run))] for number, run in enumerate(runs)]
     head = ("run", "steps", "loss", "validation loss", "rate", "waits for data", "left", "skipped", "unreadable clips")
-    return _table(head, rows)
+    return _table(head, rows, "facts")
 
 
 def _named(number: int, run: Run) -> str:
