@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "experiments with a verdict; the paper's claims"),
+    "report": ("cat.commands.report", "runs side by side on one HTML page: curves, settings, clips"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
@@ -44,7 +45,7 @@ COMMANDS = {
 # How `cat-audio --help` lists them.
 GROUPS = {
     "train": ("pretrain", "finetune"),
-    "judge": ("evaluate", "probe", "experiment"),
+    "judge": ("evaluate", "probe", "report", "experiment"),
     "use": ("predict", "encode", "similar", "export", "checkpoints"),
     "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),

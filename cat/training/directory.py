@@ -1,10 +1,11 @@
 """The directory of a run: one writer at a time, what is deleted for a new run in its place, whether its disk will do.
 
 It holds everything about a run: ``config.yaml`` (every field of the recipe), ``metrics.jsonl`` (see
-`cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``tensorboard/``, ``checkpoints/`` (see
-`cat.checkpoints.store`), ``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, after
-`cat-audio evaluate` ``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a
-process works in it ``.lock``. Other files in it are the user's and are left alone.
+`cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``skipped/`` (see `cat.training.skipped`),
+``tensorboard/``, ``loggers.json`` (see `cat.training.sinks`), ``checkpoints/`` (see `cat.checkpoints.store`),
+``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, after `cat-audio evaluate`
+``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a process works in it
+``.lock``. Other files in it are the user's and are left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cat.training.recipe import RunConfig
 # a deletion that was interrupted leaves what is still known for a run.
 _RECORDS = (
     *("metrics.jsonl", "failures.jsonl", "tensorboard/events.out.tfevents.*", "probe.json", "scores.json"),
-    "events.json",
+    *("events.json", "skipped/step-*.json", "loggers.json"),
     *("profile/trace.json", "figures/loss.png", "figures/patches.png", "figures/embeddings.png", "figures/layers.png"),
     *(f"evaluation/*/{name}" for name in ("evaluation.json", "classes.csv", "clips.csv")),
     *(f"evaluation/*/figures/{name}.png" for name in ("classes", "confusion", "curves", "mistakes")),

@@ -52,7 +52,7 @@ def profile_task(make: MakeTask, run: RunConfig, run_dir: Path, *, steps: int, r
 def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> Iterator[Trainer]:
     """The trainer of a run, at step 0 or where its newest checkpoint left it."""
     newest = checkpoints.newest(run_dir) if resume else None
-    with _repeatable(run):
+    with repeatable(run):
         trainer = Trainer(make(), run_dir, progress=progress)
         torch.backends.cudnn.benchmark |= searches(trainer.task)
         if newest is None:
@@ -85,7 +85,7 @@ def _checkpoint_size(task: Task) -> int:
 
 
 @contextlib.contextmanager
-def _repeatable(run: RunConfig) -> Iterator[None]:
+def repeatable(run: RunConfig) -> Iterator[None]:
     """With the run's number of threads, and on the CPU sums are taken in a fixed order. (On a GPU that would cost time,
     and some operators cannot.)"""
     memory: Any = torch.utils.deterministic
