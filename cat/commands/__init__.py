@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cat.commands._stdout import results
+from cat.distributed import Unsaid
 from cat.ending import Ended, ending_on_signals
 from cat.progress import say
 from cat_kernels import __version__
@@ -128,6 +129,8 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("cat-audio: interrupted")
         return 130
+    except Unsaid:  # another process says why
+        return 1
     except Exception as error:
         if "--debug" in argv:
             raise

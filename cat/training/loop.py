@@ -1,9 +1,12 @@
-"""The training loop of every task: one process, the CPU or one GPU.
+"""The training loop of every task, on the CPU or on GPUs: one process, or several that do the same (`cat.distributed`).
 
 It owns what does not depend on what is trained: records, checkpoints, signals, errors. What does is a `Task`. Every
 random number of a task is a function of the seed and the step, so a checkpoint holds no generator states, and a run
 that was killed and resumed gives the same losses as one that was not: bit for bit on the CPU, with the same number of
 threads.
+
+Of several processes all take every step and decide the same: their numbers are those of the whole batch, and what one
+of them alone is told, a signal, they agree on before an update. The first writes.
 """
 
 from __future__ import annotations
@@ -21,15 +24,19 @@ import torch
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.store import Checkpoint, CheckpointError
 from cat.config import ConfigError, to_mapping, write_yaml
-from cat.data import Batch
+from cat.data import Batch, Failure
 from cat.parts import part
 from cat.progress import Progress, say
 from cat.signals import StopSignals
 from cat.training.failures import FailureLog
 from cat.training.identity import check_same_data
+from cat.training.parallel import finished
 from cat.training.recipe import check_same_run
-from cat.training.records import Metrics, read_rows
+from cat.training.records import Metrics, NoMetrics, read_rows
 from cat.training.task import Task
+
+
+_DEVICE_SECONDS = 10.0  # after an error: a GPU that has not done its work by then waits for a process that has gone
 
 
 class TrainingError(RuntimeError):
@@ -59,6 +66,7 @@ class Trainer:
 
     def __init__(self, task: Task, run_dir: Path, *, progress: bool = True) -> None:
         self.task, self.run_dir, self.config = task, run_dir, task.config
+        self.world = task.world
         self.device, self.precision = task.device, task.precision
         self._data = task.identity
         self.step = self._begun_at = 0
@@ -67,8 +75,10 @@ class Trainer:
         self._rows: list[dict[str, Any]] = []  # of the updates whose losses are still on the device
         self._since_checkpoint: list[float] = []
         self._validated: tuple[int, float] | None = None  # step and score of the latest evaluation
-        self._progress = progress
+        self._progress = progress and self.world.main
         self._stop = StopSignals()
+        self._agreed_stop: int | None = None  # the signal that came to one of several processes
+        self._agreed_save = False
         self._saving = False  # True after an error of saving itself
 
     # ------------------------------------------------------------ resuming
@@ -117,12 +127,15 @@ class Trainer:
             try:
                 self._train()
             except Exception as error:
-                self._rescue(error)
-                raise
-        return self._result(self._stop.received)
+                cause = self.world.cause(error)
+                self._rescue(cause)
+                if cause is error:
+                    raise
+                raise cause from error
+            return self._result()
 
     def _train(self) -> None:
-        run, end, stop = self.config.run, self.config.end, self._stop
+        run, end = self.config.run, self.config.end
         self._warn(self.task.advice())
         validates = self.task.valid is not None
         if validates and self._validation_due(self.step):
@@ -130,22 +143,53 @@ class Trainer:
         self.task.train_mode()
         self._restart_clock()
         batches = self.task.batches(self.step, end - self.step, self.progress.say)
-        while self.step < end and not stop.received and not self._enough():
-            batch = stop.wait(lambda: next(batches))
-            if batch is None:
+        while self.step < end and not self._received and not self._enough():
+            pieces = self._next(batches)
+            if pieces is None:
                 break
-            self.failures.add(batch.failures, self.step + 1)
-            self._update(batch)
+            self._update(pieces)
             if self.step % run.log_every == 0:
                 self._flush()
             if validates and run.eval_every and self.step % run.eval_every == 0:
                 self._evaluate()
-            asked = stop.save_asked() and self.step < end
+            asked = self._save_asked() and self.step < end
             if asked or self.step % run.checkpoint_every == 0:
                 self._save(hurried=self.step % run.checkpoint_every != 0)
                 if asked:
                     self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
+
+    def _next(self, batches: Iterator[list[Batch]]) -> list[Batch] | None:
+        """The pieces of the next update; None when a signal came, to whichever process."""
+        pieces = self._stop.wait(lambda: next(batches))
+        failed = [failure for batch in pieces or () for failure in batch.failures]
+        if self.world.several:
+            asked = [self._stop.received or 0, self._stop.save_asked(), bool(failed)]
+            stopped, save, any_failed = self.world.agreed(list(map(int, asked)))
+            self._agreed_stop, self._agreed_save = stopped or None, bool(save)
+            failed = self._of_all(failed) if any_failed else []
+            if stopped:
+                return None
+        if pieces is not None:
+            self._add_failures(failed, self.step + 1)
+        return pieces
+
+    @property
+    def _received(self) -> int | None:
+        """The signal that ends the run."""
+        return self._agreed_stop if self.world.several else self._stop.received
+
+    def _save_asked(self) -> bool:
+        return self._agreed_save if self.world.several else self._stop.save_asked()
+
+    def _of_all(self, failures: list[Failure]) -> list[Failure]:
+        """Those of all processes, in the order of their clips in the batch."""
+        found = self.world.gathered([(failure.path, failure.reason) for failure in failures])
+        return [Failure(*failure) for part in found for failure in part]
+
+    def _add_failures(self, failures: list[Failure], step: int, split: str = "train") -> None:
+        if self.failures is not None:
+            self.failures.add(failures, step, split)
 
     def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
@@ -158,7 +202,8 @@ class Trainer:
         done = rows and rows[-1]["step"] == self.step
         score = self.task.score(rows[-1]) if done else self._evaluate()
         regular = self.step == self.config.end or self.step % self.config.run.checkpoint_every == 0
-        if self.checkpoint and regular and score is not None and self._data["valid"] is not None:
+        scored = self._data["valid"] is not None and self.world.main
+        if self.checkpoint and regular and score is not None and scored:
             checkpoints.add_score(self.checkpoint, score)
 
     def _enough(self) -> bool:
@@ -167,9 +212,12 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
-        if self.step == self._begun_at or isinstance(error, TrainingError) or self._saving:
+        done = finished(self.device, _DEVICE_SECONDS)
+        if self.step == self._begun_at or isinstance(error, TrainingError) or self._saving or not self.world.main:
             return
         try:
+            if not done:
+                raise TrainingError(f"{self.device} waits for another process")
             if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
             self._save(hurried=True)
@@ -187,41 +235,55 @@ class Trainer:
         batches = self.task.batches(self.step, count, say)
         for _ in range(count):
             with part("data wait"):
-                batch = next(batches)
-            self._update(batch)
+                pieces = next(batches)
+            self._update(pieces)
             self._rows.clear()
-            yield len(batch.clips)
+            yield sum(len(batch.clips) for batch in pieces)
 
     def _open_records(self, records: contextlib.ExitStack) -> None:
+        self.progress = Progress(self.config.end, self.step, label=self.run_dir.name, enabled=self._progress)
+        records.callback(self.progress.close)
+        self.metrics: Metrics | NoMetrics = NoMetrics()
+        self.failures: FailureLog | None = None
+        if self.world.main:
+            self.metrics, self.failures = self._written_records(records)
+        self.metrics.validations = self.world.from_main(self.metrics.validations)
+        size = sum(parameter.numel() for parameter in self.task.parameters.values()) / 1e6
+        self.progress.say(
+            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.task.manifest)} clips, "
+            f"{self._where()} in {self.precision}"
+        )
+
+    def _written_records(self, records: contextlib.ExitStack) -> tuple[Metrics, FailureLog]:
         run, data = self.config.run, self.config.data
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(self.config, self.run_dir / "config.yaml")
-        self.progress = Progress(self.config.end, self.step, label=self.run_dir.name, enabled=self._progress)
-        records.callback(self.progress.close)
-        self.metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard, warn=self.progress.say)
-        records.callback(self.metrics.close)
+        metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard, warn=self.progress.say)
+        records.callback(metrics.close)
         if self.step:  # a run that goes on counts on, and does not say again what it has said
             past = read_rows(self.run_dir / "metrics.jsonl", "train")
             self.task.warnings([row for row in past if None not in row.values()])
-        self.failures = FailureLog(
+        failures = FailureLog(
             self.run_dir / "failures.jsonl",
             max_share=data.max_failed_share,
             clips=len(self.task.manifest),
-            batch_size=data.batch_size,
+            batch_size=data.update_clips,
             start_step=self.step,
         )
-        records.callback(self.failures.close)
-        size = sum(parameter.numel() for parameter in self.task.parameters.values()) / 1e6
-        self.progress.say(
-            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.task.manifest)} clips, {self.device} in "
-            f"{self.precision}"
-        )
+        records.callback(failures.close)
+        return metrics, failures
 
-    def _update(self, batch: Batch) -> None:
+    def _where(self) -> str:
+        """ "cpu", or "4 processes (cpu), updates of 96 clips in 8 pieces"."""
+        share, several = self.task.share, self.world.several
+        processes = f"{self.world.size} processes ({self.device.type})" if several else str(self.device)
+        return processes if share.pieces == 1 else f"{processes}, updates of {share.clips} clips in {share.pieces}"
+
+    def _update(self, pieces: list[Batch]) -> None:
         """One optimiser step. Nothing here waits for the device."""
-        self._log[len(self._rows)], rates = self.task.train(batch, self.step)
+        self._log[len(self._rows)], rates = self.task.train(pieces, self.step)
         self.step += 1
-        self._clips += len(batch.clips)
+        self._clips += self.task.share.clips
         self._rows.append(rates)
 
     # ------------------------------------------------------------ records
@@ -282,6 +344,7 @@ class Trainer:
             return None
         finally:
             self.task.train_mode()
+        values = self.world.from_main(values)  # on other machines the last digit may differ
         self.metrics.valid({"step": self.step, **values})
         self.progress.say(f"step {self.step}: validation {self.task.told(values)}")
         score = self.task.score(values)
@@ -291,10 +354,14 @@ class Trainer:
 
     def _heeded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches of an evaluation, until a signal."""
+        failed: list[Failure] = []
         while (batch := self._stop.wait(lambda: next(batches, None))) is not None:
-            self.failures.add(batch.failures, self.step, split="valid")
+            failed += batch.failures
             yield batch
-        if self._stop.received:
+        if self.world.several:
+            self._agreed_stop = self.world.agreed([self._stop.received or 0])[0] or None
+        self._add_failures(self._of_all(failed), self.step, "valid")
+        if self._received:
             raise _Stopped
 
     def _save(self, *, hurried: bool = False) -> None:
@@ -303,8 +370,17 @@ class Trainer:
             return
         self._flush()
         self._check_parameters()
-        hurried = hurried or self._stop.received is not None
+        hurried = hurried or self._received is not None
         score = None if hurried else self._score()
+        if self.world.main:
+            self._write_checkpoint(score)
+        else:
+            self.checkpoint = self.run_dir / "checkpoints" / checkpoints.step_name(self.step)
+        if not hurried:
+            self._since_checkpoint = []
+        self._restart_clock()
+
+    def _write_checkpoint(self, score: float | None) -> None:
         self.metrics.sync()
         self._saving = True
         self.checkpoint = checkpoints.save(
@@ -320,9 +396,6 @@ class Trainer:
         checkpoints.prune(
             self.run_dir / "checkpoints", keep_last=self.config.run.keep_last, keep_best=self.config.run.keep_best
         )
-        if not hurried:
-            self._since_checkpoint = []
-        self._restart_clock()
 
     def _score(self) -> float | None:
         """Validation score at this step, or the mean training loss since the last checkpoint: of one kind in a run."""
@@ -335,17 +408,20 @@ class Trainer:
             return self._validated[1]
         return self._evaluate()
 
-    def _result(self, stopped_by: int | None) -> RunResult:
-        run = self.config.run
-        losses = [row["loss"] for row in read_rows(self.run_dir / "metrics.jsonl", "train")]
-        first, last = losses[: run.log_every], losses[-run.log_every :]
+    def _result(self) -> RunResult:
+        run, found = self.config.run, None
+        if self.failures is not None:
+            losses = [row["loss"] for row in read_rows(self.run_dir / "metrics.jsonl", "train")]
+            first, last = losses[: run.log_every], losses[-run.log_every :]
+            found = sum(first) / max(1, len(first)), sum(last) / max(1, len(last)), self.failures.count
+        first_loss, last_loss, failed = self.world.from_main(found)
         return RunResult(
             self.run_dir,
             self.step,
             self.checkpoint,
-            sum(first) / max(1, len(first)),
-            sum(last) / max(1, len(last)),
-            self.failures.count,
-            stopped_by,
+            first_loss,
+            last_loss,
+            failed,
+            self._received,
             early=self.step < self.config.end and self._enough(),
         )

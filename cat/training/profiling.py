@@ -75,8 +75,9 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
         for _ in updates:
             pass
         _wait(trainer.device)
-    with replacing(trainer.run_dir / TRACE) as temporary:
-        profiler.export_chrome_trace(str(temporary))
+    if trainer.world.main:
+        with replacing(trainer.run_dir / TRACE) as temporary:
+            profiler.export_chrome_trace(str(temporary))
     return StepProfile(
         device=trainer.device.type,
         precision=trainer.precision,

@@ -151,6 +151,22 @@ class Metrics:
                 self._warn(f"TensorBoard's files cannot be written ({error}): the run goes on without them")
 
 
+class NoMetrics:
+    """In place of `Metrics` in processes that do not write."""
+
+    def __init__(self) -> None:
+        self.validations: list[dict[str, Any]] = []
+
+    def train(self, rows: list[dict[str, Any]], *, clips_per_s: float, seconds: float) -> None: ...
+
+    def valid(self, row: dict[str, Any]) -> None:
+        self.validations.append({"kind": "valid", **row})
+
+    def warning(self, step: int, text: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+
 def _board(path: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
