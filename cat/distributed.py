@@ -1,4 +1,4 @@
-"""Several processes that train one model, as ``torchrun`` starts them: which one this is, and what they tell each other.
+"""Several processes that train one model, as ``torchrun`` starts them: which one this is, what they tell each other.
 
 Everything follows from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
 other launchers may set the same. Where it is not set there is one process, and nothing here costs anything.

@@ -35,7 +35,6 @@ from cat.training.recipe import check_same_run
 from cat.training.records import Metrics, NoMetrics, read_rows
 from cat.training.task import Task
 
-
 _DEVICE_SECONDS = 10.0  # after an error: a GPU that has not done its work by then waits for a process that has gone
 
 

@@ -7,6 +7,7 @@ processes, is the loss of the whole batch on one process; so are the gradients.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from typing import Any
 
@@ -22,9 +23,10 @@ def replicated(module: nn.Module, world: Processes) -> nn.Module:
     weights of process 0. The module itself, and its state dict, stay as they are."""
     if not world.several:
         return module
-    return DistributedDataParallel(
-        module, process_group=world.data, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # Buffers are constants. The option's name until torch 2.12, and from then on:
+    named = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    constant: dict[str, Any] = {"forward_sync_buffers" if named else "broadcast_buffers": False}
+    return DistributedDataParallel(module, process_group=world.data, gradient_as_bucket_view=True, **constant)
 
 
 def gathering(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
