@@ -45,10 +45,9 @@ def _main(path: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        outputs = [
-            (path.with_suffix(f".{number}.{r}.out"), path.with_suffix(f".{number}.{r}.err")) for r in _ranks(group)
-        ]
-        running.append((outputs, [_start(group, rank, port, *outputs[rank]) for rank in _ranks(group)]))
+        outputs = [[path.with_suffix(f".{number}.{rank}.{end}") for end in ("out", "err")] for rank in _ranks(group)]
+        children = [_start(group, rank, port, *files) for rank, files in zip(_ranks(group), outputs, strict=True)]
+        running.append((outputs, children))
         if not any(following.get("beside") for following in groups[number + 1 : number + 2]):
             ends += [_end(*one) for one in running]
             running = []
@@ -84,7 +83,7 @@ def _start(group: dict[str, Any], rank: int, port: int, out: Path, err: Path) ->
         os._exit(code)
 
 
-def _end(outputs: list[tuple[Path, Path]], children: list[int]) -> list[dict[str, Any]]:
+def _end(outputs: list[list[Path]], children: list[int]) -> list[dict[str, Any]]:
     codes: dict[int, int] = {}
     until = time.monotonic() + SECONDS
     while len(codes) < len(children):

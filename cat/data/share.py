@@ -80,7 +80,7 @@ def share_out(clips: int, most: int, *, processes: int = 1, rank: int = 0, paire
 
 
 def largest_piece(clips: int, most: int) -> int:
-    """The largest part of ``clips`` that is at most ``most``, however many processes there are: evaluations go by it."""
+    """The largest part of ``clips`` that is at most ``most``, whatever the processes: evaluations go by it."""
     return _piece(clips, most, 1, False)
 
 
