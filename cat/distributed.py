@@ -54,6 +54,7 @@ class Processes:
         self._control: dist.ProcessGroup | None = None
         self.data: dist.ProcessGroup | None = None  # gradients go over it; None in a single process
         self._timeout, self._on_gpu = 0.0, False
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
     def main(self) -> bool:
@@ -63,6 +64,11 @@ class Processes:
     @property
     def several(self) -> bool:
         return self.size > 1
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether torchrun has gone, which would have ended its processes had it not been killed."""
+        return self._launcher is not None and os.getppid() != self._launcher
 
     def device(self, name: str) -> torch.device:
         """`pick_device`; of several processes on GPUs each has the one of its place on its machine.

@@ -70,7 +70,7 @@ def _start(group: dict[str, Any], rank: int, port: int, out: Path, err: Path) ->
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
         if group["size"] > 1:
             os.environ.update({name: str(value) for name, value in (where | {"WORLD_SIZE": group["size"]}).items()})
-        exec(group.get("before", ""), {"rank": rank})
+        exec(group.get("before", ""), {"rank": rank, "argv": group["argv"]})
         from cat.commands import main
 
         code = main(group["argv"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,8 +164,8 @@ class Trainer:
         pieces = self._stop.wait(lambda: next(batches))
         failed = [failure for batch in pieces or () for failure in batch.failures]
         if self.world.several:
-            asked = [self._stop.received or 0, self._stop.save_asked(), bool(failed)]
-            stopped, save, any_failed = self.world.agreed(list(map(int, asked)))
+            asked = self._told_to_stop or 0, int(self._stop.save_asked()), int(bool(failed))
+            stopped, save, any_failed = self.world.agreed(list(asked))
             self._agreed_stop, self._agreed_save = stopped or None, bool(save)
             failed = self._of_all(failed) if any_failed else []
             if stopped:
@@ -176,7 +177,12 @@ class Trainer:
     @property
     def _received(self) -> int | None:
         """The signal that ends the run."""
-        return self._agreed_stop if self.world.several else self._stop.received
+        return self._agreed_stop if self.world.several else self._told_to_stop
+
+    @property
+    def _told_to_stop(self) -> int | None:
+        """The signal that this process was sent, or should have been."""
+        return self._stop.received or (signal.SIGTERM if self.world.abandoned else None)
 
     def _save_asked(self) -> bool:
         return self._agreed_save if self.world.several else self._stop.save_asked()
@@ -358,7 +364,7 @@ class Trainer:
             failed += batch.failures
             yield batch
         if self.world.several:
-            self._agreed_stop = self.world.agreed([self._stop.received or 0])[0] or None
+            self._agreed_stop = self.world.agreed([self._told_to_stop or 0])[0] or None
         self._add_failures(self._of_all(failed), self.step, "valid")
         if self._received:
             raise _Stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.store import Checkpoint
+from cat.config import ConfigError, differences, to_mapping
 from cat.distributed import Processes, current, joined
 from cat.progress import say
 from cat.training.directory import check_disk, delete_run, files_of_earlier_run, sole_writer, total_size
@@ -66,6 +68,7 @@ def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, pro
     newest = checkpoints.newest(run_dir) if resume and world.main else None
     with _repeatable(run, device):
         trainer = Trainer(make(), run_dir, progress=progress)
+        _check_alike(world, trainer.task)
         torch.backends.cudnn.benchmark |= searches(trainer.task)
         saved = shared_checkpoint(world, checkpoints.load(newest) if newest else None)
         if saved is None:
@@ -77,6 +80,29 @@ def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, pro
             )
             say("\n".join(notes))
         yield trainer
+
+
+_PLACES = {"data.train", "data.valid", "data.test", "data.num_workers", "run.dir", "run.device"}  # may differ
+
+
+def _check_alike(world: Processes, task: Task) -> None:
+    """Raises: `ConfigError` where processes were not started with the same settings and data."""
+    if not world.several:
+        return
+    own = json.loads(json.dumps({"config": to_mapping(task.config), "data": task.identity}))
+    main = world.from_main(own)
+    reasons = [
+        f"{key} is {here!r}, and there {there!r}"
+        for key, (there, here) in differences(main["config"], own["config"]).items()
+        if key not in _PLACES
+    ]
+    if any(main["data"].get(key) != own["data"].get(key) for key in ("clips", "fingerprint", "labels", "valid")):
+        reasons.append(f"{task.config.data.train} or data.valid lists other clips, or other labels")
+    if reasons:
+        raise ConfigError(
+            f"this process and process 0 would not train the same: {'; '.join(reasons)}. Start all with the same "
+            "recipe, on the same clips"
+        )
 
 
 def shared_checkpoint(world: Processes, saved: Checkpoint | None) -> Checkpoint | None:
