@@ -50,6 +50,7 @@ class Processes:
         self.rank, self.size, self.restarts = rank, size, restarts
         self._local_rank = local_rank
         self._store: dist.Store | None = None
+        self._keeps_store = False
         self._mine: dist.Store | None = None  # the same, for the processes of this start alone
         self._control: dist.ProcessGroup | None = None
         self.data: dist.ProcessGroup | None = None  # gradients go over it; None in a single process
@@ -97,12 +98,13 @@ class Processes:
         elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if not self.several and not elastic:
             return
+        self._keeps_store = self.main and not elastic
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             self._store = dist.TCPStore(
                 host,
                 port,
-                is_master=self.main and not elastic,
+                is_master=self._keeps_store,
                 timeout=datetime.timedelta(seconds=timeout),
                 wait_for_workers=False,
             )
@@ -123,14 +125,7 @@ class Processes:
             return
         assert self._mine is not None
         self._timeout = timeout
-        with contextlib.suppress(RuntimeError):  # the timeout: those who lack are named
-            keys = [f"here/{rank}" for rank in range(self.size)]
-            self._mine.wait(keys, datetime.timedelta(seconds=timeout))
-        if lacking := self._lacking("here"):
-            raise Lost(
-                f"{_listed(lacking, self.size)} not come within {timeout:g} s (run.timeout); do all machines run the "
-                "same command, and reach this one?"
-            )
+        self._await_all(timeout)
         patience = datetime.timedelta(seconds=timeout)
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
@@ -143,12 +138,33 @@ class Processes:
         except RuntimeError as error:
             raise self.cause(error) from error
 
+    def _await_all(self, timeout: float) -> None:
+        """Until all are as far as this, or one has an error to say."""
+        assert self._mine is not None
+        self._mine.set(f"ready/{self.rank}", "")
+        keys = [f"ready/{rank}" for rank in range(self.size)]
+        until = time.monotonic() + timeout
+        try:
+            while not self._mine.check(keys):
+                if self._claim() is not None:
+                    raise Unsaid
+                if time.monotonic() > until:
+                    raise Lost(
+                        f"{_listed(self._lacking('ready'), self.size)} not come within {timeout:g} s (run.timeout); do "
+                        "all machines run the same command, and reach this one?"
+                    )
+                time.sleep(0.02)
+        except dist.DistError as error:  # the store went with process 0
+            raise self.cause(error) from error
+
     def close(self, *, failed: bool) -> None:
         """Leave the groups: a connection that is closed tells the others that something is wrong here."""
         if dist.is_initialized() and self.several:
             with contextlib.suppress(Exception):
                 # After an error collectives on a GPU may never end, and destroying their group would wait for them.
                 dist.destroy_process_group(self._control if failed and self._on_gpu else None)
+        if failed and self.several and self._keeps_store:
+            time.sleep(PATIENCE / 2)  # for the others to find in it who says the error
         self._control = self.data = None
 
     # ------------------------------------------------------------ telling each other
@@ -239,7 +255,8 @@ class Processes:
         else the error itself."""
         if self._mine is None or not self.several or isinstance(error, Lost | Unsaid) or not _is_broken(error):
             return error
-        self._mine.set(f"still/{self.rank}", "")
+        with contextlib.suppress(RuntimeError):  # the store went with process 0
+            self._mine.set(f"still/{self.rank}", "")
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             if self._claim() is not None:
@@ -345,7 +362,9 @@ def joined() -> Iterator[Processes]:
         failed = False
     except Exception as error:
         error = me.cause(error)
-        if isinstance(error, Unsaid) or not me.may_speak():
+        if isinstance(error, Unsaid):
+            raise error
+        if not me.may_speak():
             raise Unsaid from error
         progress.muted = False
         if not me.main:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,15 +35,17 @@ def together(folder: Path, *groups: dict[str, Any]) -> list[list[dict[str, Any]]
 
 
 def _main(path: Path) -> None:
+    import torch.distributed as dist
+
     import cat.commands.finetune
     import cat.commands.pretrain  # noqa: F401
 
-    running, ends = [], []
+    running, ends, stores = [], [], []
     groups = json.loads(path.read_text())
     for number, group in enumerate(groups):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # As torchrun's, it stays when process 0 ends.
+        stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        port = stores[-1].port
         outputs = [[path.with_suffix(f".{number}.{rank}.{end}") for end in ("out", "err")] for rank in _ranks(group)]
         children = [_start(group, rank, port, *files) for rank, files in zip(_ranks(group), outputs, strict=True)]
         running.append((outputs, children))
@@ -68,6 +69,7 @@ def _start(group: dict[str, Any], rank: int, port: int, out: Path, err: Path) ->
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+        where["TORCHELASTIC_USE_AGENT_STORE"] = True
         if group["size"] > 1:
             os.environ.update({name: str(value) for name, value in (where | {"WORLD_SIZE": group["size"]}).items()})
         exec(group.get("before", ""), {"rank": rank, "argv": group["argv"]})

@@ -129,7 +129,8 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("cat-audio: interrupted")
         return 130
-    except Unsaid:  # another process says why
+    except Unsaid as error:  # another process says why
+        say("\n".join(getattr(error, "__notes__", [])) or "stopped: another process had an error")
         return 1
     except Exception as error:
         if "--debug" in argv:

@@ -51,15 +51,15 @@ task: events
 augment: {{roll: true, noise: 0.1, roll_frames: 5, mixup: 0.8, mask_bins: 0.2, mask_frames: 0.3}}
 loss: {{over: positives}}
 data: {{batch_size: 8, num_workers: 0}}
-optim: {{lr: 5e-3, warmup_steps: 2, steps: 6, drop_path: 0.3, average: 0.8}}
+optim: {{lr: 5e-3, warmup_steps: 2, steps: 4, drop_path: 0.3, average: 0.8}}
 {RUN}"""
-# In process 1, before it reads the piece of this key: of update 6 where there are two processes.
+# In process 1, before it reads the piece of this key: of update 2 where there are two processes.
 AT_A_PIECE = """
 import os, signal, time
 from cat.data.dataset import PretrainDataset as dataset
 read = dataset.__getitem__
 def reads(self, key):
-    if key == 13:
+    if key == 5:
         {}
     return read(self, key)
 dataset.__getitem__ = reads
@@ -110,8 +110,8 @@ def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
 def assert_same_numbers(run_dir: Path, other: Path) -> None:
     """To rounding; deviations, which are the mean of those of pieces, roughly."""
     for kind in ("train", "valid"):
-        ours, theirs = rows(run_dir, kind), rows(other, kind)
-        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        theirs = rows(other, kind)
+        ours = [row for row in rows(run_dir, kind) if row["step"] in {its["step"] for its in theirs}]
         for mine, its in zip(ours, theirs, strict=True):
             assert mine.pop("kind") == its.pop("kind")
             deviations = {name: mine.pop(name) for name in ("pred_std", "target_std") if name in mine}
@@ -157,10 +157,10 @@ def test_a_run_goes_on_with_another_number_of_processes(data, tmp_path):
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     ends = together(
         tmp_path,
-        group(data, 1, whole, "run.stop_at=9"),
-        group(data, 1, changed, "run.stop_at=3"),
-        group(data, 2, changed, "run.stop_at=6", "--resume"),
-        group(data, 1, changed, "run.stop_at=9", "data.global_batch=4", "data.batch_size=2", "--resume"),
+        group(data, 1, whole, "run.stop_at=6"),
+        group(data, 1, changed, "run.stop_at=2"),
+        group(data, 2, changed, "run.stop_at=4", "--resume"),
+        group(data, 1, changed, "run.stop_at=6", "data.global_batch=4", "data.batch_size=2", "--resume"),
     )
     for end in ends:
         assert ended(end, *[0] * len(end))
@@ -217,7 +217,7 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     groups = {
         "raises": group(data, 2, runs["raises"], before=process_1("raise RuntimeError('a surprise')")),
         "SIGTERM": group(data, 2, runs["SIGTERM"], before=process_1(kill.format("SIGTERM"))),
-        "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=9", before=process_1(kill.format("SIGUSR1"))),
+        "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
         "hangs": group(data, 2, runs["hangs"], "run.timeout=2", before=process_1("time.sleep(8)")),
         "occupied": group(data, 2, runs["hangs"], before=occupied, beside=True),
@@ -232,20 +232,20 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     assert ended(ends["raises"], 1, 1)
     assert "error: a surprise" in second["err"]
     assert "(process 1 of 2, on " in second["err"]
-    assert "error" not in first["err"]
-    assert checkpoints.newest(runs["raises"]).name == "step-00000006"
+    assert first["err"].splitlines()[-1] == f"step 2 is saved; go on with: cat-audio pretrain --resume {runs['raises']}"
+    assert checkpoints.newest(runs["raises"]).name == "step-00000002"
 
     assert ended(ends["SIGTERM"], 143, 143)
-    assert "stopped by SIGTERM after step 6" in ends["SIGTERM"][0]["out"]
-    assert checkpoints.newest(runs["SIGTERM"]).name == "step-00000006"
+    assert "stopped by SIGTERM after step 2" in ends["SIGTERM"][0]["out"]
+    assert checkpoints.newest(runs["SIGTERM"]).name == "step-00000002"
 
     assert ended(ends["SIGUSR1"], 0, 0)
-    assert "step 7: saved" in ends["SIGUSR1"][0]["err"]
+    assert "step 3: saved" in ends["SIGUSR1"][0]["err"]
 
     assert ended(ends["killed"], 1, -9)
     assert "process 1 (" in ends["killed"][0]["err"]
     assert "of 2 (counted from 0) has ended without a word: killed" in ends["killed"][0]["err"]
-    assert checkpoints.newest(runs["killed"]).name == "step-00000006"
+    assert checkpoints.newest(runs["killed"]).name == "step-00000002"
 
     assert ended(ends["hangs"], 1, 1)
     assert "has not answered for 2 s (run.timeout)" in ends["hangs"][0]["err"]
@@ -277,7 +277,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(data, tmp_path):
     assert ended(*together(tmp_path, group(data, 2, tmp_path / "undisturbed")), 0, 0)
     ended_at = torchrun(tmp_path, script, *group(data, 2, tmp_path / "killed")["argv"])
     assert ended_at.returncode == 0, ended_at.stderr
-    assert f"going on from {tmp_path / 'killed' / 'checkpoints' / 'step-00000006'}" in ended_at.stderr
+    assert f"going on from {tmp_path / 'killed' / 'checkpoints' / 'step-00000002'}" in ended_at.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "undisturbed")
 
 
