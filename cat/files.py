@@ -61,7 +61,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         entries = [path for root, _, names in os.walk(folder) for path in (*(Path(root, n) for n in names), Path(root))]
-        _flush_all(entries)
+        flush_all(entries)
         os.rename(folder, target)
         flush_to_disk(target.parent)
 
@@ -83,7 +83,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_all(paths: list[Path]) -> None:
+def flush_all(paths: list[Path]) -> None:
+    """`flush_to_disk` of many."""
     if len(paths) < 100:
         for path in paths:
             flush_to_disk(path)
@@ -101,6 +102,17 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             (place / "a-file").write_bytes(b"x")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def cache_folder(name: str) -> Path | None:
+    """``$XDG_CACHE_HOME/cat-audio/NAME``, or below ``~/.cache``; None for a user without a home. It may not exist."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # to be ignored, says the specification
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "cat-audio" / name
 
 
 def free_space(path: str | os.PathLike[str]) -> int | None:

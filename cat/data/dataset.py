@@ -21,10 +21,10 @@ from cat.data.batch import Batch, Cut, Failure, gather
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore, open_embeddings
 from cat.data.features import FeatureConfig
 from cat.data.guides import Guides
+from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.masks import MaskConfig, inverse_block_masks
-from cat.data.reading import check_reading, first_readable, read_cut, training_cut
-from cat.data.sampling import Order
+from cat.data.reading import FetchAhead, check_reading, first_readable, order_of, read_cut, training_cut
 from cat.data.share import Share
 
 
@@ -32,7 +32,7 @@ from cat.data.share import Share
 class DataConfig:
     """Which clips, and how they are read."""
 
-    train: str = ""  # folder, .jsonl, .tsv or .json
+    train: str = ""  # folder, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None
     global_batch: int | None = None  # clips of an update, over all processes; null: batch_size
     batch_size: int = 96  # the most clips that a process computes at once
@@ -41,7 +41,10 @@ class DataConfig:
     crop: str = "random"  # of clips longer than features.frames: "random", "center" or "start"
     roll: bool = False  # rotate the waveform by a random amount
     gain: bool = False  # multiply the waveform by Beta(10, 10) + 0.5
+    sampler: str = "shuffle"  # every clip once an epoch, or "weighted": clips of rare labels more often
+    epoch_clips: int | None = None  # clips of an epoch, none twice; null: all
     features: str = "auto"  # log-mel on the run's device ("gpu"), or by the workers ("cpu"); "auto": "gpu" on a GPU
+    shard_window: int | None = None  # clips of so many shards are mixed at a time; null: of all
     max_failed_share: float = 0.01  # stop when more of the distinct clips seen could not be read
 
     def __post_init__(self) -> None:
@@ -77,12 +80,15 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         self.seed, self.waveforms = seed, waveforms
         self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
         self.share = share or Share(data.update_clips)
-        self._order = Order(len(manifest), seed=seed)
+        weights = balancing_weights(manifest) if data.sampler == "weighted" else None
+        self._order = order_of(manifest, data, seed=seed, weights=weights)
+        self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
     def __getitem__(self, key: int) -> Batch:
         failures: list[Failure] = []
         step, places = self.share.place(key)
         positions = [step * self.share.clips + place for place in places]
+        self._fetch_ahead(positions)
         read = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
         cuts, embeddings = [cut for cut, _, _ in read], [row for _, row, _ in read]
         batch = gather(step, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)

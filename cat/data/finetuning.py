@@ -27,21 +27,19 @@ from cat.data.features import FeatureConfig, frames_in
 from cat.data.labels import Interval, Labels, intervals_of, moved
 from cat.data.loader import every_clip
 from cat.data.manifest import Manifest
-from cat.data.reading import check_choice, check_reading, first_readable, read_cut, training_cut
-from cat.data.sampling import Order
+from cat.data.reading import FetchAhead, check_choice, check_reading, first_readable, order_of, read_cut, training_cut
 from cat.data.share import Share
 from cat.data.workers import prefetched
 from cat.progress import say
 
 PADDINGS = ("mask", "fill")
-SAMPLERS = ("shuffle", "weighted")
 
 
 @dataclass(frozen=True)
 class FinetuneDataConfig:
     """Which labelled clips, and how they are read."""
 
-    train: str = ""  # folder of folders, .jsonl, .tsv or .json
+    train: str = ""  # folder of folders, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None  # to choose the model by; null: held out of train
     test: str | None = None  # scored once, at the end
     valid_share: float = 0.1  # of train, held out where there is no valid
@@ -56,14 +54,12 @@ class FinetuneDataConfig:
     sampler: str = "shuffle"  # every clip once an epoch, or "weighted": clips of rare classes more often
     epoch_clips: int | None = None  # clips of an epoch, none twice; null: all
     features: str = "auto"  # log-mel on the run's device ("gpu"), or by the workers ("cpu"); "auto": "gpu" on a GPU
+    shard_window: int | None = None  # clips of so many shards are mixed at a time; null: of all
     max_failed_share: float = 0.01  # stop when more of the distinct clips seen could not be read
 
     def __post_init__(self) -> None:
         check_reading(self)
         check_choice("padding", self.padding, PADDINGS)
-        check_choice("sampler", self.sampler, SAMPLERS)
-        if self.epoch_clips is not None and self.epoch_clips < 1:
-            raise ValueError(f"data.epoch_clips is {self.epoch_clips}; it must be at least 1, or null for all clips")
         if not 0.0 < self.valid_share < 1.0:
             raise ValueError(f"data.valid_share is {self.valid_share}; it is a share, between 0 and 1")
 
@@ -242,12 +238,14 @@ class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
         self.data, self.augment, self.seed = data, augment, seed
         self.share = share or Share(data.update_clips)
         weights = labels.weights(manifest) if data.sampler == "weighted" else None
-        self._order = Order(len(manifest), seed=seed, epoch_clips=data.epoch_clips, weights=weights)
+        self._order = order_of(manifest, data, seed=seed, weights=weights)
+        self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
     def __getitem__(self, key: int) -> Batch:
         failures: list[Failure] = []
         step, places = self.share.place(key)
         positions = [step * self.share.clips + place for place in places]
+        self._fetch_ahead(positions)
         cuts = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
         augmentation = draw(
             self.augment,
