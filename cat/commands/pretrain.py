@@ -7,6 +7,7 @@ import importlib.util
 import signal
 
 from cat.config import ConfigError
+from cat.distributed import Processes, joined
 from cat.figures import write_run_figures
 from cat.progress import say
 from cat.training.directory import sole_writer
@@ -22,6 +23,7 @@ examples:
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
   cat-audio pretrain --replay runs/tiny/skipped/step-00000123.json        what was not finite in a skipped step
+  torchrun --nproc-per-node 2 -m cat pretrain recipes/tiny.yaml data.train=my/audio             in two processes
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with joined() as world:
+        return _run(args, world)
+
+
+def _run(args: argparse.Namespace, world: Processes) -> int:
     recipe = find_recipe(args.recipe)
     if args.resume and args.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
@@ -65,13 +72,16 @@ def run(args: argparse.Namespace) -> int:
         config = load_recipe(recipe, args.overrides)
         run_dir = config.run_dir
     if args.profile:
-        print(profile(config, run_dir, resume=args.resume).table())
+        told = profile(config, run_dir, resume=args.resume).table()
+        if world.main:
+            print(told)
         return 0
     with sole_writer(run_dir):
         result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
-        print(_summary(result, config), flush=True)
-        if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
-            write_run_figures(result.run_dir)
+        if world.main:
+            print(_summary(result, config), flush=True)
+            if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
+                write_run_figures(result.run_dir)
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
