@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import signal
 
+from cat.commands import _plan
 from cat.config import ConfigError
 from cat.figures import write_run_figures
 from cat.progress import say
@@ -21,6 +22,7 @@ examples:
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
+  cat-audio pretrain recipes/base.yaml --plan gpus=8                      what it needs on 8 GPUs, and how long it takes
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
+    _plan.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and args.overwrite:
         raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
+    _plan.check(args)
     if recipe.is_dir():
         if not args.resume:
             raise ConfigError(f"{recipe} is a directory; to go on with a run add --resume, else give a recipe (YAML)")
@@ -53,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = load_recipe(recipe, args.overrides)
         run_dir = config.run_dir
+    if args.plan is not None:
+        return _plan.run(config, run_dir, args)
     if args.profile:
         print(profile(config, run_dir, resume=args.resume).table())
         return 0

@@ -28,8 +28,8 @@ GPUS = {
     "l4": Gpu(22.5, 0.3, 121),
 }
 
-# GB/s that an all-reduce reaches on one GPU, in each direction. NVLink's are 0.75 of the datasheet's, a guess; PCIe's and
-# those of the network are guesses.
+# GB/s that an all-reduce reaches on one GPU, in each direction. NVLink's are 0.75 of the datasheet's, a guess; those of
+# PCIe and of the network are guesses.
 NVLINK_GBPS = {"b200": 675.0, "h200": 340.0, "h100": 340.0, "a100": 225.0, "a100-40": 225.0}
 PCIE_GBPS = 20.0
 NETWORK_GBPS = 40.0  # of a node: one adapter of 400 Gbit/s, 0.8 of it
@@ -47,7 +47,7 @@ class Machines:
         gpu: one of `GPUS`.
         link: between the GPUs of a node, one of `LINKS`; empty: what is usual for this GPU.
         net: GB/s between nodes, all GPUs of a node together.
-        step_ms: of an update, measured (``--profile``); 0: estimated.
+        step_ms: of the clips that a GPU computes at once, measured on one (``--profile``); 0: estimated.
         cores: CPU cores of a node; 0: those of this machine.
     """
 
