@@ -20,9 +20,9 @@ EXAMPLES = """\
 examples:
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio          on a folder of one's own
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
+  cat-audio pretrain recipes/base.yaml data.global_batch=768 --plan gpus=8    what it needs on 8 GPUs, nothing starts
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
-  cat-audio pretrain recipes/base.yaml --plan gpus=8                      what it needs on 8 GPUs, and how long it takes
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """

@@ -113,6 +113,13 @@ def _input_bytes(case: Case) -> int:
     return 2 * features.samples + 4 * features.frames * features.mel_bins
 
 
+def _waiting_bytes(case: Case) -> int:
+    """The same as data workers hand it on: the one or the other."""
+    features = case.config.features
+    made = case.config.data.features == "cpu"
+    return 4 * features.frames * features.mel_bins if made else 2 * features.samples
+
+
 def _low(case: Case) -> str:
     return case.precision if case.precision != "fp32" else "none"
 
@@ -167,14 +174,14 @@ def time(case: Case) -> Section:
         for seconds in (pieces * found.piece, found.exposed, found.update)
         if seconds and 1e3 * seconds >= 0.05
     )
-    hours = case.steps * step / 3600
+    hours, guess = case.steps * step / 3600, not found.measured
     lines = [
-        Line("a piece", 1e3 * found.piece, "ms", how, guess=not found.measured),
+        Line("a piece", 1e3 * found.piece, "ms", how, guess=guess),
         *_sending(case, found),
-        Line("an update", 1e3 * step, "ms", f"{together} ms; where nothing waits for data", guess=not found.measured),
-        Line("rate", case.share.clips / step, "clips/s", f"{case.share.clips} clips / {step:.3g} s"),
-        Line("of the matrix rate", _share_of_rate(case, step), "%", f"{card.matrix_TFLOPS} TFLOP/s is 100 %"),
-        Line("training", hours, "h", f"{case.steps:,} steps x {step:.3g} s", guess=not found.measured),
+        Line("an update", 1e3 * step, "ms", f"{together} ms; where nothing waits for data", guess=guess),
+        Line("rate", case.share.clips / step, "clips/s", f"{case.share.clips} clips / {step:.3g} s", guess=guess),
+        Line("of the matrix rate", _share_of_rate(case, step), "%", f"of {card.matrix_TFLOPS} TFLOP/s", guess=guess),
+        Line("training", hours, "h", f"{case.steps:,} steps x {step:.3g} s", guess=guess),
     ]
     if seconds := _evaluating(case, found):
         lines.append(Line("evaluations", seconds / 3600, "h", _evaluations(case), guess=True))
@@ -228,7 +235,7 @@ def loader(case: Case) -> Section:
     machines, data, found = case.machines, case.config.data, case.reading or Reading.assumed()
     rate = case.share.clips / times(case).step(case.share.own) / machines.nodes
     cores = rate * found.seconds
-    piece = case.share.size * _input_bytes(case)
+    piece = case.share.size * _waiting_bytes(case)
     guess, each = not found.measured, f"{1e3 * found.seconds:.3g} ms"
     waiting = machines.gpus * data.num_workers * data.prefetch * piece
     return Section(

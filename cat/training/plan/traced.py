@@ -86,6 +86,7 @@ def trace(
 def main() -> None:
     asked = json.load(sys.stdin)
     warnings.simplefilter("ignore")
+    nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor  # it draws until all values fit, and here there are none
     kind = PretrainConfig if asked.pop("kind") == "pretrain" else FinetuneConfig
     config: Any = from_mapping(kind, asked.pop("config"), source="the recipe")
     model = dataclasses.replace(config.model, kernels="triton")
@@ -103,14 +104,15 @@ def _traced(config: Any, clips: int, processes: int, precision: str, dims: dict[
     with _fake_group(processes), FakeTensorMode(allow_non_fake_inputs=True):
         model, loss = make(config, clips, precision, dims, lambda whole: _shared(whole, processes, sent))
         with watch.watching():
-            with torch.autocast("cpu", PRECISIONS.get(precision), enabled=precision in PRECISIONS):
+            low = torch.autocast("cpu", PRECISIONS.get(precision), enabled=precision in PRECISIONS)
+            with low, part("forward"):
                 result = loss()
             with part("backward"):
                 result.backward()
             del result
         weights: dict[int, int] = {}
-        low = [lowered for own in getattr(model, "_low", ()) for lowered in own.parameters()]
-        for tensor in (*model.parameters(), *model.buffers(), *low):
+        lowered = [copied for own in getattr(model, "_low", ()) for copied in own.parameters()]
+        for tensor in (*model.parameters(), *model.buffers(), *lowered):
             weights[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return Traced(
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
