@@ -9,7 +9,6 @@ from pathlib import Path
 from cat.config import ConfigError
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.plan.hardware import GPUS, read_machines
-from cat.training.plan.planning import make_plan
 from cat.training.recipe import PretrainConfig
 
 
@@ -33,6 +32,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(config: PretrainConfig | FinetuneConfig, run_dir: Path, args: argparse.Namespace) -> int:
+    from cat.training.plan.planning import make_plan  # brings all that training consists of
+
     plan = make_plan(config, read_machines(args.plan), run_dir, resume=args.resume, overwrite=args.overwrite)
     print(json.dumps(plan.as_dict(), indent=2) if args.json else plan.text())
     return 1 if plan.problems else 0
