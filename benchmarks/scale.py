@@ -1,7 +1,7 @@
 """What the paper's recipe takes on one GPU and on many, by arithmetic: a PREDICTION, not a measurement.
 
     python -m benchmarks.scale            # the table, of `cat-audio pretrain recipes/base.yaml --plan ...`
-    python -m benchmarks.scale --write    # also between the markers of docs/scale.md
+    python -m benchmarks.scale --write    # also between the markers of docs/scale.md, with one of the plans
 
 The step is traced once for each number of clips that a GPU computes at once; no GPU is needed.
 """
@@ -33,7 +33,7 @@ ROWS = (
     (6144, Machines(8, 8, gpu="h100")),
 )
 CLIPS = 192 * 400_000  # that the paper's run sees
-FLAC_MS, WAV_MS = 5.0, 0.5  # a clip of ten seconds at 16 kHz on one core, read and cropped
+FLAC_MS, WAV_MS = 5.0, 0.5  # a clip of ten seconds at 16 kHz on one core, read, cropped, its masks drawn
 
 
 def row(clips: int, machines: Machines) -> list[str]:
@@ -58,6 +58,14 @@ def row(clips: int, machines: Machines) -> list[str]:
     ]
 
 
+def example() -> str:
+    """The plan of one of them, but for the disk of this machine."""
+    clips, machines = 768, Machines(8, gpu="h100")
+    recipe = load_recipe(ROOT / "recipes" / "base.yaml", ["run.name=base", f"data.global_batch={clips}"])
+    share = share_out(clips, recipe.data.batch_size, processes=machines.processes)
+    return estimate.plan(Case(recipe, machines, share, _step(share.size, 2), "bf16"), free=None).text()
+
+
 @functools.cache
 def _step(size: int, processes: int) -> Traced:
     """How many others there are changes nothing."""
@@ -80,6 +88,7 @@ def main() -> int:
     say(made.text())
     if options.write:
         write_between(DOCUMENT, "scale", f"{made.markdown()}\n")
+        write_between(DOCUMENT, "plan", f"```\n{example()}\n```\n")
     return 0
 
 

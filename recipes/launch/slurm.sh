@@ -1,7 +1,7 @@
 #!/bin/bash
 # One run on whole nodes with Slurm; submit it from the folder that the paths are relative to:
 #
-#   sbatch --nodes 2 recipes/launch/slurm.sh pretrain recipes/base.yaml data.train=clap.jsonl data.global_batch=1536
+#   sbatch --nodes 2 recipes/launch/slurm.sh pretrain recipes/base.yaml data.train=audioset.jsonl data.global_batch=1536
 #
 # What stands behind the script are the words of cat-audio. It may be submitted again and again: a run that is there goes
 # on, from its newest checkpoint. Two minutes before its time is up the job saves, and puts itself into the queue again.

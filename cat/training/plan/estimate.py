@@ -12,7 +12,7 @@ from cat.data.share import Share
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.plan.hardware import Machines
 from cat.training.plan.reading import Reading
-from cat.training.plan.told import Line, Section, gib, number
+from cat.training.plan.told import Line, Plan, Section, gib, number
 from cat.training.plan.traced import Traced
 from cat.training.recipe import PretrainConfig
 
@@ -48,6 +48,13 @@ class Case:
     @property
     def steps(self) -> int:
         return max(0, self.config.end - self.begun)
+
+
+def plan(case: Case, free: int | None) -> Plan:
+    """``free``: bytes, where the run will be."""
+    what = "pretrain" if isinstance(case.config, PretrainConfig) else "finetune"
+    title = f"plan: {what} {case.config.run.name} on {case.machines.told()}; estimated, nothing was started"
+    return Plan(title, [batch(case), memory(case), time(case), loader(case), disk(case, free)])
 
 
 def batch(case: Case) -> Section:
@@ -242,7 +249,7 @@ def loader(case: Case) -> Section:
         "loader of a node",
         [
             Line("a clip", 1e3 * found.seconds, "ms of a core", found.told, guess=guess),
-            Line("clips", rate, "clips/s", f"the rate / {machines.nodes} nodes"),
+            Line("clips", rate, "clips/s", f"the rate / nodes ({machines.nodes})"),
             Line("cores", cores, "", f"{number(rate)} clips/s x {each}", guess=guess),
             Line("workers", machines.gpus * data.num_workers, "", f"{machines.gpus} GPUs x data.num_workers"),
             Line("read", rate * found.bytes / 1e6, "MB/s", f"{found.bytes:,.0f} bytes a clip", guess=guess),

@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,6 @@ def make_plan(
     `cat.training.plan.traced.TraceError`.
     """
     run_dir = Path(run_dir or config.run_dir)
-    pretraining = isinstance(config, PretrainConfig)
     share = share_out(
         config.data.update_clips,
         config.data.batch_size,
@@ -77,19 +77,10 @@ def make_plan(
         reading=None if train is None else read_some(train, config.features, crop=config.data.crop, on_gpu=on_gpu),
     )
     free = free_space(run_dir / "checkpoints")
-    sections = [
-        estimate.batch(case),
-        estimate.memory(case),
-        estimate.time(case),
-        estimate.loader(case),
-        estimate.disk(case, free),
-    ]
-    what = "pretrain" if pretraining else "finetune"
-    title = f"plan: {what} {config.run.name} on {machines.told()}; estimated, nothing was started"
-    plan = Plan(title, sections)
+    plan = estimate.plan(case, free)
     problems += _too_much(case, plan, free, run_dir)
     notes += _worth_a_look(case, plan, free)
-    return Plan(title, sections, tuple(problems), tuple(notes))
+    return dataclasses.replace(plan, problems=tuple(problems), notes=tuple(notes))
 
 
 def _data(config: PretrainConfig | FinetuneConfig) -> tuple[Manifest | None, Manifest | None]:
