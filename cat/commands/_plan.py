@@ -12,7 +12,7 @@ from cat.training.plan.hardware import GPUS, read_machines
 from cat.training.recipe import PretrainConfig
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan",
         metavar="gpus=N,...",
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
 
 
-def check(args: argparse.Namespace) -> None:
+def check_plan(args: argparse.Namespace) -> None:
     """Raises: `ConfigError` for options that do not go together."""
     if args.json and args.plan is None:
         raise ConfigError("--json is how --plan is told; give --plan gpus=N too, or leave it out")
@@ -31,7 +31,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--plan starts nothing and --profile times steps; give one of them")
 
 
-def run(config: PretrainConfig | FinetuneConfig, run_dir: Path, args: argparse.Namespace) -> int:
+def run_plan(config: PretrainConfig | FinetuneConfig, run_dir: Path, args: argparse.Namespace) -> int:
     from cat.training.plan.planning import make_plan  # brings all that training consists of
 
     plan = make_plan(config, read_machines(args.plan), run_dir, resume=args.resume, overwrite=args.overwrite)

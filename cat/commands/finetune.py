@@ -7,7 +7,7 @@ import importlib.util
 import signal
 from pathlib import Path
 
-from cat.commands import _plan
+from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
 from cat.figures import write_finetune_figure
 from cat.progress import say
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
-    _plan.add_arguments(parser)
+    add_plan(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and (args.overwrite or args.folds or args.seeds != 1):
         raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
-    _plan.check(args)
+    check_plan(args)
     if args.plan is not None and (args.folds or args.seeds != 1):
         raise ConfigError("--plan is of one run; leave out --folds and --seeds")
     config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
     if args.plan is not None:
-        return _plan.run(config, run_dir, args)
+        return run_plan(config, run_dir, args)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
         print(profile(config, run_dir, resume=args.resume).table())

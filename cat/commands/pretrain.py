@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import signal
 
-from cat.commands import _plan
+from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
 from cat.figures import write_run_figures
 from cat.progress import say
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
-    _plan.add_arguments(parser)
+    add_plan(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and args.overwrite:
         raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
-    _plan.check(args)
+    check_plan(args)
     if recipe.is_dir():
         if not args.resume:
             raise ConfigError(f"{recipe} is a directory; to go on with a run add --resume, else give a recipe (YAML)")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         config = load_recipe(recipe, args.overrides)
         run_dir = config.run_dir
     if args.plan is not None:
-        return _plan.run(config, run_dir, args)
+        return run_plan(config, run_dir, args)
     if args.profile:
         print(profile(config, run_dir, resume=args.resume).table())
         return 0

@@ -2,7 +2,8 @@
 
 Tensors have shapes and no values (PyTorch's FakeTensorMode), and the other processes are PyTorch's fake process group.
 The operators are the Triton kernels', by their fake implementations; Triton believes it is to interpret them, since
-there is no GPU, and never does. What runs below `step` is `cat.training.plan.watch`'s.
+there is no GPU, and never does. A stem of widths that its kernels do not take runs by PyTorch's operations, of which
+there are many: it is traced with a few clips, and what grows with the clips is multiplied.
 
     python -m cat.training.plan.traced < asked.json     # what `trace` writes; prints what it found as JSON
 """
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from cat.config import from_mapping, to_mapping
-from cat.model import CAT, Classifier
+from cat.model import CAT, Classifier, Encoder, ModelConfig
 from cat.parts import part
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.finetune_step import FinetuneStep
 from cat.training.recipe import PretrainConfig
 
 ROOT = Path(__file__).parents[3]
+FEW = 2  # clips of a step that PyTorch's operations run
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,8 +91,31 @@ def main() -> None:
     nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor  # it draws until all values fit, and here there are none
     kind = PretrainConfig if asked.pop("kind") == "pretrain" else FinetuneConfig
     config: Any = from_mapping(kind, asked.pop("config"), source="the recipe")
-    model = dataclasses.replace(config.model, kernels="triton")
-    print(json.dumps(dataclasses.asdict(_traced(dataclasses.replace(config, model=model), **asked))))
+    print(json.dumps(dataclasses.asdict(_as_on_a_gpu(config, **asked))))
+
+
+def _as_on_a_gpu(config: Any, clips: int, **asked: Any) -> Traced:
+    """By the kernels that ``model.kernels: auto`` takes there."""
+    fused = _is_fused(config.model)
+    model = dataclasses.replace(config.model, kernels="triton" if fused else "reference")
+    few = clips if fused else min(clips, FEW)
+    found = _traced(dataclasses.replace(config, model=model), few, **asked)
+    grown = {name: getattr(found, name) * clips // few for name in ("peak", "moved")}
+    grown |= {
+        name: {part: count * clips // few for part, count in getattr(found, name).items()}
+        for name in ("at_peak", "flops")
+    }
+    return dataclasses.replace(found, **grown)
+
+
+def _is_fused(model: ModelConfig) -> bool:
+    from cat_kernels.stem.fused import why_not_fused
+
+    if model.stem != "multires":
+        return True
+    with torch.device("meta"):
+        stem: Any = Encoder(model).stem
+    return why_not_fused(stem, torch.bfloat16) is None
 
 
 def _traced(config: Any, clips: int, processes: int, precision: str, dims: dict[str, int]) -> Traced:

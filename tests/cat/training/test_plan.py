@@ -21,6 +21,7 @@ from cat.model import CAT
 from cat.parts import part
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.plan import estimate, planning
+from cat.training.plan import traced as traced_module
 from cat.training.plan.estimate import Case
 from cat.training.plan.hardware import GPUS, Machines, read_machines
 from cat.training.plan.reading import Reading, read_some
@@ -130,7 +131,10 @@ def test_memory_flops_and_bytes_of_a_step_are_counted() -> None:
 
 @pytest.fixture(scope="module")
 def traced() -> Traced:
-    return trace(config(), clips=2, processes=2, precision="bf16", dims={})
+    """As `trace` finds it, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cat_kernels.backends.INTERPRETED", True)
+        return traced_module._as_on_a_gpu(config(), 2, processes=2, precision="bf16", dims={})
 
 
 def test_a_step_is_traced_in_two_processes_that_are_not_there(traced: Traced) -> None:
@@ -159,6 +163,21 @@ def test_the_traced_products_are_those_of_the_formulas_in_pytorch(traced: Traced
     for name in ("teacher", "blocks", "decoder"):
         assert traced.flops[name] == pytest.approx(watch.flops[name], rel=0.01), name
     assert sum(traced.flops.values()) == pytest.approx(sum(watch.flops.values()), rel=0.03)
+
+
+def test_widths_that_the_kernels_do_not_take_are_traced_with_few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what grows with the clips is as much as of all of them, by kernels that take their widths."""
+    asked = config(model={"kernels": "triton"})
+    monkeypatch.setattr("cat_kernels.backends.INTERPRETED", True)
+    exact = traced_module._as_on_a_gpu(asked, 8, processes=1, precision="fp32", dims={})
+    monkeypatch.setattr(traced_module, "_is_fused", lambda _: False)
+    found = traced_module._as_on_a_gpu(asked, 8, processes=1, precision="fp32", dims={})
+    assert sum(found.flops.values()) == pytest.approx(sum(exact.flops.values()), rel=0.03)
+    assert exact.peak < found.peak < 4 * exact.peak  # PyTorch's operations keep more
+    assert (found.trained, found.checkpoint) == (exact.trained, exact.checkpoint)
+    monkeypatch.undo()
+    assert traced_module._is_fused(asked.model)
+    assert not traced_module._is_fused(config(model={"channels": [8, 16]}).model)
 
 
 def test_a_step_that_cannot_be_traced_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
