@@ -103,6 +103,17 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
+def cache_folder(name: str) -> Path | None:
+    """``$XDG_CACHE_HOME/cat-audio/NAME``, or below ``~/.cache``; None for a user without a home. It may not exist."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # to be ignored, says the specification
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "cat-audio" / name
+
+
 def free_space(path: str | os.PathLike[str]) -> int | None:
     """Bytes free where `path` is or would be made; None where the file system does not say."""
     existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())

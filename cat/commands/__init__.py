@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
+    "shards": ("cat.commands.shards", "a data set as a few tar files, local or behind a URL"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
@@ -43,7 +44,7 @@ GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
     "use": ("predict", "encode", "similar", "export"),
-    "prepare": ("dataset", "synth", "embed", "convert"),
+    "prepare": ("dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cat.data.audio import Source
+from cat.data.shards.members import Member
 from cat.encoders.frozen import FrozenEncoder
 
 
@@ -69,10 +71,13 @@ def identity(value: Any) -> Any:
     return {"": name, **_settings(value)} if own else {"": name, "settings": _described(value)}
 
 
-def stamp(path: str | os.PathLike[str]) -> str:
-    """A file's size, and times of the last change of its content and, which no copy keeps, of its entry.
+def stamp(path: Source) -> str:
+    """A file's size, and times of the last change of its content and, which no copy keeps, of its entry. Of a clip in a
+    shard what the index says.
 
     Content is not read: it would take as long as decoding a clip again."""
+    if isinstance(path, Member):
+        return path.stamp
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:

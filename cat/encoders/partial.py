@@ -169,7 +169,7 @@ class Partial:
                 path.unlink()
                 continue
             places = range(begin, block.end)
-            if stamps != digest_of_stamps(stamp(self._manifest.path(place)) for place in places):
+            if stamps != digest_of_stamps(stamp(self._manifest.audio(place)) for place in places):
                 changed += 1
                 path.unlink()
                 continue
