@@ -63,7 +63,7 @@ def example() -> str:
     clips, machines = 768, Machines(8, gpu="h100")
     recipe = load_recipe(ROOT / "recipes" / "base.yaml", ["run.name=base", f"data.global_batch={clips}"])
     share = share_out(clips, recipe.data.batch_size, processes=machines.processes)
-    return estimate.plan(Case(recipe, machines, share, _step(share.size, 2), "bf16"), free=None).text()
+    return estimate.estimated(Case(recipe, machines, share, _step(share.size, 2), "bf16"), free=None).text()
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class Case:
         return max(0, self.config.end - self.begun)
 
 
-def plan(case: Case, free: int | None) -> Plan:
+def estimated(case: Case, free: int | None) -> Plan:
     """``free``: bytes, where the run will be."""
     what = "pretrain" if isinstance(case.config, PretrainConfig) else "finetune"
     title = f"plan: {what} {case.config.run.name} on {case.machines.told()}; estimated, nothing was started"

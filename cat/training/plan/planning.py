@@ -21,8 +21,7 @@ from cat.files import free_space
 from cat.training.directory import files_of_earlier_run, total_size
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.finetuning import read_splits
-from cat.training.plan import estimate
-from cat.training.plan.estimate import Case
+from cat.training.plan.estimate import Case, checkpoint_bytes, estimated, most_clips
 from cat.training.plan.hardware import Machines
 from cat.training.plan.reading import read_some
 from cat.training.plan.told import Plan, gib, number
@@ -77,7 +76,7 @@ def make_plan(
         reading=None if train is None else read_some(train, config.features, crop=config.data.crop, on_gpu=on_gpu),
     )
     free = free_space(run_dir / "checkpoints")
-    plan = estimate.plan(case, free)
+    plan = estimated(case, free)
     problems += _too_much(case, plan, free, run_dir)
     notes += _worth_a_look(case, plan, free)
     return dataclasses.replace(plan, problems=tuple(problems), notes=tuple(notes))
@@ -123,10 +122,10 @@ def _too_much(case: Case, plan: Plan, free: int | None, run_dir: Path) -> Iterat
     machines = case.machines
     needed, there = plan["memory of a GPU"]["in all"], machines.card.memory_GiB * 2**30
     if needed > there:
-        most = estimate.most_clips(case)
+        most = most_clips(case)
         remedy = f"data.batch_size={most} fits" if most else "not even one clip fits; choose a smaller model"
         yield f"a GPU needs {gib(needed)} and {machines.gpu} has {machines.card.memory_GiB} GiB: {remedy}"
-    size = estimate.checkpoint_bytes(case)
+    size = checkpoint_bytes(case)
     old = total_size(path for step in checkpoints.list_checkpoints(run_dir / "checkpoints") for path in step.rglob("*"))
     if free is not None and size > free + old:
         yield f"a checkpoint has {gib(size)}, and {gib(free + old)} are free in {run_dir}; make room, or set run.dir"
