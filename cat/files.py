@@ -61,7 +61,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         entries = [path for root, _, names in os.walk(folder) for path in (*(Path(root, n) for n in names), Path(root))]
-        _flush_all(entries)
+        flush_all(entries)
         os.rename(folder, target)
         flush_to_disk(target.parent)
 
@@ -83,7 +83,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_all(paths: list[Path]) -> None:
+def flush_all(paths: list[Path]) -> None:
+    """`flush_to_disk` of many."""
     if len(paths) < 100:
         for path in paths:
             flush_to_disk(path)

@@ -28,9 +28,10 @@ import torch
 
 import cat_kernels
 from cat.data.manifest import Manifest
+from cat.data.partial import stamp
 from cat.encoders.embed import Skipped, embed_manifest
 from cat.encoders.frozen import FrozenEncoder
-from cat.encoders.identity import UnknownIdentity, device_of, identity, stamp
+from cat.encoders.identity import UnknownIdentity, device_of, identity
 from cat.evaluation.features import Arrays, Features, Wanted, compute, features_of
 from cat.files import format_bytes, new_folder
 
