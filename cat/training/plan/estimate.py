@@ -41,7 +41,7 @@ class Case:
     traced: Traced
     precision: str
     begun: int = 0  # updates that are done
-    clips: int | None = None  # of the manifest
+    clips: int | None = None  # of an epoch
     valid: int = 0  # clips of the validation data
     reading: Reading | None = None
 
@@ -68,7 +68,7 @@ def batch(case: Case) -> Section:
     ]
     if case.clips:
         seen = case.steps * share.clips
-        lines.append(Line("epochs", seen / case.clips, "", f"{seen:,} clips / {case.clips:,} of data.train"))
+        lines.append(Line("epochs", seen / case.clips, "", f"{seen:,} clips / {case.clips:,} of an epoch"))
     return Section("batch", lines)
 
 

@@ -71,7 +71,7 @@ def make_plan(
         traced=trace(config, clips=share.size, processes=machines.processes, precision=precision, dims=dims),
         precision=precision,
         begun=checkpoints.read_state(newest)["step"] if newest else 0,
-        clips=None if train is None else len(train),
+        clips=None if train is None else config.data.epoch_clips or len(train),
         valid=0 if valid is None else len(valid),
         reading=None if train is None else read_some(train, config.features, crop=config.data.crop, on_gpu=on_gpu),
     )
@@ -153,7 +153,7 @@ def _worth_a_look(case: Case, plan: Plan, free: int | None) -> Iterator[str]:
         each = -(-int(needed / ENOUGH + 1) // machines.gpus)
         yield f"{workers} data workers cannot feed the GPUs of a node; data.num_workers={each} can"
     if case.clips and share.clips > case.clips:
-        yield f"an update has {share.clips} clips and data.train {case.clips}: some are in it twice"
+        yield f"an update has {share.clips} clips and an epoch {case.clips}: some are in it twice"
     if case.reading and case.reading.measured and case.reading.failures:
         first = case.reading.failures[0]
         yield f"{len(case.reading.failures)} of the clips that were looked at cannot be read; the first: {first}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from cat.data import AudioError, FeatureConfig, Manifest, log_mel
 from cat.data.batch import as_float
 from cat.data.reading import training_cut
+from cat.data.shards.members import Member
 
 CLIPS, SECONDS = 33, 5.0  # that are read at most; the first warms up
 # Ten seconds at 16 kHz as FLAC, on one core and on disk: `docs/scale.md`.
@@ -32,10 +32,14 @@ class Reading:
 
 
 def read_some(manifest: Manifest, features: FeatureConfig, *, crop: str, on_gpu: bool) -> Reading:
-    """Clips from all over the manifest, as a data worker reads them; ``on_gpu``: without features."""
+    """Clips from all over the manifest that are on this machine, as a data worker reads them; ``on_gpu``: without
+    features."""
     times, sizes, failures = [], [], []
     until = time.monotonic() + SECONDS
     for clip in np.linspace(0, len(manifest) - 1, min(len(manifest), CLIPS)).astype(int).tolist():
+        audio = manifest.audio(clip)
+        if isinstance(audio, Member) and not audio.here:
+            continue  # a whole shard would have to come
         started = time.thread_time()
         try:
             cut = training_cut(
@@ -51,8 +55,7 @@ def read_some(manifest: Manifest, features: FeatureConfig, *, crop: str, on_gpu:
         if not on_gpu:
             log_mel(torch.from_numpy(as_float(cut.wave))[None], features)
         times.append(time.thread_time() - started)
-        with contextlib.suppress(OSError):
-            sizes.append(manifest.path(clip).stat().st_size)
+        sizes.append(audio.size if isinstance(audio, Member) else audio.stat().st_size)
         if time.monotonic() > until:
             break
     if not times:
@@ -61,4 +64,4 @@ def read_some(manifest: Manifest, features: FeatureConfig, *, crop: str, on_gpu:
     warm = times[1:] or times
     made = "read" if on_gpu else "read, and its log-mel made"
     told = f"{len(warm)} clips of data.train {made} on this machine"
-    return Reading(sum(warm) / len(warm), sum(sizes) / max(1, len(sizes)), told, failures=tuple(failures))
+    return Reading(sum(warm) / len(warm), sum(sizes) / len(sizes), told, failures=tuple(failures))
