@@ -16,16 +16,21 @@ LAUNCH = ROOT / "recipes" / "launch"
 PROGRAMS = {
     "scontrol": 'echo "$@" >> asked; if [ "$1" = show ]; then echo node7; echo node8; fi',
     # Ends by itself with the code in `ends`, or when it is stopped, a little later, as a run that saves first does.
-    "srun": 'printf "%s\\n" "$@" > started; trap "sleep 0.2; echo saved >> asked; exit 143" TERM\n'
+    "srun": 'echo "srun $(grep -oE "123456[.][0-9]+" <<< "$*")" >> asked; printf "%s\\n" "$@" > started; trap "sleep 0.2; echo saved >> asked; exit 143" TERM\n'
     "if [ -e ends ]; then exit $(cat ends); fi; touch running; while :; do sleep 0.05; done",
 }
 
 
-def submitted(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+def submitted(folder: Path, *words: str, at_once: int = 600) -> subprocess.Popen[bytes]:
     for name, script in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2"}
+    job = {
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NUM_NODES": "2",
+        "CAT_AT_ONCE": str(at_once),
+    }
     environment = os.environ | job | {"SLURM_GPUS_ON_NODE": "4", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.Popen(["bash", LAUNCH / "slurm.sh", *words], cwd=folder, env=environment)
 
@@ -39,11 +44,17 @@ def test_slurm_starts_torchrun_and_ends_as_it_does(code: int, tmp_path: Path) ->
     at = started.index("torchrun")
     options = dict(zip(started[at + 1 : -6 : 2], started[at + 2 : -6 : 2], strict=True))
     assert options == {
-        **{"--nnodes": "2", "--nproc-per-node": "4", "--max-restarts": "3", "--rdzv-id": "123456"},
+        **{"--nnodes": "2", "--nproc-per-node": "4", "--rdzv-id": "123456.1"},
         **{"--rdzv-backend": "c10d", "--rdzv-endpoint": "node7:23456"},
     }
     assert started[-6:] == ["-m", "cat", "pretrain", "a recipe.yaml", "data.train=x", "--resume"]
-    assert (tmp_path / "asked").read_text() == "show hostnames node[7-8]\n"  # and nothing is queued again
+    assert (tmp_path / "asked").read_text() == "show hostnames node[7-8]\nsrun 123456.1\n"  # nothing is queued again
+
+
+def test_slurm_starts_again_after_an_error_that_did_not_come_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ends").write_text("3")
+    assert submitted(tmp_path, "pretrain", "recipe.yaml", at_once=0).wait(30) == 3
+    assert (tmp_path / "asked").read_text().splitlines()[1:] == [f"srun 123456.{n}" for n in range(1, 6)]
 
 
 def test_slurm_saves_and_queues_again_when_time_is_up(tmp_path: Path) -> None:
@@ -54,7 +65,7 @@ def test_slurm_saves_and_queues_again_when_time_is_up(tmp_path: Path) -> None:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
     assert job.wait(30) == 0
-    assert (tmp_path / "asked").read_text().splitlines()[1:] == ["saved", "requeue 123456"]
+    assert (tmp_path / "asked").read_text().splitlines()[2:] == ["saved", "requeue 123456"]
 
 
 def test_slurm_takes_its_options_from_the_head_of_the_script() -> None:
@@ -96,6 +107,6 @@ def test_torchrun_knows_the_options_of_the_examples() -> None:
 
     words = (LAUNCH / "slurm.sh").read_text() + (LAUNCH / "kubernetes.yaml").read_text()
     known = get_args_parser()._option_string_actions
-    for name in ("nnodes", "nproc-per-node", "max-restarts", "rdzv-id", "rdzv-backend", "rdzv-endpoint"):
+    for name in ("nnodes", "nproc-per-node", "rdzv-id", "rdzv-backend", "rdzv-endpoint"):
         assert words.count(f"--{name}") == 2
         assert f"--{name}" in known
