@@ -16,8 +16,9 @@ LAUNCH = ROOT / "recipes" / "launch"
 PROGRAMS = {
     "scontrol": 'echo "$@" >> asked; if [ "$1" = show ]; then echo node7; echo node8; fi',
     # Ends by itself with the code in `ends`, or when it is stopped, a little later, as a run that saves first does.
-    "srun": 'echo "srun $(grep -oE "123456[.][0-9]+" <<< "$*")" >> asked; printf "%s\\n" "$@" > started; trap "sleep 0.2; echo saved >> asked; exit 143" TERM\n'
-    "if [ -e ends ]; then exit $(cat ends); fi; touch running; while :; do sleep 0.05; done",
+    "srun": 'printf "%s\\n" "$@" > started; echo "srun $(grep 123456 started)" >> asked\n'
+    'trap "sleep 0.2; echo saved >> asked; exit 143" TERM\n'
+    "if [ -e ends ]; then exit $(cat ends); fi; touch running; for i in {1..500}; do sleep 0.05; done",
 }
 
 
@@ -25,13 +26,9 @@ def submitted(folder: Path, *words: str, at_once: int = 600) -> subprocess.Popen
     for name, script in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
-    job = {
-        "SLURM_JOB_NODELIST": "node[7-8]",
-        "SLURM_JOB_ID": "123456",
-        "SLURM_JOB_NUM_NODES": "2",
-        "CAT_AT_ONCE": str(at_once),
-    }
-    environment = os.environ | job | {"SLURM_GPUS_ON_NODE": "4", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2"}
+    job |= {"SLURM_GPUS_ON_NODE": "4", "CAT_AT_ONCE": str(at_once)}
+    environment = os.environ | job | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.Popen(["bash", LAUNCH / "slurm.sh", *words], cwd=folder, env=environment)
 
 
@@ -63,7 +60,7 @@ def test_slurm_saves_and_queues_again_when_time_is_up(tmp_path: Path) -> None:
     while not (tmp_path / "running").exists():
         assert time.monotonic() < until
         time.sleep(0.02)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0
     assert (tmp_path / "asked").read_text().splitlines()[2:] == ["saved", "requeue 123456"]
 
