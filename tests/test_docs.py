@@ -45,6 +45,7 @@ from tests.lookalikes import (
     folds,
     manifest,
     run,
+    run_with_two_checkpoints,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -65,6 +66,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/quickstart": run,
         "PATH_OR_HUB_NAME": clap,
     },
+    "docs/checkpoints.md": {"runs/tiny": run_with_two_checkpoints},
     "docs/data.md": {
         "my/recordings": folder_of_folders,
         "audioset": audioset,
@@ -92,6 +94,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     },
     "docs/scale.md": {"audioset.jsonl": embedded},
     "docs/training.md": {"my/audio": folder_of_folders},
+    "help of checkpoints": {"runs/tiny": run_with_two_checkpoints},
     "help of finetune": {
         "my/sounds": folder_of_folders,
         "a.jsonl": manifest,

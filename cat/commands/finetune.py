@@ -12,7 +12,7 @@ from cat.config import ConfigError
 from cat.figures import write_finetune_figure
 from cat.progress import say
 from cat.training.directory import sole_writer
-from cat.training.finetune import FinetuneResult, finetune, profile
+from cat.training.finetune import FinetuneResult, finetune, profile, replay
 from cat.training.finetune_recipe import FinetuneConfig, load_finetune_recipe
 from cat.training.profiling import STEPS
 from cat.training.recipe import find_recipe, read_run
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
     add_plan(parser)
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="RECIPE is a skipped batch: say what was not finite",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -55,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
     check_plan(args)
     if args.plan is not None and (args.folds or args.seeds != 1):
         raise ConfigError("--plan is of one run; leave out --folds and --seeds")
+    if args.replay:
+        if args.resume or args.overwrite or args.profile or args.folds or args.seeds != 1:
+            raise ConfigError("--replay runs one update and saves nothing; leave out the other options")
+        print(replay(Path(args.recipe), args.overrides, progress=not args.quiet).told())
+        return 0
     config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
     if args.plan is not None:
         return run_plan(config, run_dir, args)
@@ -117,6 +127,8 @@ def _summary(result: FinetuneResult, config: FinetuneConfig) -> str:
         lines.append(
             f"{ended.failed_clips} clips could not be read and were left out; see {ended.run_dir / 'failures.jsonl'}"
         )
+    if ended.skipped:
+        lines.append(f"{ended.skipped} updates were skipped, not finite; see {ended.run_dir / 'skipped'}")
     if scores is None:
         stop_at = " run.stop_at=null" if config.run.stop_at is not None and ended.step >= config.run.stop_at else ""
         lines.append(f"go on with: cat-audio finetune --resume {ended.run_dir}{stop_at}")

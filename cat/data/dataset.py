@@ -23,8 +23,7 @@ from cat.data.guides import Guides
 from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.masks import MaskConfig, inverse_block_masks
-from cat.data.reading import check_reading, first_readable, read_cut, training_cut
-from cat.data.sampling import Order
+from cat.data.reading import FetchAhead, check_reading, first_readable, order_of, read_cut, training_cut
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class DataConfig:
     sampler: str = "shuffle"  # every clip once an epoch, or "weighted": clips of rare labels more often
     epoch_clips: int | None = None  # clips of an epoch, none twice; null: all
     features: str = "auto"  # log-mel on the run's device ("gpu"), or by the workers ("cpu"); "auto": "gpu" on a GPU
+    shard_window: int | None = None  # clips of so many shards are mixed at a time; null: of all
     max_failed_share: float = 0.01  # stop when more of the distinct clips seen could not be read
 
     def __post_init__(self) -> None:
@@ -71,11 +71,13 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         self.seed, self.waveforms = seed, waveforms
         self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
         weights = balancing_weights(manifest) if data.sampler == "weighted" else None
-        self._order = Order(len(manifest), seed=seed, epoch_clips=data.epoch_clips, weights=weights)
+        self._order = order_of(manifest, data, seed=seed, weights=weights)
+        self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
     def __getitem__(self, step: int) -> Batch:
         failures: list[Failure] = []
         positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
+        self._fetch_ahead(positions)
         read = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
         cuts, embeddings = [cut for cut, _, _ in read], [row for _, row, _ in read]
         batch = gather(step, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)

@@ -27,8 +27,7 @@ from cat.data.features import FeatureConfig, frames_in
 from cat.data.labels import Interval, Labels, intervals_of, moved
 from cat.data.loader import every_clip
 from cat.data.manifest import Manifest
-from cat.data.reading import check_choice, check_reading, first_readable, read_cut, training_cut
-from cat.data.sampling import Order
+from cat.data.reading import FetchAhead, check_choice, check_reading, first_readable, order_of, read_cut, training_cut
 from cat.data.workers import prefetched
 from cat.progress import say
 
@@ -53,6 +52,7 @@ class FinetuneDataConfig:
     sampler: str = "shuffle"  # every clip once an epoch, or "weighted": clips of rare classes more often
     epoch_clips: int | None = None  # clips of an epoch, none twice; null: all
     features: str = "auto"  # log-mel on the run's device ("gpu"), or by the workers ("cpu"); "auto": "gpu" on a GPU
+    shard_window: int | None = None  # clips of so many shards are mixed at a time; null: of all
     max_failed_share: float = 0.01  # stop when more of the distinct clips seen could not be read
 
     def __post_init__(self) -> None:
@@ -226,11 +226,13 @@ class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
         super().__init__(manifest, labels, features, padding=data.padding, patch_size=patch_size, waveforms=waveforms)
         self.data, self.augment, self.seed = data, augment, seed
         weights = labels.weights(manifest) if data.sampler == "weighted" else None
-        self._order = Order(len(manifest), seed=seed, epoch_clips=data.epoch_clips, weights=weights)
+        self._order = order_of(manifest, data, seed=seed, weights=weights)
+        self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
     def __getitem__(self, step: int) -> Batch:
         failures: list[Failure] = []
         positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
+        self._fetch_ahead(positions)
         cuts = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
         augmentation = draw(
             self.augment,

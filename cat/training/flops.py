@@ -1,95 +1,93 @@
-"""FLOPs of matrix products, convolutions and attention: of one operation, by PyTorch's formulas and ours.
-
-A multiply-add is two. Elementwise work is not counted.
-"""
+"""Multiply-adds of an update, counted on tensors without storage, and how many a GPU does in a second."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from cat_kernels._ops import ops
 
-aten = torch.ops.aten
+
+def _convolution_backward(
+    grad_out: tuple[int, ...],
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """2 FLOPs for every output position and weight it meets, once for each gradient asked for.
+
+    PyTorch's own formula takes a grouped convolution for a full one when it counts the gradient of its weight.
+    """
+    per_gradient = 2 * torch.Size(grad_out).numel() * (torch.Size(weight).numel() // weight[0])
+    output_mask = args[-1]
+    return per_gradient * sum(bool(wanted) for wanted in output_mask[:2])
 
 
-def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Of one call of an operator (`torch._ops.OpOverload`), by the shapes of its tensors."""
-    packet = func._overloadpacket
-    if packet in OURS:
-        return int(OURS[packet](*args))
-    formula = flop_registry.get(packet)
-    return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+def _bmm(a: tuple[int, ...], b: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """PyTorch's own takes the dtype of a float32 sum for a shape."""
+    return 2 * torch.Size(a).numel() * b[-1]
 
 
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
-    """Once for each gradient asked for. PyTorch's own takes a grouped convolution for a full one."""
-    per_gradient = 2 * grad.numel() * (weight.numel() // weight.shape[0])
-    return per_gradient * sum(bool(wanted) for wanted in args[-1][:2])
+def _grouped_conv2d(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * torch.Size(x[:3]).numel() * torch.Size(weight).numel()
 
 
-def _grouped_conv2d(x_NHWc: Tensor, weight: Tensor, *_: Any) -> int:
-    return 2 * math.prod(x_NHWc.shape[:3]) * weight.numel()
-
-
-def _grouped_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, groups: int, *wanted: bool) -> int:
+def _grouped_conv2d_backward(
+    grad_out: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], groups: int, *wanted: bool, **kwargs: Any
+) -> int:
     return _grouped_conv2d(x, weight) * sum(wanted[:2])
 
 
-def _embed_pixels(spec: Tensor, visible_NK: Tensor, weight: Tensor, *arguments: Any) -> int:
-    resolutions = arguments[3]
-    return 2 * visible_NK.numel() * (resolutions[-1] // resolutions[0]) ** 2 * weight.numel()
-
-
-def _embed_pixels_backward(grad_Rc: Tensor, spec: Tensor, visible: Tensor, weight: Tensor, *arguments: Any) -> int:
-    """Of the weight, and of the spectrogram where that is asked for."""
-    return 2 * grad_Rc.shape[0] * weight.numel() * (1 + bool(arguments[-1]))
-
-
-def _conv_block(x_Rc: Tensor, halo: Tensor, places: Tensor, weights: list[Tensor], *_: Any) -> int:
-    """1x1, depthwise, 1x1, and an MLP of two layers: every weight of them meets every row."""
-    return 2 * x_Rc.shape[0] * sum(weight.numel() for weight in weights if weight.ndim == 2)
-
-
-def _conv_block_backward(grad_Rc: Tensor, *arguments: Any) -> int:
-    weights, keep = arguments[6], arguments[8]
-    forward = _conv_block(grad_Rc, grad_Rc, grad_Rc, weights)
-    return (2 if keep else 3) * forward
-
-
-def _add_product(total: Tensor | None, x: Tensor, weight: Tensor, *_: Any) -> int:
-    return 2 * x.shape[0] * weight.numel()
-
-
-def _add_product_backward(grad: Tensor, x: Tensor, weight: Tensor, *wanted: bool) -> int:
-    return _add_product(None, x, weight) * sum(wanted[:2])
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-
-# In place of PyTorch's formulas, or for operators that it has none of.
-OURS: dict[Any, Callable[..., int]] = {
-    aten.bmm: lambda a, b, *_: 2 * a.numel() * b.shape[-1],  # its own takes the dtype of a float32 sum for a shape
-    aten.convolution_backward: _convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+# In place of PyTorch's own, or for operators of ours that do products in one kernel; of shapes.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.bmm: _bmm,
+    torch.ops.aten.convolution_backward: _convolution_backward,
     ops.grouped_conv2d: _grouped_conv2d,
     ops.grouped_conv2d_backward: _grouped_conv2d_backward,
-    ops.stem_embed_pixels: _embed_pixels,
-    ops.stem_embed_pixels_backward: _embed_pixels_backward,
-    ops.stem_conv_block: _conv_block,
-    ops.stem_conv_block_backward: _conv_block_backward,
-    ops.stem_add_product: _add_product,
-    ops.stem_add_product_backward: _add_product_backward,
 }
+
+
+def flops(call: Callable[[], object]) -> int:
+    """Of matrix products, convolutions and attention in ``call``, two a multiply-add; elementwise work is not
+    counted."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# Dense peak rates by the makers' data sheets, FLOP/s in bf16 and fp16 with sums in float32. The first name that a GPU's
+# has in it counts.
+PEAKS = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_rate(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that this device's matrix units reach at most; None where that is not known, as in float32."""
+    if device.type != "cuda" or precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for known, rate in PEAKS.items() if known in name), None)

@@ -267,12 +267,12 @@ def checkpoint_bytes(case: Case) -> int:
 
 def disk(case: Case, free: int | None) -> Section:
     run, size = case.config.run, checkpoint_bytes(case)
-    kept = run.keep_last + run.keep_best + 1
+    kept = run.keep_last + run.keep_best + 1 + (case.steps // run.keep_every if run.keep_every else 0)
     rows = ROW_BYTES["pretrain" if isinstance(case.config, PretrainConfig) else "finetune"]
     moments = f"8 bytes x {case.traced.trained / 1e6:.2f} M"
     lines = [
         Line("a checkpoint", size, "B", f"model {gib(case.traced.checkpoint)} + moments {moments}"),
-        Line("checkpoints", kept * size, "B", "run.keep_last + run.keep_best, and one that is being written"),
+        Line("checkpoints", kept * size, "B", f"{kept}: run.keep_last, keep_best, keep_every, and one being written"),
         Line("written", case.steps // run.checkpoint_every * size, "B", "of all checkpoints, over the whole run"),
         Line("metrics", rows * case.steps, "B", f"{rows} bytes x {case.steps:,} steps", guess=True),
     ]

@@ -5,27 +5,33 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, fields
 
+from cat.training.flops import PEAKS
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """From the vendor's datasheet: memory as the driver shows it, matrix rate dense in bf16 with fp32 sums."""
+    """From the maker's data sheet; memory as the driver shows it."""
 
+    name: str  # in `cat.training.flops.PEAKS`
     memory_GiB: float
     bandwidth_TBps: float
-    matrix_TFLOPS: float
     link: str = "pcie"  # what usually joins those of a node
+
+    @property
+    def matrix_TFLOPS(self) -> float:
+        return PEAKS[self.name] / 1e12
 
 
 GPUS = {
-    "b200": Gpu(179, 8.0, 2250, "nvlink"),
-    "h200": Gpu(140, 4.8, 989, "nvlink"),
-    "h100": Gpu(79.6, 3.35, 989, "nvlink"),
-    "a100": Gpu(79.6, 2.04, 312, "nvlink"),
-    "a100-40": Gpu(39.6, 1.56, 312, "nvlink"),
-    "l40s": Gpu(45, 0.86, 362),
-    "rtx4090": Gpu(23.6, 1.01, 165),
-    "a10g": Gpu(22.5, 0.6, 70),
-    "l4": Gpu(22.5, 0.3, 121),
+    "b200": Gpu("B200", 179, 8.0, "nvlink"),
+    "h200": Gpu("H200", 140, 4.8, "nvlink"),
+    "h100": Gpu("H100", 79.6, 3.35, "nvlink"),
+    "a100": Gpu("A100", 79.6, 2.04, "nvlink"),
+    "a100-40": Gpu("A100", 39.6, 1.56, "nvlink"),
+    "l40s": Gpu("L40S", 45, 0.86),
+    "rtx4090": Gpu("RTX 4090", 23.6, 1.01),
+    "a10g": Gpu("A10G", 22.5, 0.6),
+    "l4": Gpu("L4", 22.5, 0.3),
 }
 
 # GB/s that an all-reduce reaches on one GPU, in each direction. NVLink's are 0.75 of the datasheet's, a guess; those of

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cat import parts
-from cat.training.flops import flops_of
+from cat.training.plan.operators import flops_of
 
 ROUNDED = 512  # the caching allocator gives out multiples of so many bytes
 

@@ -266,6 +266,9 @@ def test_loader_and_disk_add_up() -> None:
     disk = estimate.disk(asked, free=None)
     assert disk["a checkpoint"] == 16_000_000
     assert disk["checkpoints"] == 4 * 16_000_000  # two newest, a best, and one that is being written
+    run = dataclasses.replace(asked.config.run, keep_every=10_000)
+    asked = dataclasses.replace(asked, config=dataclasses.replace(asked.config, run=run))
+    assert estimate.disk(asked, None)["checkpoints"] == (4 + asked.config.optim.steps // 10_000) * 16_000_000
     assert disk["written"] == asked.config.optim.steps // 5000 * 16_000_000
 
 
