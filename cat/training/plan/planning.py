@@ -161,4 +161,4 @@ def _worth_a_look(case: Case, plan: Plan, free: int | None) -> Iterator[str]:
         yield "data.train is not given: manifest, embeddings and reading were not looked at"
     kept = plan["disk"]["checkpoints"]
     if free is not None and kept > free:
-        yield f"{gib(kept)} of checkpoints are more than is free; keep fewer (run.keep_last, run.keep_best, run.keep_every)"
+        yield f"{gib(kept)} of checkpoints are more than is free; keep fewer (run.keep_last, keep_best, keep_every)"
