@@ -7,6 +7,7 @@ import importlib.util
 import signal
 from pathlib import Path
 
+from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
 from cat.distributed import Processes, joined
 from cat.figures import write_finetune_figure
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
+    add_plan(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -61,12 +63,17 @@ def _run(args: argparse.Namespace, world: Processes) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and (args.overwrite or args.folds or args.seeds != 1):
         raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
+    check_plan(args)
+    if args.plan is not None and (args.folds or args.seeds != 1):
+        raise ConfigError("--plan is of one run; leave out --folds and --seeds")
     if args.replay:
         if args.resume or args.overwrite or args.profile or args.folds or args.seeds != 1:
             raise ConfigError("--replay runs one update and saves nothing; leave out the other options")
         print(replay(Path(args.recipe), args.overrides, progress=not args.quiet).told())
         return 0
     config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
+    if args.plan is not None:
+        return run_plan(config, run_dir, args)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
         told = profile(config, run_dir, resume=args.resume).table()
