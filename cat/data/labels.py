@@ -188,8 +188,13 @@ def balancing_weights(manifest: Manifest) -> np.ndarray:
     table = _Table(manifest)
     if not len(table.ids):
         raise _unlabelled(manifest)
-    per_class = 1000 / (np.bincount(table.ids, minlength=len(table.labels)) + 0.01)
+    per_class = class_weights(np.bincount(table.ids, minlength=len(table.labels)))
     return np.bincount(table.clips, weights=per_class[table.ids], minlength=len(manifest))
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """(C,) float64: 1000 / (n_c + 0.01), where n_c clips have the label."""
+    return 1000 / (counts + 0.01)
 
 
 def clip_labels(clip: Clip) -> tuple[str, ...] | None:
@@ -296,7 +301,7 @@ def _check_one_label(manifest: Manifest, table: _Table) -> None:
 
 def _check_folders(manifest: Manifest) -> None:
     """A folder of folders: one that has no clips was meant to be a class."""
-    if manifest.source is None or manifest.source != manifest.root:
+    if manifest.source is None or manifest.source != manifest.root or manifest.members is not None:
         return
     classes = {path.partition("/")[0] for path in manifest.columns.paths if "/" in path}
     folders = sorted(entry.name for entry in manifest.source.iterdir() if entry.is_dir() and not entry.is_symlink())
