@@ -32,6 +32,7 @@ import numpy as np
 
 from cat.data.clips import CLIP_FIELDS, Clip, Clips, Fields, Texts
 from cat.data.folder import AUDIO_SUFFIXES, find_clips
+from cat.data.matching import last_places
 from cat.data.parsed import read_once
 from cat.data.released import Listed, read_json, read_tsv
 from cat.data.remote import is_url
@@ -256,8 +257,7 @@ def _in_shards(manifest: Manifest) -> Manifest:
         return manifest
     place = place if is_url(place) else manifest.root / place
     index = open_index(place)
-    numbers = {path: number for number, path in enumerate(index.clips.paths)}
-    at = np.array([numbers.get(path, -1) for path in manifest.columns.paths], dtype=np.int64)
+    at = last_places(*(map(os.fsencode, clips.paths) for clips in (manifest.columns, index.clips)))
     if len(at) and at.min() < 0:
         raise ManifestError(
             f"{manifest.name}: {manifest.columns.paths[int(at.argmin())]} is not in the shards of {place}; expected "
