@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         entries = [path for root, _, names in os.walk(folder) for path in (*(Path(root, n) for n in names), Path(root))]
-        _flush_all(entries)
+        flush_all(entries)
         os.rename(folder, target)
         flush_to_disk(target.parent)
 
@@ -70,6 +71,21 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Write all of it at the end of a file that was opened "ab" without a buffer, or, on a full disk, nothing. (What a
+    buffer holds would raise once more when the file is closed.)
+
+    Raises: OSError that names the file.
+    """
+    left, size = memoryview(content), os.fstat(file.fileno()).st_size
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        file.truncate(size)
+        raise named(error, Path(os.fsdecode(file.name))) from error
 
 
 def flush_to_disk(path: Path) -> None:
@@ -84,7 +100,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_all(paths: list[Path]) -> None:
+def flush_all(paths: list[Path]) -> None:
+    """`flush_to_disk` of many."""
     if len(paths) < 100:
         for path in paths:
             flush_to_disk(path)
@@ -108,6 +125,17 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     """Of a file's bytes, as ``sha256sum`` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(name: str) -> Path | None:
+    """``$XDG_CACHE_HOME/cat-audio/NAME``, or below ``~/.cache``; None for a user without a home. It may not exist."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # to be ignored, says the specification
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "cat-audio" / name
 
 
 def free_space(path: str | os.PathLike[str]) -> int | None:

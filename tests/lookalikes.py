@@ -80,6 +80,21 @@ def events(path: Path) -> None:
     manifest(path, events=lambda number: [{"onset": 0.1, "offset": 0.4, "label": ("hiss", "hum")[number // 4]}])
 
 
+def audioset(path: Path) -> None:
+    """Google's lists and, in a folder beside them, half of the eight clips that each list names."""
+    path.mkdir(parents=True)
+    classes = 'index,mid,display_name\n0,/m/hiss,"Hiss"\n1,/m/hum,"Hum, mains"\n'
+    (path / "class_labels_indices.csv").write_text(classes)
+    for name in ("balanced_train", "unbalanced_train", "eval"):
+        rows = [("# YTID", " start_seconds", " end_seconds", " positive_labels")]
+        for number in range(16):
+            label, video = ("hiss", "hum")[number % 2], f"{name:_<9.9}{number:02d}"
+            rows.append((video, " 30.000", " 40.000", f' "/m/{label}"'))
+            if number < 8:
+                clip(path / "audio" / f"Y{video}.wav", label, number)
+        (path / f"{name}_segments.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+
+
 def esc50(path: Path) -> None:
     """The archive with all rows of its table, and twenty of its clips."""
     rows = [("filename", "fold", "target", "category", "esc10", "src_file", "take")]

@@ -33,6 +33,7 @@ from tests.documented import (
 )
 from tests.lookalikes import (
     SMALL,
+    audioset,
     clap,
     classifier,
     clip,
@@ -65,7 +66,12 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "PATH_OR_HUB_NAME": clap,
     },
     "docs/checkpoints.md": {"runs/tiny": run_with_two_checkpoints},
-    "docs/data.md": {"ESC-50-master.zip": esc50, "data/train.jsonl": manifest},
+    "docs/data.md": {
+        "my/recordings": folder_of_folders,
+        "audioset": audioset,
+        "ESC-50-master.zip": esc50,
+        "data/train.jsonl": manifest,
+    },
     "docs/finetuning.md": {
         "my/sounds": folder_of_folders,
         "my/test": folder_of_folders,
@@ -95,12 +101,13 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/tiny": run,
         "runs/base": run,
     },
+    "help of prepare": {"my/audio": folder_of_folders, "audioset": audioset},
     "help of pretrain": {"my/audio": folder_of_folders},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/as20k.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
+    "recipes/as20k.yaml": {"audioset": audioset, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/as2m.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/base.yaml": {"data/audioset/train.jsonl": manifest},
+    "recipes/as2m.yaml": {"audioset": audioset, "runs/base": run},
+    "recipes/base.yaml": {"audioset": audioset},
     "recipes/esc50-released.yaml": {"esc50.jsonl": folds, "runs/base": run},
     "recipes/esc50.yaml": {"esc50.jsonl": folds, "runs/base": run},
     "recipes/events.yaml": {"train.jsonl": events, "valid.jsonl": events, "runs/tiny": run},

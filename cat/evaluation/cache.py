@@ -28,9 +28,10 @@ import torch
 
 import cat_kernels
 from cat.data.manifest import Manifest
+from cat.data.partial import stamp
 from cat.encoders.embed import Skipped, embed_manifest
 from cat.encoders.frozen import FrozenEncoder
-from cat.encoders.identity import UnknownIdentity, device_of, identity, stamp
+from cat.encoders.identity import UnknownIdentity, device_of, identity
 from cat.evaluation.features import Arrays, Features, Wanted, compute, features_of
 from cat.files import format_bytes, new_folder, sha256_of
 
@@ -42,17 +43,6 @@ _CODE = ("data", "model", "encoders", "evaluation/features.py")  # of `cat`; wha
 
 class DamagedEntry(ValueError):
     """A cache entry that is not, or no longer, what was written."""
-
-
-def default_folder() -> Path | None:
-    """``$XDG_CACHE_HOME/cat-audio/probe``, or below ``~/.cache``; None for a user without a home."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-    return base / "cat-audio" / "probe"
 
 
 @dataclass
@@ -187,8 +177,7 @@ def _can_be_read_now(
     manifest: Manifest, encoder: FrozenEncoder, skipped: list[Skipped], options: dict[str, Any]
 ) -> bool:
     """Whether a clip that failed when the entry was made, perhaps for want of a network, does so no more."""
-    clips = [manifest.clips[clip.index] for clip in skipped]
-    again = dataclasses.replace(manifest, clips=clips)
+    again = manifest.take(np.array([clip.index for clip in skipped], dtype=np.int64))
     return any(len(indices) for indices, _, _ in embed_manifest(again, encoder, **{**options, "progress": False}))
 
 
@@ -281,7 +270,7 @@ def _clips(manifest: Manifest) -> str:
     digest = hashlib.sha256()
     for index in range(len(manifest)):
         path = os.path.abspath(manifest.path(index))
-        digest.update(os.fsencode(path) + b"\0" + stamp(path).encode() + b"\n")
+        digest.update(os.fsencode(path) + b"\0" + stamp(manifest.audio(index)).encode() + b"\n")
     return digest.hexdigest()
 
 
