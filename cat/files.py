@@ -121,12 +121,6 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes, as ``sha256sum`` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def cache_folder(name: str) -> Path | None:
     """``$XDG_CACHE_HOME/cat-audio/NAME``, or below ``~/.cache``; None for a user without a home. It may not exist."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -136,6 +130,12 @@ def cache_folder(name: str) -> Path | None:
         except RuntimeError:
             return None
     return base / "cat-audio" / name
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, as ``sha256sum`` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_space(path: str | os.PathLike[str]) -> int | None:

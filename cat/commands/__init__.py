@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cat.commands._stdout import results
+from cat.distributed import Unsaid
 from cat.ending import Ended, ending_on_signals
 from cat.progress import say
 from cat_kernels import __version__
@@ -27,6 +28,7 @@ COMMANDS = {
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "experiments with a verdict; the paper's claims"),
+    "report": ("cat.commands.report", "runs side by side on one HTML page: curves, settings, clips"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
@@ -44,7 +46,7 @@ COMMANDS = {
 # How `cat-audio --help` lists them.
 GROUPS = {
     "train": ("pretrain", "finetune"),
-    "judge": ("evaluate", "probe", "experiment"),
+    "judge": ("evaluate", "probe", "report", "experiment"),
     "use": ("predict", "encode", "similar", "export", "checkpoints"),
     "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),
@@ -131,6 +133,9 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("cat-audio: interrupted")
         return 130
+    except Unsaid as error:  # another process says why
+        say("\n".join(getattr(error, "__notes__", [])) or "stopped: another process had an error")
+        return 1
     except Exception as error:
         if "--debug" in argv:
             raise

@@ -117,5 +117,6 @@ def _tell(prepared: Prepared) -> None:
     if report["duplicates"]["clips"]:
         what = "left out" if clips["dropped"] else "kept (--drop-duplicates leaves them out)"
         print(f"{prepared.folder / 'duplicates.jsonl'}: {report['duplicates']['clips']} duplicates, {what}")
-    print(f"{prepared.folder / 'report.md'}: all that was found out; for the recipe:")
-    print(f"  {recipe_lines(report)}")
+    print(f"{prepared.folder / 'report.md'}: all that was found out; for the recipe, or the command line:")
+    for line in recipe_lines(report):
+        print(f"  {line}")

@@ -84,10 +84,10 @@ def _notes(source: Source, kept: Kept) -> Iterable[str]:
         yield "embeddings are of the old list of clips and not in the new manifest: cat-audio embed makes new ones"
 
 
-def recipe_lines(report: Mapping[str, Any]) -> str:
-    """What a recipe has to say."""
-    found = report["features"]
-    return f"features: {{mean: {found['mean']:.3f}, std: {found['std']:.3f}}}"
+def recipe_lines(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What a recipe has to say, or the command line."""
+    mean, std = (f"{report['features'][name]:.3f}" for name in ("mean", "std"))
+    return f"features: {{mean: {mean}, std: {std}}}", f"features.mean={mean} features.std={std}"
 
 
 def readable(report: Mapping[str, Any]) -> str:
@@ -103,9 +103,9 @@ def _summary(report: Mapping[str, Any]) -> list[str]:
         f"{seconds['shortest']:.3g} to {seconds['longest']:.4g} s, half of them up to {seconds['median']:.3g} s",
         f"- sample rates: {_counted(report['sample_rates'], ' Hz')}",
         f"- log-mel: mean {found['mean']:.3f}, standard deviation {found['std']:.3f}, of {found['frames']} frames that "
-        f"an epoch hears ({found['frames_in_all']} in all). For the recipe:",
+        f"an epoch hears ({found['frames_in_all']} in all). For the recipe, or the command line:",
         "",
-        f"      {recipe_lines(report)}",
+        *(f"      {line}" for line in recipe_lines(report)),
         "",
         f"- rejected: {clips['rejected']}" + (f" ({_counted(report['rejected'])})" if report["rejected"] else ""),
     ]

@@ -61,13 +61,15 @@ def _audioset(tables: Sequence[Path], audio: Path | None) -> Source:
         if not table.is_file():
             raise ManifestError(f"{table}: no such file; AudioSet's lists and {_CLASSES} are at {AUDIOSET.home}")
     names = class_names(tables[0].with_name(_CLASSES))
-    clips, missing = listed_clips(tables, names, find_videos(folder))
+    files, notes = find_videos(folder)
+    clips, missing = listed_clips(tables, names, files)
     listed = ", ".join(map(str, tables))
     if not clips:
         raise ManifestError(
             f"{folder}: no file of the {len(missing)} videos in {listed}; a file is known by the video's id in its "
             "name, as in YTID.wav or YTID_30.000.flac. Give the folder that has them (--audio)"
+            + "".join(f"; {note}" for note in notes)
         )
     extra = {"dataset": AUDIOSET.name, "licence": AUDIOSET.licence}
-    manifest = Manifest(clips, folder, label_names=names, source=tables[0], extra=extra)
+    manifest = Manifest(clips, folder, label_names=names, source=tables[0], extra=extra, notes=notes)
     return Source(manifest, listed, missing, f"no file of this video (looked in {folder})", folder)

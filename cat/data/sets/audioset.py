@@ -23,7 +23,7 @@ _LISTS = {"train": ("balanced_train",), "test": ("eval",), "train2m": ("balanced
 
 def _read(folder: Path, marker: Path) -> Listing:
     names = class_names(marker)
-    files = find_videos(folder)
+    files, _ = find_videos(folder)
     clips: dict[str, list[Clip]] = {}
     missing: dict[str, list[str]] = {}
     for split, parts in _LISTS.items():
@@ -44,7 +44,7 @@ def listed_clips(
 
     Args:
         names: `class_names`.
-        files: `find_videos`.
+        files: of `find_videos`.
     """
     clips: list[Clip] = []
     missing: list[str] = []
@@ -58,16 +58,17 @@ def listed_clips(
     return clips, missing
 
 
-def find_videos(folder: Path) -> dict[str, str]:
-    """Video -> its file below the folder; of several the first one."""
+def find_videos(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Video -> its file below the folder; of several the first one. And notes on what is left out."""
     found: dict[str, str] = {}
-    for path in find_clips(folder)[0].paths:
+    clips, notes = find_clips(folder)
+    for path in clips.paths:
         stem = path.rpartition("/")[2].rpartition(".")[0]
         # An id of 11 letters may begin with the Y that others write in front of ids.
         match = _STEM.fullmatch(stem) if len(stem) != 11 else re.fullmatch("(.+)", stem)
         if match is not None:
             found.setdefault(match[1], path)
-    return found
+    return found, notes
 
 
 def class_names(table: Path) -> dict[str, str]:

@@ -265,10 +265,10 @@ def test_looking_for_a_head_that_is_not_wired_compiles_nothing(tmp_path, recipe,
     monkeypatch.setattr("cat.training.step.COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
     changes = ["run.compile=blocks", "objective.regularisation_weight=1"]
     task = make_task(load_recipe(recipe, [*embedded, *changes]))
-    batch = next(task.batches(0, 1, print))
+    (batch,) = next(task.batches(0, 1, print))
     assert task._look_for_unwired(task._inputs(batch, 0)) == []
     assert not graphs
-    task.train(batch, 1)
+    task.train([batch], 1)
     assert graphs
 
 
@@ -691,7 +691,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, recipe, mon
     with pytest.raises(
         TrainingError, match=r"not finite at step 8 .*last good checkpoint is .*step-00000005.*optim\.lr"
     ):
-        pretrain(load_recipe(recipe, ["data.valid=null"]), tmp_path / "run", progress=False)
+        pretrain(load_recipe(recipe, ["data.valid=null", "run.max_bad_steps=1"]), tmp_path / "run", progress=False)
     good = weights(checkpoints.newest(tmp_path / "run"))
     assert all(tensor.isfinite().all() for tensor in good.values())
     rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")

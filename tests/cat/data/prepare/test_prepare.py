@@ -256,6 +256,7 @@ def audioset(tmp_path) -> Path:
     (tmp_path / "files/deep").mkdir(parents=True)
     soundfile.write(tmp_path / "files/deep/Y-abcdefghij.wav", noise(1), 16000)
     soundfile.write(tmp_path / "files/Yabcdefghij0_30.000.flac", noise(2), 16000)
+    (tmp_path / "files/Ymissing-000.m4a").touch()
     (tmp_path / "class_labels_indices.csv").write_text(
         'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n2,/m/0dgw9r,"Other"\n'
     )
@@ -280,7 +281,9 @@ def test_audiosets_lists(audioset, capsys):
     assert rejected(audioset / "out") == {
         "missing-000 from 0.000 s": f"no file of this video (looked in {audioset / 'files'})"
     }
-    assert "1 rejected: 1 no file of this video" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "1 rejected: 1 no file of this video" in told.out
+    assert "left out: 1 .m4a file" in told.err
 
 
 @pytest.mark.parametrize(
