@@ -43,6 +43,7 @@ from tests.lookalikes import (
     folds,
     manifest,
     run,
+    skipped_batch,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -84,6 +85,12 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/events": event_finder,
     },
     "docs/training.md": {"my/audio": folder_of_folders},
+    "docs/watching.md": {
+        "my/audio": folder_of_folders,
+        "runs/broken/skipped/step-00000123.json": skipped_batch,
+        "runs/one": run,
+        "runs/two": run,
+    },
     "help of finetune": {
         "my/sounds": folder_of_folders,
         "a.jsonl": manifest,
@@ -92,7 +99,11 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/tiny": run,
         "runs/base": run,
     },
-    "help of pretrain": {"my/audio": folder_of_folders},
+    "help of pretrain": {
+        "my/audio": folder_of_folders,
+        "runs/broken/skipped/step-00000123.json": skipped_batch,
+    },
+    "help of report": {"runs/tiny": run, "runs/other": run},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/as20k.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
@@ -135,6 +146,7 @@ NOT_RUN: dict[str, str] = {
     r"cmake ": "tests/test_build.py configures, builds and runs the C++ tests",
     r"\. \.venv/bin/activate": "the tests' own Python is the one",
     r"tensorboard ": "a server, which does not end",
+    r"WANDB_MODE=offline |wandb sync ": "needs a package; tests/cat/training/test_sinks.py has it",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
@@ -229,8 +241,8 @@ def run_step(step: Step, folder: Path, names: dict[str, Any]) -> None:
 
 
 def made_small(words: list[str]) -> list[str]:
-    """`SMALL` goes behind the recipe, where there is one; a run that is resumed has its settings."""
-    if "--resume" in words:
+    """`SMALL` goes behind the recipe, where there is one; a run that is resumed, or looked into, has its settings."""
+    if {"--resume", "--replay"} & {*words}:
         return words
     after = 2 if len(words) > 1 and words[1].endswith(".yaml") else 1
     return [*words[:after], *SMALL.get(words[0], []), *words[after:]]

@@ -21,7 +21,7 @@ examples:
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
-  cat-audio pretrain --replay runs/tiny/skipped/step-00000123.json        what was not finite in a skipped step
+  cat-audio pretrain --replay runs/broken/skipped/step-00000123.json      what was not finite in a skipped step
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """
