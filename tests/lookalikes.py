@@ -71,6 +71,13 @@ def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
     write_manifest(dataclasses.replace(found, clips=tuple(clips)), path)
 
 
+def embedded(path: Path) -> None:
+    """With an embedding of every clip."""
+    clips = path.with_name(f".{path.name}")
+    manifest(clips)
+    assert main(["embed", str(clips), "--encoder", "random", "-o", str(path.with_suffix(".npy"))]) == 0
+
+
 def folds(path: Path) -> None:
     manifest(path, fold=lambda number: number % 2 + 1, source=lambda number: f"recording {number}")
 
@@ -78,6 +85,21 @@ def folds(path: Path) -> None:
 def events(path: Path) -> None:
     """With strong labels: one sound a clip."""
     manifest(path, events=lambda number: [{"onset": 0.1, "offset": 0.4, "label": ("hiss", "hum")[number // 4]}])
+
+
+def audioset(path: Path) -> None:
+    """Google's lists and, in a folder beside them, half of the eight clips that each list names."""
+    path.mkdir(parents=True)
+    classes = 'index,mid,display_name\n0,/m/hiss,"Hiss"\n1,/m/hum,"Hum, mains"\n'
+    (path / "class_labels_indices.csv").write_text(classes)
+    for name in ("balanced_train", "unbalanced_train", "eval"):
+        rows = [("# YTID", " start_seconds", " end_seconds", " positive_labels")]
+        for number in range(16):
+            label, video = ("hiss", "hum")[number % 2], f"{name:_<9.9}{number:02d}"
+            rows.append((video, " 30.000", " 40.000", f' "/m/{label}"'))
+            if number < 8:
+                clip(path / "audio" / f"Y{video}.wav", label, number)
+        (path / f"{name}_segments.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
 
 
 def esc50(path: Path) -> None:
@@ -96,13 +118,17 @@ def esc50(path: Path) -> None:
         archive.writestr("ESC-50-master/meta/esc50.csv", table.getvalue())
 
 
-def run(path: Path) -> None:
+def run(path: Path, *changes: str) -> None:
     """A pre-training run of two steps."""
     audio = path.parent / ".audio"
     if not audio.exists():
         folder_of_folders(audio)
     own = [f"data.train={audio}", f"run.dir={path.parent}", f"run.name={path.name}", "run.figures=false", "--quiet"]
-    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own]) == 0
+    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own, *changes]) == 0
+
+
+def run_with_two_checkpoints(path: Path) -> None:
+    run(path, "run.checkpoint_every=1")
 
 
 def skipped_batch(path: Path) -> None:

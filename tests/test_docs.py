@@ -33,9 +33,11 @@ from tests.documented import (
 )
 from tests.lookalikes import (
     SMALL,
+    audioset,
     clap,
     classifier,
     clip,
+    embedded,
     esc50,
     event_finder,
     events,
@@ -43,6 +45,7 @@ from tests.lookalikes import (
     folds,
     manifest,
     run,
+    run_with_two_checkpoints,
     skipped_batch,
 )
 
@@ -64,7 +67,13 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/quickstart": run,
         "PATH_OR_HUB_NAME": clap,
     },
-    "docs/data.md": {"ESC-50-master.zip": esc50, "data/train.jsonl": manifest},
+    "docs/checkpoints.md": {"runs/tiny": run_with_two_checkpoints},
+    "docs/data.md": {
+        "my/recordings": folder_of_folders,
+        "audioset": audioset,
+        "ESC-50-master.zip": esc50,
+        "data/train.jsonl": manifest,
+    },
     "docs/finetuning.md": {
         "my/sounds": folder_of_folders,
         "my/test": folder_of_folders,
@@ -84,6 +93,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/sounds": classifier,
         "runs/events": event_finder,
     },
+    "docs/scale.md": {"audioset.jsonl": embedded},
     "docs/training.md": {"my/audio": folder_of_folders},
     "docs/watching.md": {
         "my/audio": folder_of_folders,
@@ -91,6 +101,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/one": run,
         "runs/two": run,
     },
+    "help of checkpoints": {"runs/tiny": run_with_two_checkpoints},
     "help of finetune": {
         "my/sounds": folder_of_folders,
         "a.jsonl": manifest,
@@ -99,16 +110,17 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/tiny": run,
         "runs/base": run,
     },
+    "help of prepare": {"my/audio": folder_of_folders, "audioset": audioset},
     "help of pretrain": {
         "my/audio": folder_of_folders,
         "runs/broken/skipped/step-00000123.json": skipped_batch,
     },
     "help of report": {"runs/tiny": run, "runs/other": run},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/as20k.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
+    "recipes/as20k.yaml": {"audioset": audioset, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/as2m.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/base.yaml": {"data/audioset/train.jsonl": manifest},
+    "recipes/as2m.yaml": {"audioset": audioset, "runs/base": run},
+    "recipes/base.yaml": {"audioset": audioset},
     "recipes/esc50-released.yaml": {"esc50.jsonl": folds, "runs/base": run},
     "recipes/esc50.yaml": {"esc50.jsonl": folds, "runs/base": run},
     "recipes/events.yaml": {"train.jsonl": events, "valid.jsonl": events, "runs/tiny": run},
@@ -145,6 +157,8 @@ NOT_RUN: dict[str, str] = {
     r"CMAKE_CUDA_ARCHITECTURES=\w+ pip install ": "installs, and needs nvcc",
     r"cmake ": "tests/test_build.py configures, builds and runs the C++ tests",
     r"\. \.venv/bin/activate": "the tests' own Python is the one",
+    r"torchrun ": "starts several processes; tests/cat/training/test_distributed.py does",
+    r"sbatch ": "needs Slurm; tests/test_launch.py runs the script with stand-ins",
     r"tensorboard ": "a server, which does not end",
     r"WANDB_MODE=offline |wandb sync ": "needs a package; tests/cat/training/test_sinks.py has it",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
@@ -207,7 +221,7 @@ def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
         for step in steps_of(page):
             if why_not_run(step) is None:
                 run_step(step, tmp_path, names)
-            elif step.language == "sh" and "cat-audio" in step.words:
+            elif step.language == "sh" and {"cat-audio", "cat"} & set(step.words):
                 check_names(step)
     finally:
         torch.set_num_threads(threads)

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cat.files import replacing
+from cat.files import named, replacing
 from cat.progress import say
 from cat.training.sinks import Sinks
 from cat.training.skipped import finite
@@ -74,6 +74,7 @@ class JsonLines:
     """An append-only file of JSON objects. A write is there as soon as it returns, or, on a full disk, not at all."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -82,9 +83,9 @@ class JsonLines:
         try:
             while left:
                 left = left[self._file.write(left) :]
-        except OSError:
+        except OSError as error:
             self._file.truncate(size)
-            raise
+            raise named(error, self._path) from error
 
     def sync(self) -> None:
         """Put on disk what was written; a checkpoint must not be newer than the rows before it."""
@@ -151,6 +152,22 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._sinks.close()
+
+
+class NoMetrics:
+    """In place of `Metrics` in processes that do not write."""
+
+    def __init__(self) -> None:
+        self.validations: list[dict[str, Any]] = []
+
+    def train(self, rows: list[dict[str, Any]], speed: Mapping[str, float]) -> None: ...
+
+    def valid(self, row: dict[str, Any]) -> None:
+        self.validations.append({"kind": "valid", **row})
+
+    def warning(self, step: int, text: str) -> None: ...
+
+    def sync(self) -> None: ...
 
 
 class CollapseCheck:

@@ -126,9 +126,9 @@ def test_a_weight_costs_the_same_whatever_the_guide(convergence, two_sounds):
     rows = np.load(next((out / "studies" / "guides").glob("noise-*.whole.npy")), allow_pickle=False)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     rows -= rows.mean(0)
-    constant = rows.shape[1] ** -0.5  # of a mean squared length of 1
+    constant = study.RMS**2 * rows.shape[1] ** 0.5
     made = np.load(next(p for p in (out / "studies" / "guides").glob("noise-*.npy") if "whole" not in p.name))
-    np.testing.assert_allclose(made, rows / np.sqrt((rows**2).sum(1).mean()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(made, study.RMS * rows / np.sqrt((rows**2).mean()), rtol=1e-4, atol=1e-5)
     assert record["arms"]["noise"]["weight"] * constant == pytest.approx(study.COST, rel=1e-3)
     config = experiment_config("cost", two_sounds / "train.jsonl", SMALL)
     tasks = (trial.Task("sounds", two_sounds),)
@@ -243,3 +243,19 @@ def test_a_probe_of_pooling_both_is_of_each_half(two_sounds):
         for split in ("valid", "test"):
             assert {k: both[split][f"{k} {pooling}"] for k in ("knn", "linear")} == alone[split]
     assert len(load_manifest(two_sounds / "test.jsonl")) == 6
+
+
+def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
+    def run(*scores):
+        ends = {f"{probe} {pooling}": scores[-1] for probe in ("linear", "knn") for pooling in ("mean", "cls")}
+        rows = [
+            {"step": 100 * (i + 1), "seconds": 1.0, "valid": {"a": {readings.MAIN: s}}} for i, s in enumerate(scores)
+        ]
+        rows[-1]["test"] = {"a": ends}
+        return {"runs": [{"rows": rows}]}
+
+    record = {"tasks": {"a": {}}, "steps": [100, 200], "arms": {"none": run(0.3, 0.4), "guide": run(0.4, 0.5)}}
+    for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
+        scores = {"a": {readings.MAIN: untrained}}
+        found = readings.read_convergence({**record, "bounds": {"untrained": {"valid": scores, "test": scores}}})
+        assert found.rows[1][-1] == told
