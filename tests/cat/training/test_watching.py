@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
 
 def test_flops_of_pre_training_are_those_of_its_model(folder):
     task = pretrain_task(load_recipe(folder / "pretrain.yaml"))
-    batch = next(task.batches(0, 1, print))
+    (batch,) = next(task.batches(0, 1, print))
     inputs = [value.to("meta") for value in (batch.spec, batch.visible, task._rng)]
     model = task.model.to("meta")
     assert task.flops(batch) == flops(lambda: model(*inputs[:2], rng=inputs[2]).loss.backward())
@@ -128,7 +128,7 @@ def test_flops_of_pre_training_are_those_of_its_model(folder):
 
 def test_flops_of_fine_tuning_follow_the_clips_lengths(folder):
     task = finetune_task(load_finetune_recipe(folder / "finetune.yaml"))
-    batch = next(task.batches(0, 1, print))
+    (batch,) = next(task.batches(0, 1, print))
     model = task.model.to("meta")
 
     def counted(rows):
