@@ -40,9 +40,9 @@ class Key:
     """What was measured: rows with equal keys but for the provider can be compared."""
 
     # "stem", "stem sweep", "stem resolutions", "kernels" (the stem's), "step", "fbank", "features" (in a step),
-    # "fine-tuning", "inference" or an operator
+    # "fine-tuning", "inference", "loader" or an operator
     benchmark: str
-    # "forward", "forward+backward", "dense forward", "step", "log-mel", "model input", "embedding", or a kernel
+    # "forward", "forward+backward", "dense forward", "step", "log-mel", "model input", "embedding", a format, a kernel
     mode: str
     dtype: str  # "fp32", "bf16", "fp16"
     shape: dict[str, Any]

@@ -104,6 +104,17 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
+def cache_folder(name: str) -> Path | None:
+    """``$XDG_CACHE_HOME/cat-audio/NAME``, or below ``~/.cache``; None for a user without a home. It may not exist."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # to be ignored, says the specification
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "cat-audio" / name
+
+
 def free_space(path: str | os.PathLike[str]) -> int | None:
     """Bytes free where `path` is or would be made; None where the file system does not say."""
     existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
@@ -118,6 +129,14 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """``256MB``, ``1.5g``, ``100000``. Raises: ValueError that names the option."""
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmg]?)b?", text.strip().lower())
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"{option} is {text!r}; expected a size such as 256MB or 1GB")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
 
 
 # ---------------------------------------------------------------- the hidden folder

@@ -34,6 +34,7 @@ COMMANDS = {
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
     "prepare": ("cat.commands.prepare", "check, measure and convert audio, and list what can be used"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
+    "shards": ("cat.commands.shards", "a data set as a few tar files, local or behind a URL"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
     "convert": ("cat.commands.convert", "turn a released checkpoint into one of ours"),
     "doctor": ("cat.commands.doctor", "say what this machine has and what can run on it"),
@@ -44,7 +45,7 @@ GROUPS = {
     "train": ("pretrain", "finetune"),
     "judge": ("evaluate", "probe", "experiment"),
     "use": ("predict", "encode", "similar", "export"),
-    "prepare": ("prepare", "dataset", "synth", "embed", "convert"),
+    "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
 

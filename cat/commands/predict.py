@@ -14,6 +14,7 @@ import numpy as np
 
 from cat.data.audio import read_windows
 from cat.data.listing import listed_files
+from cat.data.shards.members import Member
 from cat.device import pick_device
 from cat.encoders.waveforms import as_chunks
 from cat.figures import is_figure, write_prediction
@@ -137,12 +138,16 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _check_picture(picture: Path, files: list[Path], overwrite: bool) -> None:
+def _check_picture(picture: Path, files: list[Path | Member], overwrite: bool) -> None:
     if len(files) != 1:
         raise ValueError(f"--picture shows one file, and {len(files)} were named; name the one that it is to show")
     if picture.suffix.lower() != ".png":
         raise ValueError(f"--picture is {picture}; expected a name that ends in .png")
-    claim([Output(picture, is_figure, "another --picture")], inputs=files, overwrite=overwrite)
+    claim(
+        [Output(picture, is_figure, "another --picture")],
+        inputs=[file for file in files if isinstance(file, Path)],
+        overwrite=overwrite,
+    )
 
 
 def _follow(args: argparse.Namespace) -> int:
@@ -201,7 +206,7 @@ def _settings(classifier: CATClassifier, args: argparse.Namespace) -> dict[str, 
     return {label: dataclasses.replace(one, **said) for label, one in found.items()}
 
 
-def _shown(args: argparse.Namespace, kind: str, files: list[Path], written: bool) -> Callable[[Row], None]:
+def _shown(args: argparse.Namespace, kind: str, files: list[Path | Member], written: bool) -> Callable[[Row], None]:
     """What is printed of each file."""
     for form in ("json", "csv"):
         if getattr(args, form) == "-":

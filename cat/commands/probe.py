@@ -11,11 +11,11 @@ import torch
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder, twin_of
-from cat.evaluation.cache import FeatureCache, default_folder
+from cat.evaluation.cache import FeatureCache
 from cat.evaluation.probe import SPLITS, TITLES, Report, format_report, is_report, report_json, run_probe
 from cat.evaluation.trained import PROTOTYPES
 from cat.figures import is_figure, write_layers, write_projection
-from cat.files import write_json
+from cat.files import cache_folder, write_json
 from cat.outputs import Output, claim
 
 CONTROL = "log-mel mean + std"  # the row without any learning
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         inputs=[Path(args.encoder), *(manifest.source for manifest in manifests.values())],
         overwrite=args.overwrite,
     )
-    cache = FeatureCache(None if args.no_cache else args.cache or default_folder())
+    cache = FeatureCache(None if args.no_cache else args.cache or cache_folder("probe"))
     report = run_probe(
         _encoders(args, device),
         manifests,

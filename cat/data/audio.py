@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from cat.data.containers import Unusable, id3_end
+from cat.data.content import Content, Stored, size_of
 from cat.data.decoding import Sound, import_library
 from cat.data.mpeg import Mp3, open_mp3
+
+Source = str | os.PathLike[str] | Stored  # a file, or one in a shard
 
 # Read on each side of a crop, so that the resampler's filter has settled where the crop begins: seconds, and samples
 # at the lower rate, in which the filter is always as long.
@@ -37,7 +40,7 @@ _SYSTEM_REASONS = {
 class AudioError(RuntimeError):
     """A file that gives no usable audio. ``path`` and ``reason`` go into the record of failures."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+    def __init__(self, path: Source, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason
@@ -47,7 +50,7 @@ class AudioError(RuntimeError):
 
 
 def read_audio(
-    path: str | os.PathLike[str],
+    path: Source,
     sample_rate: int,
     *,
     max_samples: int | None = None,
@@ -78,7 +81,7 @@ def read_audio(
 
 
 def read_crop(
-    path: str | os.PathLike[str],
+    path: Source,
     sample_rate: int,
     *,
     max_samples: int | None = None,
@@ -89,21 +92,27 @@ def read_crop(
     """What `read_audio` reads, and the sample of the clip that the crop begins at."""
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start is {start}; it must lie in [0, 1]")
-    with _opened(Path(path)) as sound:
+    with _opened(path) as sound:
         available = _available(sound, sample_rate, min_samples)
         wanted = available if max_samples is None else min(max_samples, available)
         first = min(int(start * (available - wanted + 1)), available - wanted)
         return _cut(sound, sample_rate, first, wanted, allow_int16), first
 
 
-def seconds_of(path: str | os.PathLike[str]) -> float:
+def length_of(path: Source) -> tuple[int, int]:
+    """Samples and sampling rate, as the file says. Raises as `read_audio`."""
+    with _opened(path) as sound:
+        return sound.length, sound.rate
+
+
+def seconds_of(path: Source) -> float:
     """How long a file says it is. Raises as `read_audio`."""
-    with _opened(Path(path)) as sound:
-        return sound.length / sound.rate
+    samples, rate = length_of(path)
+    return samples / rate
 
 
 def read_windows(
-    path: str | os.PathLike[str],
+    path: Source,
     sample_rate: int,
     max_samples: int,
     *,
@@ -113,7 +122,7 @@ def read_windows(
     """The whole clip of `read_audio`, in consecutive windows that are equally long (to a sample) and no longer than
     ``max_samples``: one after the other, so that memory does not grow with the clip. ``opened`` is told the file's own
     samples and sample rate before the first window. Raises as `read_audio`."""
-    with _opened(Path(path)) as sound:
+    with _opened(path) as sound:
         if opened is not None:
             opened(sound.length, sound.rate)
         available = _available(sound, sample_rate, min_samples)
@@ -124,9 +133,10 @@ def read_windows(
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Mp3 | Sound]:
+def _opened(source: Source) -> Iterator[Mp3 | Sound]:
     """Whatever is wrong with the file is an AudioError."""
     soundfile = import_library("soundfile")
+    path = source if isinstance(source, Stored) else Path(source)
     try:
         with _open(path) as file, contextlib.closing(_sound(file, path.suffix)) as sound:
             yield sound
@@ -134,19 +144,22 @@ def _opened(path: Path) -> Iterator[Mp3 | Sound]:
         raise AudioError(path, _reason(path, error)) from error
 
 
-def _open(path: Path) -> io.FileIO:
+def _open(path: Path | Stored) -> Content:
     """The file, without waiting for the other end of a pipe. Opened here, its name may be any bytes."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise Unusable("is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file")
-    file = io.FileIO(path)
-    if os.fstat(file.fileno()).st_size == 0:
+    if isinstance(path, Stored):
+        file: Content = path.content()
+    else:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise Unusable("is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file")
+        file = io.FileIO(path)
+    if size_of(file) == 0:
         file.close()
         raise Unusable("empty: 0 bytes")
     return file
 
 
-def _sound(file: io.FileIO, suffix: str) -> Mp3 | Sound:
+def _sound(file: Content, suffix: str) -> Mp3 | Sound:
     start = id3_end(file)
     return open_mp3(file, start, search=suffix.lower() == ".mp3") or Sound(file, start)
 
@@ -188,10 +201,12 @@ def _cut(sound: Mp3 | Sound, sample_rate: int, first: int, wanted: int, allow_in
     return np.ascontiguousarray(wave[offset : offset + wanted])
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Path | Stored, error: Exception) -> str:
     if isinstance(error, Unusable):
         return str(error)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
+        if isinstance(path, Stored):
+            return "the shard is missing: no such file"
         return f"a link to a file that is missing, {path.readlink()}" if path.is_symlink() else "no such file"
     if isinstance(error, OSError) and error.errno:
         return _SYSTEM_REASONS.get(error.errno, f"cannot be read: {error.strerror}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from cat.data.content import Content, bytes_at, size_of
 
 # A file that has less than this share of what its header announces is cut off. The rest is for writers that count the
 # header among the samples, or one frame too many.
@@ -72,13 +73,13 @@ class _Mended(io.FileIO):
         return count
 
 
-def with_true_size(file: io.FileIO, start: int) -> io.FileIO:
+def with_true_size(file: Content, start: int) -> Content:
     """The file as it is; or, where its header says no size of the samples, or a little too much, with the true one.
 
     ``start`` is where the container begins. Raises Unusable for a file that is cut off.
     """
-    end = os.fstat(file.fileno()).st_size
-    size = _find_size(file.fileno(), start, end)
+    end = size_of(file)
+    size = _find_size(file, start, end)
     if size is None:
         return file
     there = max(0, end - size.begin)
@@ -89,17 +90,21 @@ def with_true_size(file: io.FileIO, start: int) -> io.FileIO:
     if not streamed and there < ENOUGH * size.announced:
         raise Unusable(f"cut off: {size.announced} bytes of samples announced, {there} are there")
     true = struct.pack(size.format, min(there + size.counted, 0xFFFF_FFFF if width == 4 else 1 << 62))
-    return _Mended(file.fileno(), size.place, true)
+    if isinstance(file, io.FileIO):
+        return _Mended(file.fileno(), size.place, true)
+    content = bytearray(file.getbuffer())
+    content[size.place : size.place + width] = true
+    return io.BytesIO(content)
 
 
-def _find_size(descriptor: int, start: int, end: int) -> _Size | None:
+def _find_size(file: Content, start: int, end: int) -> _Size | None:
     """The size of the samples in the container at ``start``; None where there is none that is known here."""
-    head = os.pread(descriptor, 512, start)
+    head = bytes_at(file, 512, start)
 
     def read(form: str, place: int) -> int:
         if place + 8 <= len(head):
             return int(struct.unpack_from(form, head, place)[0])
-        return int(struct.unpack_from(form, os.pread(descriptor, 8, start + place).ljust(8, b"\0"))[0])
+        return int(struct.unpack_from(form, bytes_at(file, 8, start + place).ljust(8, b"\0"))[0])
 
     if head[:4] in (b".snd", b"dns."):  # AU has one header
         form = ">I" if head[:4] == b".snd" else "<I"
@@ -112,7 +117,7 @@ def _find_size(descriptor: int, start: int, end: int) -> _Size | None:
     for _ in range(_MOST_CHUNKS):
         if start + at >= end:
             return None
-        name = head[at : at + 4] if at + 4 <= len(head) else os.pread(descriptor, 4, start + at)
+        name = head[at : at + 4] if at + 4 <= len(head) else bytes_at(file, 4, start + at)
         place, form = at + layout.id_bytes, layout.size
         size, begin = read(form, place), place + struct.calcsize(form)
         if name in layout.samples:
@@ -128,11 +133,11 @@ def _find_size(descriptor: int, start: int, end: int) -> _Size | None:
     return None
 
 
-def id3_end(file: io.FileIO) -> int:
+def id3_end(file: Content) -> int:
     """Where the ID3v2 tags end that stand before the audio; 0 without any."""
     end = 0
     for _ in range(_MOST_CHUNKS):
-        head = os.pread(file.fileno(), 10, end)
+        head = bytes_at(file, 10, end)
         if len(head) < 10 or head[:3] != b"ID3":
             break
         size = 0

@@ -20,6 +20,7 @@ from cat.data.batch import Batch, Cut, Failure, gather
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore, open_embeddings
 from cat.data.features import FeatureConfig
 from cat.data.guides import Guides
+from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.data.reading import check_reading, first_readable, read_cut, training_cut
@@ -30,7 +31,7 @@ from cat.data.sampling import Order
 class DataConfig:
     """Which clips, and how they are read."""
 
-    train: str = ""  # folder, .jsonl, .tsv or .json
+    train: str = ""  # folder, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None
     batch_size: int = 96
     num_workers: int = 4  # 0 reads in the main process
@@ -38,6 +39,8 @@ class DataConfig:
     crop: str = "random"  # of clips longer than features.frames: "random", "center" or "start"
     roll: bool = False  # rotate the waveform by a random amount
     gain: bool = False  # multiply the waveform by Beta(10, 10) + 0.5
+    sampler: str = "shuffle"  # every clip once an epoch, or "weighted": clips of rare labels more often
+    epoch_clips: int | None = None  # clips of an epoch, none twice; null: all
     features: str = "auto"  # log-mel on the run's device ("gpu"), or by the workers ("cpu"); "auto": "gpu" on a GPU
     max_failed_share: float = 0.01  # stop when more of the distinct clips seen could not be read
 
@@ -67,7 +70,8 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         self.grid = (features.frames // patch_size, features.mel_bins // patch_size)
         self.seed, self.waveforms = seed, waveforms
         self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
-        self._order = Order(len(manifest), seed=seed)
+        weights = balancing_weights(manifest) if data.sampler == "weighted" else None
+        self._order = Order(len(manifest), seed=seed, epoch_clips=data.epoch_clips, weights=weights)
 
     def __getitem__(self, step: int) -> Batch:
         failures: list[Failure] = []

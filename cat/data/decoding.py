@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from cat.data.containers import Unusable, with_true_size
+from cat.data.content import Content, size_of
 
 # Samples that a byte can hold at the most: FLAC has 65,535 in eleven, Opus 5,760 in two, Vorbis 8,192 in two. A header
 # that announces more does not know, or lies.
@@ -69,17 +69,17 @@ def _read(decoder: Any, count: int, dtype: str) -> np.ndarray:
 class Sound:
     """A file of any format that libsndfile reads. ``length`` is in samples at ``rate``."""
 
-    def __init__(self, file: io.FileIO, start: int) -> None:
+    def __init__(self, file: Content, start: int) -> None:
         """``start`` is where the container begins, behind any ID3 tags."""
         self._file = with_true_size(file, start)
-        self._plain = self._file is file
+        self._plain = file.fileno() if isinstance(file, io.FileIO) and self._file is file else None
         self._decoder = self._open()
         self.rate, self.length = self._decoder.samplerate, self._decoder.frames
         self.sixteen_bits = self._decoder.subtype == "PCM_16" and self._decoder.channels == 1
         container = self._decoder.format
         self.lead = int(self.rate * _LEAD_SECONDS.get(container, 0.0))
         # "MP3" are also MPEG's layers I and II, whose length libmpg123 guesses.
-        self._seeks = container != "MP3" and self.length <= _DENSEST * os.fstat(file.fileno()).st_size
+        self._seeks = container != "MP3" and self.length <= _DENSEST * size_of(file)
         self._at = 0
         if not self._seeks:
             self.length = skip(self._decoder, self.length)
@@ -120,4 +120,4 @@ class Sound:
 
     def _open(self) -> Any:
         self._file.seek(0)
-        return open_decoder(self._file.fileno() if self._plain else self._file)
+        return open_decoder(self._file if self._plain is None else self._plain)

@@ -33,14 +33,13 @@ from cat.data.workers import prefetched
 from cat.progress import say
 
 PADDINGS = ("mask", "fill")
-SAMPLERS = ("shuffle", "weighted")
 
 
 @dataclass(frozen=True)
 class FinetuneDataConfig:
     """Which labelled clips, and how they are read."""
 
-    train: str = ""  # folder of folders, .jsonl, .tsv or .json
+    train: str = ""  # folder of folders, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None  # to choose the model by; null: held out of train
     test: str | None = None  # scored once, at the end
     valid_share: float = 0.1  # of train, held out where there is no valid
@@ -59,9 +58,6 @@ class FinetuneDataConfig:
     def __post_init__(self) -> None:
         check_reading(self)
         check_choice("padding", self.padding, PADDINGS)
-        check_choice("sampler", self.sampler, SAMPLERS)
-        if self.epoch_clips is not None and self.epoch_clips < 1:
-            raise ValueError(f"data.epoch_clips is {self.epoch_clips}; it must be at least 1, or null for all clips")
         if not 0.0 < self.valid_share < 1.0:
             raise ValueError(f"data.valid_share is {self.valid_share}; it is a share, between 0 and 1")
 

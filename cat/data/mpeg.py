@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import re
 import struct
 from array import array
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cat.data.containers import ENOUGH, Unusable
+from cat.data.content import Content, bytes_at, size_of
 from cat.data.decoding import decode, open_decoder
 
 _KBITS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)  # MPEG-1; 0: free or forbidden
@@ -86,10 +86,10 @@ class Mp3:
 
     lead, sixteen_bits = 0, False
 
-    def __init__(self, file: io.FileIO, kind: _Format, offsets: array[int]) -> None:
+    def __init__(self, file: Content, kind: _Format, offsets: array[int]) -> None:
         self._file, self._kind = file, kind
         self.rate = kind.rate
-        info = _read_info(os.pread(file.fileno(), _LONGEST, offsets[0]), kind)
+        info = _read_info(bytes_at(file, _LONGEST, offsets[0]), kind)
         self._offsets = offsets if info is None else offsets[1:]
         there, self._skip = len(self._offsets), 0
         self.length = there * kind.samples
@@ -131,7 +131,7 @@ class Mp3:
     def _cut_out(self, first: int, last: int) -> list[bytes]:
         """Frames first <= i < last. Those whose data begin in frames before them are made silent."""
         kind, begin = self._kind, self._offsets[first]
-        data = os.pread(self._file.fileno(), self._offsets[last - 1] + _LONGEST - begin, begin)
+        data = bytes_at(self._file, self._offsets[last - 1] + _LONGEST - begin, begin)
         starts = [offset - begin for offset in self._offsets[first:last]]
         frames = [data[at : at + kind.sizes[data[at + 2]]] for at in starts]
         reservoir = 0  # bytes of data in the frames so far; once it is full no frame's data can begin before it
@@ -171,30 +171,30 @@ def _read_info(frame: bytes, kind: _Format) -> _Info | None:
     return _Info(frames, lame[21] << 4 | lame[22] >> 4, (lame[22] & 15) << 8 | lame[23])
 
 
-def open_mp3(file: io.FileIO, start: int, *, search: bool) -> Mp3 | None:
+def open_mp3(file: Content, start: int, *, search: bool) -> Mp3 | None:
     """The MP3 stream that begins at ``start``, behind any ID3 tags, or with ``search`` somewhat later.
 
     None where there is none, or one of free format, whose frames do not tell their size.
     """
-    head = os.pread(file.fileno(), _JUNK if search else 2 * _LONGEST, start)
+    head = bytes_at(file, _JUNK if search else 2 * _LONGEST, start)
     found = _HEADER.match(head) or (_HEADER.search(head) if search else None)
     while found:
-        end = os.fstat(file.fileno()).st_size
+        end = size_of(file)
         header = found[0]
         kind = _format(header[1] >> 3 & 3, header[2] >> 2 & 3, header[3] >= 0xC0)
         if kind.is_frame(head, found.start(), last=start + len(head) == end):
-            return Mp3(file, kind, _find_frames(file.fileno(), start + found.start(), end, kind))
+            return Mp3(file, kind, _find_frames(file, start + found.start(), end, kind))
         found = _HEADER.search(head, found.start() + 1) if search else None
     return None
 
 
-def _find_frames(descriptor: int, at: int, end: int, kind: _Format) -> array[int]:
+def _find_frames(file: Content, at: int, end: int, kind: _Format) -> array[int]:
     """Where the frames begin, from ``at`` to the last one that is whole."""
     offsets: array[int] = array("q")
     second, mono, sizes = kind.second, kind.mono, kind.sizes
     behind = at  # where the last frame ends
     while at + 4 <= end and at - behind < _LOST:
-        chunk = os.pread(descriptor, _CHUNK, at)
+        chunk = bytes_at(file, _CHUNK, at)
         last = at + len(chunk) >= end
         place, stop = 0, len(chunk) - (4 if last else 2 * _LONGEST)
         while place <= stop:

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cat.data.audio import Source
 from cat.data.manifest import Manifest
+from cat.data.shards.members import Member
 from cat.files import clear_leftovers, replacing, write_json
 from cat.locks import LOCK
 from cat.outputs import OutputError, json_of
@@ -172,7 +174,7 @@ class Partial:
                 path.unlink()
                 continue
             places = range(begin, piece.end)
-            if piece.stamps != digest_of_stamps(stamp(self._manifest.path(place)) for place in places):
+            if piece.stamps != digest_of_stamps(stamp(self._manifest.audio(place)) for place in places):
                 changed += 1
                 path.unlink()
                 continue
@@ -206,10 +208,13 @@ def other_clips(old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"the data set had {was} clips, now {now}" + (", other ones or in another order" * (was == now))
 
 
-def stamp(path: str | os.PathLike[str]) -> str:
-    """A file's size, and times of the last change of its content and, which no copy keeps, of its entry.
+def stamp(path: Source) -> str:
+    """A file's size, and times of the last change of its content and, which no copy keeps, of its entry. Of a clip in a
+    shard what the index says.
 
     Content is not read: it would take as long as decoding a clip again."""
+    if isinstance(path, Member):
+        return path.stamp
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:

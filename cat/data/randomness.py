@@ -19,6 +19,8 @@ class Purpose(IntEnum):
     FRAME_ROLL = 7
     HOLD_OUT = 8
     DROP_PATH = 9
+    SHARDS = 10  # their order
+    WINDOW = 11  # the clips of some shards
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, clip: int = 0) -> np.random.Generator:

@@ -11,12 +11,14 @@ import numpy as np
 from cat.data.audio import AudioError, read_crop
 from cat.data.batch import Cut, Failure, as_float
 from cat.data.features import FeatureConfig
+from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.randomness import Purpose, generator
 from cat.data.sampling import Order
 
 CROPS = ("random", "center", "start")
 FEATURES = ("auto", "gpu", "cpu")
+SAMPLERS = ("shuffle", "weighted")
 _GIVE_UP_AFTER = 100  # unreadable clips in a row
 
 T = TypeVar("T")
@@ -37,6 +39,10 @@ class ReadingConfig(Protocol):
     def features(self) -> str: ...
     @property
     def max_failed_share(self) -> float: ...
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def epoch_clips(self) -> int | None: ...
 
 
 def check_reading(config: ReadingConfig) -> None:
@@ -48,6 +54,25 @@ def check_reading(config: ReadingConfig) -> None:
             raise ValueError(f"data.{name} is {getattr(config, name)}; it must be at least {least}")
     if not 0.0 <= config.max_failed_share <= 1.0:
         raise ValueError(f"data.max_failed_share is {config.max_failed_share}; it is a share, from 0 to 1")
+    check_choice("sampler", config.sampler, SAMPLERS)
+    if config.epoch_clips is not None and config.epoch_clips < 1:
+        raise ValueError(f"data.epoch_clips is {config.epoch_clips}; it must be at least 1, or null for all clips")
+
+
+def sampling_advice(config: ReadingConfig, manifest: Manifest) -> list[str]:
+    """What a user of ``data.sampler=weighted`` may not expect."""
+    if config.sampler != "weighted":
+        return []
+    clips, available = len(manifest), int(np.count_nonzero(balancing_weights(manifest)))
+    advice = []
+    if config.epoch_clips in (None, available):
+        advice.append(
+            "data.sampler=weighted balances nothing in an epoch that has all clips, none of them twice: set "
+            f"data.epoch_clips below {available}"
+        )
+    if available < clips:
+        advice.append(f"{clips - available} of the {clips} clips have no label: data.sampler=weighted never draws them")
+    return advice
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -104,7 +129,7 @@ def read_cut(
     """A clip, and of one longer than ``features.frames`` the part that ``crop`` says; ``place``: where the random one
     begins, as a share of the positions there are."""
     wave, first = read_crop(
-        manifest.path(clip),
+        manifest.audio(clip),
         features.sample_rate,
         max_samples=features.samples,
         start={"random": place, "center": 0.5, "start": 0.0}[crop],

@@ -30,13 +30,23 @@ _JSON_FIELDS = ("wav_path", "wav", "num_frame", "labels", "clap_path")
 
 
 class Listed(NamedTuple):
-    """What a list says."""
+    """What a list says: fields of `cat.data.manifest.Manifest`."""
 
     clips: Clips
     root: Path
     label_names: dict[str, str]
     embedding_files: Files | None = None
     notes: tuple[str, ...] = ()
+    embeddings: Path | None = None
+    embeddings_fingerprint: str | None = None
+    extra: dict[str, Any] = {}  # noqa: RUF012
+
+
+def companions(path: Path) -> tuple[Path, ...]:
+    """The other files that are read with a list, where they exist: its labels, and their names."""
+    if path.suffix.lower() not in (".tsv", ".json"):
+        return ()
+    return path.with_suffix(".lbl"), path.parent / "label_descriptors.csv"
 
 
 def read_tsv(path: Path) -> Listed:
@@ -66,7 +76,7 @@ def _tsv_clip(line: str, root: Path, where: str) -> Clip:
 
 def _with_labels(path: Path, clips: Clips, root: Path) -> tuple[Clips, Path, dict[str, str]]:
     """Labels from ``NAME.lbl`` ('name label,label', in the clips' order), names from ``label_descriptors.csv``."""
-    label_path = path.with_suffix(".lbl")
+    label_path, names_path = companions(path)
     if not label_path.exists():
         return clips, root, {}
     labels = list(lines(label_path))
@@ -84,7 +94,7 @@ def _with_labels(path: Path, clips: Clips, root: Path) -> tuple[Clips, Path, dic
                 raise ManifestError(f"{where}: labels of {name!r}, but that clip of {path.name} is {clip.path!r}")
             yield dataclasses.replace(clip, labels=comma_separated_labels(fields[1], where))
 
-    return Clips(labelled()), root, _label_names(path.parent / "label_descriptors.csv")
+    return Clips(labelled()), root, _label_names(names_path)
 
 
 def _label_names(path: Path) -> dict[str, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import time
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -172,7 +175,21 @@ def _identities(manifest: Manifest) -> list[Hashable]:
             return os.path.abspath(path)
         return status.st_dev, status.st_ino
 
-    return [identity(path) for path in manifest.columns.paths]
+    paths = iter(manifest.columns.paths)
+    begun = time.monotonic()
+    found = [identity(path) for path in itertools.islice(paths, _TRIED)]
+    if time.monotonic() - begun < _TRIED * _SLOW:
+        return found + [identity(path) for path in paths]
+    with ThreadPoolExecutor(32) as waiting:
+        while piece := list(itertools.islice(paths, 1 << 16)):
+            found += waiting.map(identity, piece, chunksize=64)
+    return found
+
+
+# A disk of this machine answers in 2 us, one of another machine in 300 us or more: two million clips, ten minutes. Many
+# can be asked for at once, which would slow down the former.
+_SLOW = 50e-6  # seconds
+_TRIED = 256
 
 
 def _field(manifest: Manifest, name: str) -> list[Any]:

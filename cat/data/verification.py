@@ -3,14 +3,18 @@ within seconds, before a run of days."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from cat.data.containers import Unusable
 from cat.data.manifest import Manifest
+from cat.data.shards.members import Member
 
 PIECE = 4096  # rows that have a SHA-256 of their own
 _MOST_BYTES = 2 << 30  # of rows that are read: a second or two; of more, pieces spread evenly
@@ -61,7 +65,7 @@ def clip_samples(manifest: Manifest) -> dict[str, str]:
     """Of some clips their row, and what `changed_clip` compares; those that cannot be read are left out."""
     indices = np.unique(np.linspace(0, len(manifest) - 1, min(len(manifest), _CLIPS)).astype(np.int64))
     rows = manifest.rows
-    found = {str(rows[index]): _sample(manifest.path(index)) for index in indices.tolist()}
+    found = {str(rows[index]): _sample(manifest.audio(index)) for index in indices.tolist()}
     return {row: sample for row, sample in found.items() if sample is not None}
 
 
@@ -71,23 +75,28 @@ def changed_clip(manifest: Manifest, samples: dict[str, str]) -> Path | None:
     rows = manifest.rows
     wanted = np.array([int(row) for row in samples], dtype=np.int64)
     for index in np.flatnonzero(np.isin(rows, wanted)).tolist():
-        path = manifest.path(index)
-        if _sample(path) not in (None, samples[str(rows[index])]):
-            return path
+        if _sample(manifest.audio(index)) not in (None, samples[str(rows[index])]):
+            return manifest.path(index)
     return None
 
 
-def _sample(path: Path) -> str | None:
-    """Size, and SHA-256 of three places."""
+def _sample(path: Path | Member) -> str | None:
+    """Size, and SHA-256 of three places. The same of a file and of its copy in a shard; of one that is not on this
+    machine there is none, for it would have to be fetched."""
     try:
+        if isinstance(path, Member):
+            return _digest(path.size, path.bytes_at) if path.here else None
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):
             return None
-        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            for place in (0, about.st_size // 2, max(0, about.st_size - _BYTES)):
-                file.seek(place)
-                digest.update(file.read(_BYTES))
-    except (OSError, ValueError):
+            return _digest(about.st_size, functools.partial(os.pread, file.fileno()))
+    except (OSError, ValueError, Unusable):
         return None
-    return f"{about.st_size} {digest.hexdigest()}"
+
+
+def _digest(size: int, bytes_at: Callable[[int, int], bytes]) -> str:
+    digest = hashlib.sha256()
+    for place in (0, size // 2, max(0, size - _BYTES)):
+        digest.update(bytes_at(_BYTES, place))
+    return f"{size} {digest.hexdigest()}"

@@ -159,7 +159,7 @@ def _waveform(encoder: FrozenEncoder | Waves, manifest: Manifest, index: int, se
     """The whole clip (n,) at the encoder's rate; of one longer than so many seconds only that it is. Raises AudioError,
     also for one that is too short."""
     rate, most = encoder.sample_rate, seconds * encoder.sample_rate
-    wave = read_audio(manifest.path(index), rate, max_samples=most + 1, min_samples=getattr(encoder, "min_samples", 1))
+    wave = read_audio(manifest.audio(index), rate, max_samples=most + 1, min_samples=getattr(encoder, "min_samples", 1))
     return Long() if len(wave) > most else torch.from_numpy(wave)
 
 

@@ -64,7 +64,7 @@ class Parts:
                 end, reason = int(about["end"]), ""
                 if any(_sha256(folder / name) != told for name, told in about["sha256"].items()):
                     reason = "is damaged"
-                elif about["stamps"] != digest_of_stamps(stamp(manifest.path(place)) for place in range(at, end)):
+                elif about["stamps"] != digest_of_stamps(stamp(manifest.audio(place)) for place in range(at, end)):
                     reason = "is of audio files that have changed since"
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 reason = "is damaged"

@@ -68,7 +68,7 @@ def at_once() -> dict[str, int]:
 
 def read_long(manifest: Manifest, index: int, sample_rate: int) -> Iterator[np.ndarray]:
     """A long clip, in windows of equal length."""
-    return read_windows(manifest.path(index), sample_rate, WINDOW_SECONDS * sample_rate)
+    return read_windows(manifest.audio(index), sample_rate, WINDOW_SECONDS * sample_rate)
 
 
 class Long:
@@ -87,7 +87,7 @@ class _Waveforms:
         return len(self.manifest)
 
     def __getitem__(self, index: int) -> Clip:
-        path = self.manifest.path(index)
+        path = self.manifest.audio(index)
         found = stamp(path)
         try:
             most = self.window + 1

@@ -45,17 +45,6 @@ class DamagedEntry(ValueError):
     """A cache entry that is not, or no longer, what was written."""
 
 
-def default_folder() -> Path | None:
-    """``$XDG_CACHE_HOME/cat-audio/probe``, or below ``~/.cache``; None for a user without a home."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-    return base / "cat-audio" / "probe"
-
-
 @dataclass
 class FeatureCache:
     """Features by way of ``folder``; None: nothing is kept, and tokens lie in a temporary folder while they are needed.
@@ -188,8 +177,7 @@ def _can_be_read_now(
     manifest: Manifest, encoder: FrozenEncoder, skipped: list[Skipped], options: dict[str, Any]
 ) -> bool:
     """Whether a clip that failed when the entry was made, perhaps for want of a network, does so no more."""
-    clips = [manifest.clips[clip.index] for clip in skipped]
-    again = dataclasses.replace(manifest, clips=clips)
+    again = manifest.take(np.array([clip.index for clip in skipped], dtype=np.int64))
     return any(len(indices) for indices, _, _ in embed_manifest(again, encoder, **{**options, "progress": False}))
 
 
@@ -287,7 +275,7 @@ def _clips(manifest: Manifest) -> str:
     digest = hashlib.sha256()
     for index in range(len(manifest)):
         path = os.path.abspath(manifest.path(index))
-        digest.update(os.fsencode(path) + b"\0" + stamp(path).encode() + b"\n")
+        digest.update(os.fsencode(path) + b"\0" + stamp(manifest.audio(index)).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -97,7 +97,7 @@ def hear_clips(
     or no clip can be read; ValueError for a classifier without a frame head."""
     truth = strong_labels(manifest, classifier.classes)
     plan = plan or classifier.plan()
-    files = [manifest.path(index) for index in range(len(manifest))]
+    files = [manifest.audio(index) for index in range(len(manifest))]
     found = predict_files(classifier, files, plan=plan, rows=True, batch_size=batch_size)
     results = list(track(found, len(files), label="events", unit="clips", enabled=progress))
     kept = [(result, true) for result, true in zip(results, truth, strict=True) if result.error is None]

@@ -95,8 +95,8 @@ def labelled(manifests: dict[str, Manifest]) -> tuple[dict[str, Manifest], list[
     """The clips that have a label, and notes on those that have none: a stray file is no reason for another metric."""
     labelled, notes = {}, []
     for split, manifest in manifests.items():
-        clips = [clip for clip in manifest.clips if clip.labels]
-        labelled[split] = dataclasses.replace(manifest, clips=clips) if len(clips) < len(manifest) else manifest
+        clips = np.array([index for index, clip in enumerate(manifest.clips) if clip.labels], dtype=np.int64)
+        labelled[split] = manifest.take(clips) if len(clips) < len(manifest) else manifest
         notes += [f"{split}: {note}" for note in manifest.notes]
         if len(clips) < len(manifest):
             first = next(clip.path for clip in manifest.clips if not clip.labels)

@@ -113,6 +113,8 @@ def read_convergence(record: Record) -> Verdict:
         return statistics.mean(curve(run, task)[2][-1] for run in record["arms"][NONE]["runs"])
 
     def faster(task: str, arm: str) -> str:
+        if record["bounds"]["untrained"]["valid"][task][MAIN] >= level(task):
+            return "untrained is there"
         found = [reached(*points(run, task), level(task)) for run in record["arms"][arm]["runs"]]
         known = [record["steps"][-1] / steps for steps in found if steps]
         if len(known) < len(found):

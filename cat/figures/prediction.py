@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cat.data.audio import read_audio
+from cat.data.audio import Source, read_audio
 from cat.data.features import FeatureConfig, frames_in, log_mel
 from cat.figures.canvas import figure, save, text_of
 from cat.figures.spectrograms import paint
@@ -29,7 +29,7 @@ SHORTEST_WINDOW = 1.0  # seconds of a clip head: it takes less than it was train
 def write_prediction(
     path: Path,
     classifier: CATClassifier,
-    file: str | Path,
+    file: Source,
     *,
     plan: Plan | None = None,
     events: Mapping[str, EventSettings] | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cat.data.audio import AudioError, read_windows
+from cat.data.audio import AudioError, Source, read_windows
 from cat.prediction.classifier import Aggregate, CATClassifier, ClipScores, Heard, as_windows, best
 from cat.prediction.events import Event, EventFinder, EventSettings, ended
 from cat.prediction.windows import Plan, Window
@@ -73,7 +73,7 @@ def require_frames(classifier: CATClassifier) -> None:
 
 def predict_files(
     classifier: CATClassifier,
-    files: Iterable[str | os.PathLike[str]],
+    files: Iterable[Source],
     *,
     plan: Plan | None = None,
     events: Mapping[str, EventSettings] | None = None,
@@ -95,7 +95,7 @@ def predict_files(
     def windows() -> Iterator[tuple[_File, Window]]:
         for path in files:
             finder = None if events is None else EventFinder(classifier.classes, events, plan)
-            begun.append(_File(os.fspath(path), finder, [] if rows else None))
+            begun.append(_File(path, os.fspath(path), finder, [] if rows else None))
             yield from _windows(begun[-1], plan)
 
     for (file, window), (clip_C, rows_RC) in classifier.hear(windows(), batch_size):
@@ -108,7 +108,7 @@ def predict_files(
 
 def _windows(file: _File, plan: Plan) -> Iterator[tuple[_File, Window]]:
     try:
-        blocks = read_windows(file.path, plan.rate, BLOCK_SECONDS * plan.rate, min_samples=plan.features.frame_length)
+        blocks = read_windows(file.source, plan.rate, BLOCK_SECONDS * plan.rate, min_samples=plan.features.frame_length)
         for window in as_windows(file.counted(blocks), plan):
             file.expected += 1
             yield file, window
@@ -121,6 +121,7 @@ def _windows(file: _File, plan: Plan) -> Iterator[tuple[_File, Window]]:
 class _File:
     """One on its way: ``read`` to its end, and how many of its windows are heard."""
 
+    source: Source
     path: str
     finder: EventFinder | None
     rows: list[np.ndarray] | None

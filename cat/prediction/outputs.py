@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from cat.data.content import Stored
 from cat.files import replacing
 from cat.locks import sole_user
 from cat.outputs import Output, OutputError, claim
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 def write_predictions(
     classifier: CATClassifier,
-    files: Sequence[Path],
+    files: Sequence[Path | Stored],
     outputs: Mapping[Path, str],
     *,
     plan: Plan,
@@ -60,9 +61,10 @@ def write_predictions(
         "rows": [top, windows, aggregate],
     }
     failed = []
+    on_disk = [file for file in files if isinstance(file, Path)]
     with contextlib.ExitStack() as stack:
         results = [
-            stack.enter_context(ResultFile(out, form, kind, made_by, inputs=files, overwrite=overwrite))
+            stack.enter_context(ResultFile(out, form, kind, made_by, inputs=on_disk, overwrite=overwrite))
             for out, form in outputs.items()
         ]
         left = [file for file in files if not results or not all(str(file) in one for one in results)]

@@ -22,6 +22,7 @@ from cat.data.augment import AugmentConfig
 from cat.data.features import FeatureConfig, frames_in
 from cat.data.finetuning import FinetuneDataConfig
 from cat.data.labels import TASKS, Labels, labels_of
+from cat.data.shards.members import Member
 from cat.model import HeadConfig, ModelConfig, rows_of
 from cat.training.layerwise import FinetuneOptimConfig
 from cat.training.losses import LossConfig
@@ -178,8 +179,12 @@ def fitting_frames(manifest: Manifest, features: FeatureConfig, patch_size: int)
     at, and one that cannot be read is left out."""
     longest = 0.0
     for index in np.linspace(0, len(manifest) - 1, min(len(manifest), _LOOKED_AT)).astype(int).tolist():
+        clip, audio = manifest.clips[index], manifest.audio(index)
         with contextlib.suppress(AudioError):
-            longest = max(longest, seconds_of(manifest.path(index)))
+            if isinstance(audio, Member) and clip.samples and clip.sample_rate:  # its index looked into the file
+                longest = max(longest, clip.samples / clip.sample_rate)
+            else:
+                longest = max(longest, seconds_of(audio))
     samples = torch.tensor(math.ceil(longest * features.sample_rate))
     frames = min(int(frames_in(features, samples)), MOST_FRAMES)
     return patch_size * rows_of(frames, patch_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +13,8 @@ from torch import Tensor
 from cat.checkpoints import load_encoder
 from cat.data import Batch, Manifest, load_manifest
 from cat.data.finetuning import crop_to_score, finetune_batches, scoring_batches
-from cat.data.labels import Labels, clip_labels, intervals_of, labels_of
+from cat.data.labels import Labels, labels_of
+from cat.data.reading import sampling_advice
 from cat.data.splits import fold_split, hold_out, shared_files
 from cat.evaluation.metrics import main_metric, scores_of
 from cat.model import Classifier
@@ -93,7 +93,7 @@ class Finetuning:
         self.features = pick_features(config.data.features, self.device)
         self.identity = {
             **data_identity(splits.train, splits.valid, None),
-            "labels": _fingerprint(self.labels, splits.train),
+            "labels": self.labels.fingerprint(splits.train),
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
@@ -130,7 +130,7 @@ class Finetuning:
     # ------------------------------------------------------------ updates
 
     def advice(self) -> list[str]:
-        return []
+        return sampling_advice(self.config.data, self.manifest)
 
     def train_mode(self) -> None:
         self.step.train_mode()
@@ -241,11 +241,3 @@ class Finetuning:
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         restore_optimizer(self.step.optimizer, self.parameters, tensors)
-
-
-def _fingerprint(labels: Labels, manifest: Manifest) -> str:
-    """SHA-256 of what the clips are taught to be."""
-    digest = hashlib.sha256("\0".join(labels.classes).encode())
-    for clip in manifest.clips:
-        digest.update(repr((clip_labels(clip), intervals_of(clip))).encode())
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from cat.config import ConfigError
 from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_batches
 from cat.data.guides import Guides
+from cat.data.labels import balancing_weights
 from cat.data.masks import inverse_block_masks
+from cat.data.reading import sampling_advice
 from cat.model import CAT
 from cat.parts import part
 from cat.progress import say
@@ -50,6 +53,8 @@ class Pretraining:
         self.identity = data_identity(manifest, valid, self._embeddings)
         if config.guides:
             self.identity["guides"] = self.guides.identity
+        if config.data.sampler == "weighted":
+            self.identity["labels"] = hashlib.sha256(balancing_weights(manifest).tobytes()).hexdigest()
         self._losses = (*LOSSES, *(column("regularisation", name) for name in config.guides))
         self.values = (*self._losses, "grad_norm")
         self._valid_guides = self._of_validation()
@@ -104,7 +109,7 @@ class Pretraining:
         """The weights are those of the seed already."""
 
     def advice(self) -> list[str]:
-        return self._guidance.advice()
+        return [*sampling_advice(self.config.data, self.manifest), *self._guidance.advice()]
 
     def train_mode(self) -> None:
         self.model.train()

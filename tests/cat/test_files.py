@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from cat import files
-from cat.files import check_writable, new_folder, replacing, write_json
+from cat.files import cache_folder, check_writable, new_folder, replacing, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -201,3 +201,13 @@ def test_a_folder_of_many_files(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Bad file"):
         make("again")
     assert names(tmp_path) == ["many"]
+
+
+def test_the_cache_folder(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder("probe") == Path("/somewhere/cat-audio/probe")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, by the specification
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder("probe") == Path("/home/me/.cache/cat-audio/probe")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    assert cache_folder("probe") is None

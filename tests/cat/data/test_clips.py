@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from cat.data.clips import Clip, Clips
 from cat.data.manifest import Manifest, ManifestError
+from tests.memory import private_memory_of_a_child
 
 CLIPS = (
     Clip("x/ä.wav", 100, 8000, ("dog", "bark"), 3, {"speaker": "s0", "start_s": 0.5, "nested": [{"a": None}]}),
@@ -86,23 +88,31 @@ def test_a_worker_that_looks_at_every_clip_gets_no_copy_of_them():
     assert private_memory_of_a_child(lambda: sum(len(clip.labels) for clip in clips)) < 4
 
 
-def private_memory_of_a_child(work) -> float:
-    """MB that a forked process gets of its own by doing `work`."""
+def test_clips_of_a_file_are_those_that_were_saved(tmp_path):
+    clips = Clips((*CLIPS, Clip("d.wav", negative=True)))
+    clips.save(tmp_path / "clips", {"shard": np.arange(4, dtype=np.uint32)}, {"rate": 16000})
+    opened = Clips.open(tmp_path / "clips")
+    for found in (opened, pickle.loads(pickle.dumps(opened))):
+        assert found == clips
+        assert [clip.extra for clip in found] == [clip.extra for clip in clips]
+        assert (found.labels, found.rows.tolist()) == (clips.labels, clips.rows.tolist())
+        assert (found.mention("speaker"), found.mention("events")) == (True, False)
+        assert (found.file["shard"].tolist(), found.file.info["rate"]) == ([0, 1, 2, 3], 16000)
+    assert opened.take(np.array([3, 0])) == clips.take(np.array([3, 0]))
+    assert opened[1:] == clips[1:]
+    assert len(pickle.dumps(opened)) < 500  # the path, not the content
+    Clips(()).save(tmp_path / "none")
+    assert len(Clips.open(tmp_path / "none")) == 0
 
-    def private() -> int:
-        with open("/proc/self/smaps_rollup") as file:
-            return sum(int(line.split()[1]) for line in file if line.startswith("Private_Dirty"))
 
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            before = private()
-            work()
-            os.write(write, str((private() - before) / 1024).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    os.waitpid(child, 0)
-    with open(read) as file:
-        return float(file.read())
+def test_a_file_of_clips_is_one_of_safetensors(tmp_path):
+    Clips(CLIPS).save(tmp_path / "clips.safetensors")
+    with safe_open(tmp_path / "clips.safetensors", framework="numpy") as file:
+        assert file.get_tensor("clips.samples").tolist() == [100, -1, 0]
+
+
+def test_a_worker_that_looks_at_every_clip_of_a_file_gets_no_copy_of_them(tmp_path):
+    clips = Clips(Clip(f"folder/{i:09}.wav", 160000, 16000, (f"l{i % 500}", f"l{i % 7}"), i) for i in range(50_000))
+    clips.save(tmp_path / "clips")
+    opened = Clips.open(tmp_path / "clips")
+    assert private_memory_of_a_child(lambda: sum(len(clip.labels) for clip in opened)) < 4

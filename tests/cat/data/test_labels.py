@@ -1,6 +1,7 @@
 """Classes and targets, and every way in which labels can be wrong."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -140,6 +141,20 @@ def test_weights_are_the_released_recipe_s():
     a, b = 1000 / 3.01, 1000 / 1.01
     np.testing.assert_allclose(labels.weights(manifest), [a, a + b, a, 0])
     assert labels.counts(manifest).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_the_fingerprint_is_of_every_clip_s_labels_in_order(strong, monkeypatch):
+    """As checkpoints of every version have it, however fast it is found."""
+    monkeypatch.setattr("cat.data.labels._PIECE", 7)
+    clips = [Clip(f"{i}.wav", labels=tuple("ab"[: i % 3]), negative=i % 2 == 0) for i in range(50)]
+    if strong:
+        clips[3] = dataclasses.replace(clips[3], extra={"events": [event(0, 1, "a")]})
+    manifest = Manifest(clips, "/data")
+    digest = hashlib.sha256(b"a\0b")
+    for clip in manifest.clips:
+        digest.update(repr((clip_labels(clip), intervals_of(clip))).encode())
+    assert labels_of(manifest).fingerprint(manifest) == digest.hexdigest()
 
 
 # --- events ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Batches: a pure function of (seed, step), with every clip's label and embedding beside it."""
 
 import dataclasses
-import itertools
 import pickle
 
 import numpy as np
@@ -15,6 +14,7 @@ from cat.data import (
     EmbeddingWriter,
     FeatureConfig,
     Manifest,
+    ManifestError,
     eval_batches,
     log_mel,
     pretrain_batches,
@@ -23,6 +23,7 @@ from cat.data.dataset import PretrainDataset
 from cat.data.features import remove_mean
 from cat.data.masks import MaskConfig
 from cat.data.randomness import Purpose, generator
+from cat.data.reading import sampling_advice
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -205,6 +206,27 @@ def test_the_next_readable_clip_takes_the_place(manifest, num_workers):
         check_together(batch)
         for before, after in zip(expected.clips.tolist(), batch.clips.tolist(), strict=True):
             assert after == before or before in (2, 5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_weighted_epochs_have_rare_labels_more_often_and_no_clip_twice(manifest, num_workers):
+    uneven = dataclasses.replace(
+        manifest,
+        clips=[dataclasses.replace(clip, labels=("rare" if i == 7 else "common",) if i else ())
+               for i, clip in enumerate(manifest.clips)],
+    )  # fmt: skip
+    options = {"sampler": "weighted", "epoch_clips": 4, "batch_size": 2, "num_workers": num_workers}
+    clips = [batch.clips.tolist() for batch in batches(uneven, 40, **options)]
+    epochs = [first + second for first, second in zip(clips[::2], clips[1::2], strict=True)]
+    assert all(len(set(epoch)) == 4 for epoch in epochs)
+    drawn = np.bincount(np.concatenate(epochs), minlength=8) / len(epochs)
+    assert drawn[7] > 0.7  # by chance 0.57; its weight is six times the others'
+    assert drawn[0] == 0  # has no label
+    advice = sampling_advice(DataConfig(sampler="weighted"), uneven)
+    assert "set data.epoch_clips below 7" in advice[0]
+    assert "1 of the 8 clips have no label" in advice[1]
+    with pytest.raises(ManifestError, match="none of its 8 clips has a label"):
+        batches(uneven.take(np.zeros(8, dtype=int)), 1, **options)
 
 
 def test_the_replacement_is_the_next_of_the_order(manifest):
@@ -402,6 +424,8 @@ def test_ten_second_clips_fill_998_frames():
         ({"features": "cuda"}, r"data\.features is 'cuda'; choose one of auto, gpu, cpu"),
         ({"batch_size": 0}, r"data\.batch_size is 0"),
         ({"num_workers": -1}, r"data\.num_workers is -1"),
+        ({"sampler": "balanced"}, r"data\.sampler is 'balanced'; choose one of shuffle, weighted"),
+        ({"epoch_clips": 0}, r"data\.epoch_clips is 0"),
         ({"max_failed_share": 1.5}, r"data\.max_failed_share is 1\.5"),
     ],
 )
@@ -426,17 +450,6 @@ def test_bad_feature_settings(changes, words):
 def test_frames_must_fill_patches(manifest):
     with pytest.raises(ValueError, match=r"features\.frames is 32; .* 48"):
         PretrainDataset(manifest, DATA, FEATURES, MASKS, patch_size=48, seed=0)
-
-
-def test_two_million_clips_cost_nothing_per_step():
-    """One permutation an epoch, and no more than two of them are kept."""
-    many = Manifest(tuple(itertools.repeat(Clip("a.wav"), 2_000_000)), root=None)
-    dataset = PretrainDataset(many, DATA, FEATURES, MASKS, patch_size=8, seed=0)
-    first = dataset._order.epoch(0)
-    assert dataset._order.epoch(0) is first
-    for epoch in range(4):
-        dataset._order.epoch(epoch)
-    assert len(dataset._order._epochs) == 2
 
 
 def test_data_sets_travel_to_workers_that_are_not_forked(manifest):

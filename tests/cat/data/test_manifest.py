@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -442,3 +442,11 @@ def test_a_manifest_that_is_written_already(tmp_path):
     for other in (lines[:-1], [*lines, b"\n"], [*lines[:-1], lines[-1][:-1]], []):
         path.write_bytes(b"".join(other))
         assert not is_written(manifest, path)
+
+
+@pytest.mark.parametrize("odd", [None, "./a.wav", "a//b.wav", "a/./b.wav", "b/", "../c.wav", "a\nb.wav", ".hidden.wav"])
+def test_the_fingerprint_is_that_of_the_paths_line_by_line(odd, monkeypatch):
+    """As checkpoints and embeddings of every version have it, however fast it is found."""
+    paths = [f"folder/{i}.wav" for i in range(70_000)] if odd is None else ["x/a.wav", odd, "/abs/é.wav"]
+    expected = hashlib.sha256("".join(f"{PurePath(path).as_posix()}\n" for path in paths).encode()).hexdigest()
+    assert Manifest(tuple(map(Clip, paths)), Path("/x")).fingerprint == expected

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cat.data.randomness import Purpose, generator
-from cat.data.sampling import Order
+from cat.data.sampling import Order, boundaries
 
 
 def test_without_weights_an_epoch_is_the_permutation_that_it_always_was():
@@ -81,3 +81,49 @@ def test_two_million_weighted_clips_take_no_time():
     begun = time.process_time()
     assert len(np.unique(order.epoch(0))) == 200_000
     assert time.process_time() - begun < 5  # measured: 0.13
+
+
+SHARDS = np.array([0, 30, 31, 31, 60, 100])  # one is empty
+
+
+@pytest.mark.parametrize("options", [{}, {"epoch_clips": 37}, {"epoch_clips": 37, "weights": np.arange(100.0)}])
+@pytest.mark.parametrize("window", [1, 2, 100])
+def test_by_shard_an_epoch_has_the_clips_that_it_has(options, window):
+    order = Order(100, seed=3, shards=SHARDS, window=window, **options)
+    length = options.get("epoch_clips", 100)
+    epochs = [order.epoch(epoch).tolist() for epoch in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    for number, epoch in enumerate(epochs):
+        assert len(set(epoch)) == length
+        # Whatever is asked for first, and by whom.
+        other = Order(100, seed=3, shards=SHARDS, window=window, **options)
+        assert [clip for _, clip in other.following(number * length + 20, length)] == epoch[20:] + epoch[:20]
+        if "weights" in options:
+            assert sorted(epoch) == sorted(Order(100, seed=3, **options).epoch(number).tolist())
+
+
+def test_only_some_shards_are_read_from_at_a_time():
+    """Within a window all clips come in any order, and windows follow each other."""
+    shards = np.arange(0, 1001, 10)
+    order = Order(1000, seed=0, shards=shards, window=4)
+    seen = np.array([order.epoch(epoch) // 10 for epoch in range(20)]).reshape(20, 25, 40)
+    for epoch in seen:
+        windows = [set(window.tolist()) for window in epoch]
+        assert all(len(window) == 4 for window in windows)
+        assert len(set.union(*windows)) == 100
+    assert len({tuple(window[:8].tolist()) for epoch in seen for window in epoch}) == 500
+    first = np.bincount(seen[:, 0, 0], minlength=100)
+    assert first.max() < 4  # any shard may be the first
+    mixed = np.mean(seen[:, :, :-1] == seen[:, :, 1:])
+    assert mixed == pytest.approx(9 / 39, abs=0.01)  # as often as of two clips out of the 40
+
+
+def test_where_shards_begin():
+    assert boundaries(np.array([4, 4, 4, 2, 2, 4])).tolist() == [0, 3, 5, 6]
+    assert boundaries(np.zeros(3, dtype=np.uint32)).tolist() == [0, 3]
+
+
+def test_an_order_by_shard_takes_no_array_of_all_clips():
+    order = Order(10**9, seed=0, shards=np.arange(0, 10**9 + 1, 10**6), window=2)
+    assert len({clip for _, clip in order.following(10**9 - 1000, 1000)}) == 1000
+    assert sum(window.nbytes for window in order._places._windows.values()) == 16 * 10**6

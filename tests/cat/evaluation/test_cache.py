@@ -15,7 +15,7 @@ from cat.data import Clip, FeatureConfig, Manifest
 from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection
 from cat.encoders.identity import identity
 from cat.evaluation import cache as module
-from cat.evaluation.cache import FeatureCache, default_folder
+from cat.evaluation.cache import FeatureCache
 from cat.evaluation.features import Features, Wanted
 from cat.model import Encoder, ModelConfig
 
@@ -369,13 +369,3 @@ def test_without_a_cache_tokens_leave_nothing_behind(sounds, tmp_path, monkeypat
     found, _ = features(None, sounds)
     assert list((tmp_path / "tmp").iterdir()) == []
     assert found.tokens.batch(np.arange(5))[0].isfinite().all()  # still there for who has them
-
-
-def test_the_default_folder(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_folder() == Path("/somewhere/cat-audio/probe")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, by the specification
-    monkeypatch.setenv("HOME", "/home/me")
-    assert default_folder() == Path("/home/me/.cache/cat-audio/probe")
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
-    assert default_folder() is None

@@ -95,7 +95,7 @@ def test_mean_average_precision_leaves_out_classes_without_positives():
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     """Not the user's."""
-    monkeypatch.setattr(command, "default_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

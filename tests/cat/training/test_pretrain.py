@@ -510,6 +510,26 @@ def test_other_data_does_not_resume(short, tmp_path):
         pretrain(dataclasses.replace(config, data=other), run_dir, resume=True, progress=False)
 
 
+def test_a_weighted_run_goes_on_with_the_labels_that_it_began_with(tmp_path, recipe, audio):
+    manifest = tmp_path / "labelled.jsonl"
+
+    def label(*rare: int) -> None:
+        paths = [str(audio / "train" / f"{i:02d}.wav") for i in range(8)]
+        clips = [{"path": path, "labels": ["rare" if i in rare else "common"]} for i, path in enumerate(paths)]
+        manifest.write_text("".join(f"{json.dumps(clip)}\n" for clip in clips))
+
+    label(3)
+    weighted = [f"data.train={manifest}", "data.valid=null", "data.sampler=weighted"]
+    config = load_recipe(recipe, [*weighted, "data.epoch_clips=6", "run.stop_at=2"])
+    pretrain(config, tmp_path / "run", progress=False)
+    label(3, 4)
+    with pytest.raises(ConfigError, match="have other labels than when"):
+        pretrain(config, tmp_path / "run", resume=True, progress=False)
+    label(5)
+    pretrain(load_recipe(recipe, [*weighted, "run.stop_at=1"]), tmp_path / "all", progress=False)
+    assert "balances nothing" in read_rows(tmp_path / "all" / "metrics.jsonl", "warning")[0]["text"]
+
+
 def test_damaged_checkpoint_is_named(short):
     config, run_dir = short
     path = checkpoints.newest(run_dir) / "optimizer.safetensors"
