@@ -276,6 +276,17 @@ def loader_table(data: Data) -> Table:
     return Table(f"Reading clips, CPU time; an H200 takes {taken:.0f} clips/s (predicted step, base)", header, rows)
 
 
+def checkpoints_table(data: Data) -> Table:
+    rows = []
+    for r in (row for row in data["rows"] if row["benchmark"] == "checkpoint"):
+        rows.append([
+            r["provider"], r["shape"]["preset"], f"{r['bytes'] / 1e6:.0f}", _ms(r["median_ms"]),
+            f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", _ms(r["first_ms"]), _ms(r["written_ms"]),
+        ])  # fmt: skip
+    header = ["written", "model", "MB", "a step waits, ms", "20 to 80 %", "the first time", "all written after, ms"]
+    return Table("Checkpoints", header, rows)
+
+
 PARTS = {
     "student_stem": "student's stem",
     "student": "student, stem included",
@@ -332,6 +343,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "operators": operators_table,
     "inference": inference_table,
     "finetune": finetune_table,
+    "checkpoints": checkpoints_table,
     "multiply-adds": multiply_adds_table,
 }
 

@@ -71,6 +71,13 @@ def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
     write_manifest(dataclasses.replace(found, clips=tuple(clips)), path)
 
 
+def embedded(path: Path) -> None:
+    """With an embedding of every clip."""
+    clips = path.with_name(f".{path.name}")
+    manifest(clips)
+    assert main(["embed", str(clips), "--encoder", "random", "-o", str(path.with_suffix(".npy"))]) == 0
+
+
 def folds(path: Path) -> None:
     manifest(path, fold=lambda number: number % 2 + 1, source=lambda number: f"recording {number}")
 
@@ -111,13 +118,17 @@ def esc50(path: Path) -> None:
         archive.writestr("ESC-50-master/meta/esc50.csv", table.getvalue())
 
 
-def run(path: Path) -> None:
+def run(path: Path, *changes: str) -> None:
     """A pre-training run of two steps."""
     audio = path.parent / ".audio"
     if not audio.exists():
         folder_of_folders(audio)
     own = [f"data.train={audio}", f"run.dir={path.parent}", f"run.name={path.name}", "run.figures=false", "--quiet"]
-    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own]) == 0
+    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own, *changes]) == 0
+
+
+def run_with_two_checkpoints(path: Path) -> None:
+    run(path, "run.checkpoint_every=1")
 
 
 def classifier(path: Path) -> None:

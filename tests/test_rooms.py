@@ -10,11 +10,15 @@ import pytest
 CAT = Path(__file__).parents[1] / "cat"
 
 # From the top. A room may use those below it that are named, and itself; BASE has no arrow to the rest.
-BASE = {"config", "device", "ending", "files", "locks", "outputs", "parts", "progress", "provenance", "signals"}
+BASE = {
+    *("config", "device", "distributed", "ending", "files", "locks", "outputs", "parts", "progress", "provenance"),
+    "signals",
+}
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "prediction", "data", *BASE},
+    "report": {"training", "data", *BASE},
     "training": {"evaluation", "encoders", "checkpoints", "data", "model", *BASE},
     "export": {"checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},
@@ -25,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"sounds", *BASE},
     "model": BASE,
     "sounds": set(),
+    "distributed": {"config", "device", "progress"},
     "device": {"config"},
     "config": {"files"},
     "doctor": set(),

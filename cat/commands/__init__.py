@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cat.commands._stdout import results
+from cat.distributed import Unsaid
 from cat.ending import Ended, ending_on_signals
 from cat.progress import say
 from cat_kernels import __version__
@@ -27,10 +28,12 @@ COMMANDS = {
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "experiments with a verdict; the paper's claims"),
+    "report": ("cat.commands.report", "runs side by side on one HTML page: curves, settings, clips"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
     "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "checkpoints": ("cat.commands.checkpoints", "look at, check, average and publish checkpoints"),
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
     "prepare": ("cat.commands.prepare", "check, measure and convert audio, and list what can be used"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
@@ -43,8 +46,8 @@ COMMANDS = {
 # How `cat-audio --help` lists them.
 GROUPS = {
     "train": ("pretrain", "finetune"),
-    "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict", "encode", "similar", "export"),
+    "judge": ("evaluate", "probe", "report", "experiment"),
+    "use": ("predict", "encode", "similar", "export", "checkpoints"),
     "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
@@ -130,6 +133,9 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("cat-audio: interrupted")
         return 130
+    except Unsaid as error:  # another process says why
+        say("\n".join(getattr(error, "__notes__", [])) or "stopped: another process had an error")
+        return 1
     except Exception as error:
         if "--debug" in argv:
             raise

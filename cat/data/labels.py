@@ -180,11 +180,6 @@ def labels_of(manifest: Manifest, task: str = "auto", classes: Sequence[str] | N
     return labels
 
 
-def class_weights(counts: np.ndarray) -> np.ndarray:
-    """(C,) float64: 1000 / (n_c + 0.01), where n_c clips have the label."""
-    return 1000 / (counts + 0.01)
-
-
 def balancing_weights(manifest: Manifest) -> np.ndarray:
     """(n,) float64: as `Labels.weights`, of all labels that occur; 0 for a clip without any.
 
@@ -195,6 +190,11 @@ def balancing_weights(manifest: Manifest) -> np.ndarray:
         raise _unlabelled(manifest)
     per_class = class_weights(np.bincount(table.ids, minlength=len(table.labels)))
     return np.bincount(table.clips, weights=per_class[table.ids], minlength=len(manifest))
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """(C,) float64: 1000 / (n_c + 0.01), where n_c clips have the label."""
+    return 1000 / (counts + 0.01)
 
 
 def clip_labels(clip: Clip) -> tuple[str, ...] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from cat.data.features import FeatureConfig
 from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.randomness import Purpose, generator
-from cat.data.sampling import Order
+from cat.data.sampling import Order, boundaries
+from cat.data.shards.ahead import ReadAhead
+from cat.data.text import ManifestError
 
 CROPS = ("random", "center", "start")
 FEATURES = ("auto", "gpu", "cpu")
@@ -27,6 +29,8 @@ T = TypeVar("T")
 class ReadingConfig(Protocol):
     """The fields that every configuration of data has."""
 
+    @property
+    def global_batch(self) -> int | None: ...
     @property
     def batch_size(self) -> int: ...
     @property
@@ -43,6 +47,8 @@ class ReadingConfig(Protocol):
     def sampler(self) -> str: ...
     @property
     def epoch_clips(self) -> int | None: ...
+    @property
+    def shard_window(self) -> int | None: ...
 
 
 def check_reading(config: ReadingConfig) -> None:
@@ -52,11 +58,17 @@ def check_reading(config: ReadingConfig) -> None:
     for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
         if getattr(config, name) < least:
             raise ValueError(f"data.{name} is {getattr(config, name)}; it must be at least {least}")
+    if config.global_batch is not None and config.global_batch < 1:
+        raise ValueError(
+            f"data.global_batch is {config.global_batch}; it must be at least 1, or null for data.batch_size"
+        )
     if not 0.0 <= config.max_failed_share <= 1.0:
         raise ValueError(f"data.max_failed_share is {config.max_failed_share}; it is a share, from 0 to 1")
     check_choice("sampler", config.sampler, SAMPLERS)
     if config.epoch_clips is not None and config.epoch_clips < 1:
         raise ValueError(f"data.epoch_clips is {config.epoch_clips}; it must be at least 1, or null for all clips")
+    if config.shard_window is not None and config.shard_window < 1:
+        raise ValueError(f"data.shard_window is {config.shard_window}; it must be at least 1, or null for all shards")
 
 
 def sampling_advice(config: ReadingConfig, manifest: Manifest) -> list[str]:
@@ -78,6 +90,38 @@ def sampling_advice(config: ReadingConfig, manifest: Manifest) -> list[str]:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"data.{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def order_of(manifest: Manifest, data: ReadingConfig, *, seed: int, weights: np.ndarray | None) -> Order:
+    """The clips of all epochs in their order; with ``shard_window`` those of so many shards mixed at a time.
+
+    Raises: ManifestError where there are no shards.
+    """
+    shards: dict[str, Any] = {}
+    if data.shard_window is not None:
+        if manifest.members is None:
+            raise ManifestError(
+                f"data.shard_window is {data.shard_window}, but the clips of {manifest.name} lie in no shards; leave "
+                "it out"
+            )
+        shards = {"shards": boundaries(manifest.members.columns["shard"]), "window": data.shard_window}
+    return Order(len(manifest), seed=seed, epoch_clips=data.epoch_clips, weights=weights, **shards)
+
+
+class FetchAhead:
+    """Called with positions of an order, it fetches the shards of the clips half a window behind them, where clips lie
+    behind a URL and ``shard_window`` is set."""
+
+    def __init__(self, manifest: Manifest, data: ReadingConfig, order: Order) -> None:
+        self._order, self._ahead = order, None
+        if data.shard_window is not None and manifest.members is not None and manifest.members.shards.far:
+            self._ahead, self._shard = ReadAhead(manifest.members.shards), manifest.members.columns["shard"]
+            self._lead = max(1, data.shard_window * len(order) // len(manifest.members.shards) // 2)
+
+    def __call__(self, positions: Iterable[int]) -> None:
+        if self._ahead is not None:
+            later = (next(self._order.following(position + self._lead, 1)) for position in positions)
+            self._ahead.want(int(self._shard[clip]) for _, clip in later)
 
 
 def first_readable(

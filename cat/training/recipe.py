@@ -17,9 +17,11 @@ from cat.config import ConfigError, differences, from_mapping, read_yaml, to_map
 from cat.data.dataset import DataConfig
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.masks import MaskConfig
+from cat.data.share import Share
 from cat.device import pick_device as pick_device  # for those who look for it here
 from cat.model import PRESETS, GuideConfig, ModelConfig, ObjectiveConfig, check_guide_names
 from cat.training.optim import EmaConfig, OptimConfig
+from cat.training.sinks import NAMES as LOGGERS
 
 SECTION_PRESETS: dict[type, Mapping[str, Any]] = {ModelConfig: PRESETS, FeatureConfig: FEATURE_PRESETS}
 
@@ -33,10 +35,11 @@ class RunConfig:
     seed: int = 0  # of the weights, the data order, the masks and the noise
     weights_seed: int | None = None  # of the weights alone; null: the seed
     device: str = "auto"  # "auto": the GPU where there is one; "cpu", "cuda", "cuda:1"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
     compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
     cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it; GPU only
     threads: int = 0  # CPU threads; 0: torch's choice
+    timeout: float = 600.0  # seconds that processes which train together wait for one another
     stop_at: int | None = (
         None  # stop with a checkpoint after so many updates of the schedule's optim.steps; --resume goes on
     )
@@ -45,7 +48,11 @@ class RunConfig:
     checkpoint_every: int = 5_000  # updates
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints with the lowest validation (else training) loss kept besides
+    keep_every: int = 0  # and those of every so many updates; 0: none for that
     tensorboard: bool = True
+    loggers: tuple[str, ...] = ()  # of "wandb" and "mlflow", whose packages are then needed
+    line_every: float = 10.0  # seconds between two lines of progress where stderr is no terminal
+    max_bad_steps: int = 10  # so many updates in a row whose loss or gradient is not finite end the run
     figures: bool = True  # write figures/ at the end, when matplotlib is installed
     collapse_pred_std: float = 0.01  # warn below, after collapse_steps updates in a row
     collapse_target_std: float = 0.1
@@ -53,12 +60,16 @@ class RunConfig:
     guidance_share: float = 0.5  # of the schedule after warm-up, by when L_r must beat a constant; 0: never warn of it
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_last"):
+        for name in ("log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("threads", "eval_every", "keep_best", "collapse_steps"):
+        for name in ("threads", "eval_every", "keep_best", "keep_every", "collapse_steps", "line_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if wrong := [name for name in self.loggers if name not in LOGGERS]:
+            raise ValueError(f"loggers has {wrong[0]!r}; expected of {', '.join(LOGGERS)}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}; expected seconds, above 0")
         if not 0 <= self.guidance_share <= 1:
             raise ValueError(f"guidance_share is {self.guidance_share}; expected a share of the schedule, 0 to 1")
         for name in ("seed", "weights_seed"):
@@ -94,7 +105,13 @@ class Data(Protocol):
     @property
     def valid(self) -> str | None: ...
     @property
+    def global_batch(self) -> int | None: ...
+    @property
     def batch_size(self) -> int: ...
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def update_clips(self) -> int: ...
     @property
     def max_failed_share(self) -> float: ...
 
@@ -240,11 +257,11 @@ def read_run(kind: type[R], run_dir: Path, overrides: Sequence[str] = ()) -> tup
     return named(config, path), note
 
 
-def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
+def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
     """The arithmetic of ``run.precision`` on this device."""
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if name == "bf16" else "fp32"
+    return cast(Literal["fp32", "bf16", "fp16"], name)
 
 
 def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
@@ -254,7 +271,9 @@ def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
     return "gpu" if name == "gpu" else "cpu"
 
 
-def made_with(run: RunConfig, device: torch.device, precision: str, kernels: str, features: str) -> dict[str, Any]:
+def made_with(
+    run: RunConfig, device: torch.device, precision: str, kernels: str, features: str, share: Share
+) -> dict[str, Any]:
     """What the numbers of a run depend on, bit for bit, besides its configuration and data."""
     return {
         "torch": torch.__version__,
@@ -265,6 +284,8 @@ def made_with(run: RunConfig, device: torch.device, precision: str, kernels: str
         "kernels": kernels,
         "features": features,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "processes": share.pieces // share.own,
+        "pieces": share.pieces,
     }
 
 
@@ -285,6 +306,7 @@ _FREE = {
 # Of a guide: where its embeddings come from may move too; what they are is compared.
 _FREE_OF_A_GUIDE = re.compile(r"guides\.\w+\.(encoder|embeddings|where)")
 _BOUND_IN_RUN = {"run.seed"}
+_OF_A_BATCH = {"data.global_batch", "data.batch_size"}  # these may change where an update has as many clips
 
 
 def check_same_run(saved: Mapping[str, Any], config: Recipe, run_dir: Path) -> None:
@@ -301,6 +323,9 @@ def check_same_run(saved: Mapping[str, Any], config: Recipe, run_dir: Path) -> N
         for key, values in differences(before, to_mapping(config)).items()
         if key in _BOUND_IN_RUN or not (key in _FREE or key.startswith("run.") or _FREE_OF_A_GUIDE.fullmatch(key))
     }
+    data = before["data"]
+    if (data["global_batch"] or data["batch_size"]) == config.data.update_clips:
+        changed = {key: values for key, values in changed.items() if key not in _OF_A_BATCH}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
         raise ConfigError(

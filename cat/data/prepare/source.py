@@ -45,6 +45,11 @@ def read_source(names: Sequence[str | os.PathLike[str]], audio: Path | None = No
             "manifest, or one or more of AudioSet's *_segments.csv, to which --audio belongs"
         )
     manifest = load_manifest(names[0])
+    if manifest.shards is not None:
+        raise ManifestError(
+            f"{names[0]} is a data set in shards, whose files are what they are; expected the folder or the manifest "
+            "that the shards were written from, and for what comes out of that --shards"
+        )
     return Source(manifest, str(names[0]), searched=manifest.root if manifest.source == manifest.root else None)
 
 

@@ -72,6 +72,14 @@ class Shards:
     def __getitem__(self, number: int) -> Shard:
         return self._shards[number]
 
+    def here(self, number: int) -> bool:
+        return number in self._opened or self._shards[number].here
+
+    @property
+    def far(self) -> bool:
+        """Whether some have to be fetched."""
+        return any(not shard.keep for shard in self._shards)
+
     def forget(self, number: int) -> bool:
         """As `Shard.forget`, once a process: what is wrong twice is wrong where it comes from."""
         if number in self._forgotten:
@@ -134,7 +142,7 @@ class Member(Stored):
     @property
     def here(self) -> bool:
         """Whether it can be read without waiting for a network."""
-        return self.shards[self.shard].here
+        return self.shards.here(self.shard)
 
     @property
     def stamp(self) -> str:

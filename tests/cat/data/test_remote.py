@@ -365,3 +365,41 @@ def umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# ---------------------------------------------------------------- shards in their order
+
+
+def of_window(manifest, window, **options):
+    data = DataConfig(batch_size=2, num_workers=options.pop("num_workers", 0), shard_window=window)
+    return pretrain_batches(data, FEATURES, None, patch_size=16, seed=3, manifest=manifest, **options)
+
+
+def test_shards_one_after_the_other_the_next_one_fetched_meanwhile(memory, shards, cache):
+    manifest = load_manifest(memory)
+    local = [batch.clips.tolist() for batch in of_window(load_manifest(shards), 1, num_steps=12)]
+    found, kept = [], []
+    for batch in of_window(manifest, 1, num_steps=6):
+        found.append(batch.clips.tolist())
+        for _ in range(100):
+            kept = sorted(int(path.name[:6]) for path in cache.glob("*/*.tar.*"))
+            if len(kept) > len({clip // 4 for clips in found for clip in clips}) or len(kept) == 3:
+                break
+            time.sleep(0.02)
+        if len(found) == 2:  # the first shard is done, no clip of the second one was read
+            assert len(kept) == 2
+    assert found == local[:6]
+    order = [clip // 4 for clips in found for clip in clips]
+    assert [order[begin : begin + 4] for begin in (0, 4, 8)] == [[order[begin]] * 4 for begin in (0, 4, 8)]
+    assert sorted(order) == sorted(list(range(3)) * 4)
+    # From the middle of an epoch, by workers.
+    resumed = of_window(manifest, 1, start_step=4, num_steps=8, num_workers=2)
+    assert [batch.clips.tolist() for batch in resumed] == local[4:]
+
+
+def test_a_window_needs_shards(tmp_path, shards):
+    files = Manifest([Clip("00.wav")], tmp_path / "audio")
+    with pytest.raises(ValueError, match=r"data.shard_window is 2, but the clips of .* lie in no shards; leave it out"):
+        next(of_window(files, 2, num_steps=1))
+    with pytest.raises(ValueError, match=r"data.shard_window is 0; it must be at least 1, or null"):
+        DataConfig(shard_window=0)
