@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a folder of audio, a manifest, or AudioSet's *_segments.csv",
+        help="a folder of audio, a manifest, shards (a folder or URL), or AudioSet's *_segments.csv",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder to fill; new or empty")
     parser.add_argument(
