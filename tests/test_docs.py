@@ -43,6 +43,7 @@ from tests.lookalikes import (
     folds,
     manifest,
     run,
+    tars,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -83,6 +84,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/sounds": classifier,
         "runs/events": event_finder,
     },
+    "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
     "help of finetune": {
         "my/sounds": folder_of_folders,
@@ -93,6 +95,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/base": run,
     },
     "help of pretrain": {"my/audio": folder_of_folders},
+    "help of shards": {"my/audio": folder_of_folders, "my/tars": tars},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/as20k.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
@@ -137,6 +140,7 @@ NOT_RUN: dict[str, str] = {
     r"tensorboard ": "a server, which does not end",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
+    r"cat-audio pretrain .*https://": "needs a network; tests/cat/training/test_sharded.py runs it from another URL",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
