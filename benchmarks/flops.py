@@ -3,57 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from cat_kernels._ops import ops
-
-
-def _convolution_backward(
-    grad_out: tuple[int, ...],
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """2 FLOPs for every output position and weight it meets, once for each gradient asked for.
-
-    PyTorch's own formula takes a grouped convolution for a full one when it counts the gradient of its weight.
-    """
-    per_gradient = 2 * torch.Size(grad_out).numel() * (torch.Size(weight).numel() // weight[0])
-    output_mask = args[-1]
-    return per_gradient * sum(bool(wanted) for wanted in output_mask[:2])
-
-
-def _bmm(a: tuple[int, ...], b: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """PyTorch's own takes the dtype of a float32 sum for a shape."""
-    return 2 * torch.Size(a).numel() * b[-1]
-
-
-def _grouped_conv2d(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    return 2 * torch.Size(x[:3]).numel() * torch.Size(weight).numel()
-
-
-def _grouped_conv2d_backward(
-    grad_out: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], groups: int, *wanted: bool, **kwargs: Any
-) -> int:
-    return _grouped_conv2d(x, weight) * sum(wanted[:2])
-
-
-# In place of PyTorch's own, or for operators of ours that do products in one kernel; of shapes.
-FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.bmm: _bmm,
-    torch.ops.aten.convolution_backward: _convolution_backward,
-    ops.grouped_conv2d: _grouped_conv2d,
-    ops.grouped_conv2d_backward: _grouped_conv2d_backward,
-}
+from cat.training.flops import flops
 
 
 def multiply_adds(call: Callable[[], object]) -> int:
-    """Multiply-adds of matrix products, convolutions and attention in ``call`` (elementwise work is not counted)."""
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        call()
-    return counter.get_total_flops() // 2
+    """Of matrix products, convolutions and attention in ``call`` (elementwise work is not counted)."""
+    return flops(call) // 2

@@ -238,22 +238,6 @@ def starts_table(data: Data) -> Table:
     return Table("Start of a pre-training step, seconds", ["start", "imports", "first update", "at speed"], rows)
 
 
-def loader_table(data: Data) -> Table:
-    """Which side is the bottleneck: the GPU where fewer cores than a machine has feed it, else the loader."""
-    header = ["clips of ten seconds", "read from", "kB a clip", "ms of a core", "20 to 80 %", "clips/s a core",
-              "cores that feed an H200", "MB/s then"]  # fmt: skip
-    rows = []
-    for r in data["rows"]:
-        if r["benchmark"] == "loader":
-            rows.append([
-                r["mode"], r["provider"], f"{r['bytes_a_clip'] / 1e3:.0f}", _ms(r["median_ms"]),
-                f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{r['clips_a_second']:.0f}",
-                f"{r['demand'] / r['clips_a_second']:.1f}", f"{r['demand'] * r['bytes_a_clip'] / 1e6:.0f}",
-            ])  # fmt: skip
-    taken = next((r["demand"] for r in data["rows"] if r["benchmark"] == "loader"), 0)
-    return Table(f"Reading clips, CPU time; an H200 takes {taken:.0f} clips/s (predicted step, base)", header, rows)
-
-
 def entries_table(data: Data) -> Table:
     header = [
         "start on a manifest",
@@ -274,6 +258,33 @@ def entries_table(data: Data) -> Table:
                 f"{r['peak_MiB']:.0f}", f"{r['worker_MiB']:.0f}",
             ])  # fmt: skip
     return Table("Start of a run, CPU time of the main process", header, rows)
+
+
+def loader_table(data: Data) -> Table:
+    """Which side is the bottleneck: the GPU where fewer cores than a machine has feed it, else the loader."""
+    header = ["clips of ten seconds", "read from", "kB a clip", "ms of a core", "20 to 80 %", "clips/s a core",
+              "cores that feed an H200", "MB/s then"]  # fmt: skip
+    rows = []
+    for r in data["rows"]:
+        if r["benchmark"] == "loader":
+            rows.append([
+                r["mode"], r["provider"], f"{r['bytes_a_clip'] / 1e3:.0f}", _ms(r["median_ms"]),
+                f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{r['clips_a_second']:.0f}",
+                f"{r['demand'] / r['clips_a_second']:.1f}", f"{r['demand'] * r['bytes_a_clip'] / 1e6:.0f}",
+            ])  # fmt: skip
+    taken = next((r["demand"] for r in data["rows"] if r["benchmark"] == "loader"), 0)
+    return Table(f"Reading clips, CPU time; an H200 takes {taken:.0f} clips/s (predicted step, base)", header, rows)
+
+
+def checkpoints_table(data: Data) -> Table:
+    rows = []
+    for r in (row for row in data["rows"] if row["benchmark"] == "checkpoint"):
+        rows.append([
+            r["provider"], r["shape"]["preset"], f"{r['bytes'] / 1e6:.0f}", _ms(r["median_ms"]),
+            f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", _ms(r["first_ms"]), _ms(r["written_ms"]),
+        ])  # fmt: skip
+    header = ["written", "model", "MB", "a step waits, ms", "20 to 80 %", "the first time", "all written after, ms"]
+    return Table("Checkpoints", header, rows)
 
 
 PARTS = {
@@ -323,8 +334,8 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "step": step_table,
     "parts": parts_table,
     "starts": starts_table,
-    "loader": loader_table,
     "entries": entries_table,
+    "loader": loader_table,
     "stem-sweep": sweep_table,
     "kernels": kernels_table,
     "fbank": fbank_table,
@@ -332,6 +343,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "operators": operators_table,
     "inference": inference_table,
     "finetune": finetune_table,
+    "checkpoints": checkpoints_table,
     "multiply-adds": multiply_adds_table,
 }
 

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from benchmarks.flops import FORMULAS
 from cat import parts
+from cat.training.flops import FORMULAS
 
 ROUNDED = 512  # the caching allocator gives out multiples of so many bytes
 # Operators of ours that are a part of their own, wherever they are called; their backward begins with the same name.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         entries = [path for root, _, names in os.walk(folder) for path in (*(Path(root, n) for n in names), Path(root))]
-        _flush_all(entries)
+        flush_all(entries)
         os.rename(folder, target)
         flush_to_disk(target.parent)
 
@@ -83,7 +84,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_all(paths: list[Path]) -> None:
+def flush_all(paths: list[Path]) -> None:
+    """`flush_to_disk` of many."""
     if len(paths) < 100:
         for path in paths:
             flush_to_disk(path)
@@ -114,6 +116,12 @@ def cache_folder(name: str) -> Path | None:
     return base / "cat-audio" / name
 
 
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, as ``sha256sum`` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def free_space(path: str | os.PathLike[str]) -> int | None:
     """Bytes free where `path` is or would be made; None where the file system does not say."""
     existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
@@ -142,14 +150,14 @@ def _workplace(target: Path) -> Iterator[Path]:
         name = os.fsdecode(os.fsencode(target.name)[:200])  # file systems allow 255 bytes
         place = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
-        raise _named(error, target) from None
+        raise named(error, target) from None
     lock = -1
     try:
         lock = _lock(place)
         yield place
     except OSError as error:
         if _is_about(error, place):
-            raise _named(error, target) from error
+            raise named(error, target) from error
         raise
     finally:
         if lock >= 0:
@@ -238,8 +246,8 @@ def _is_about(error: OSError, place: Path) -> bool:
     return error.filename is None and error.errno in _OF_WRITING
 
 
-def _named(error: OSError, target: Path) -> OSError:
-    """The same error, about the target and not about a temporary file or nothing."""
+def named(error: OSError, target: Path) -> OSError:
+    """The same error, about the target and not about a temporary file or nothing, with what to do."""
     text = error.strerror or str(error)
     if error.errno in NO_SPACE:
         free = free_space(target.parent)

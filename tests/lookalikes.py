@@ -96,6 +96,21 @@ def tars(path: Path) -> None:
                 tar.addfile(about, io.BytesIO(content))
 
 
+def audioset(path: Path) -> None:
+    """Google's lists and, in a folder beside them, half of the eight clips that each list names."""
+    path.mkdir(parents=True)
+    classes = 'index,mid,display_name\n0,/m/hiss,"Hiss"\n1,/m/hum,"Hum, mains"\n'
+    (path / "class_labels_indices.csv").write_text(classes)
+    for name in ("balanced_train", "unbalanced_train", "eval"):
+        rows = [("# YTID", " start_seconds", " end_seconds", " positive_labels")]
+        for number in range(16):
+            label, video = ("hiss", "hum")[number % 2], f"{name:_<9.9}{number:02d}"
+            rows.append((video, " 30.000", " 40.000", f' "/m/{label}"'))
+            if number < 8:
+                clip(path / "audio" / f"Y{video}.wav", label, number)
+        (path / f"{name}_segments.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+
+
 def esc50(path: Path) -> None:
     """The archive with all rows of its table, and twenty of its clips."""
     rows = [("filename", "fold", "target", "category", "esc10", "src_file", "take")]
@@ -112,13 +127,17 @@ def esc50(path: Path) -> None:
         archive.writestr("ESC-50-master/meta/esc50.csv", table.getvalue())
 
 
-def run(path: Path) -> None:
+def run(path: Path, *changes: str) -> None:
     """A pre-training run of two steps."""
     audio = path.parent / ".audio"
     if not audio.exists():
         folder_of_folders(audio)
     own = [f"data.train={audio}", f"run.dir={path.parent}", f"run.name={path.name}", "run.figures=false", "--quiet"]
-    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own]) == 0
+    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own, *changes]) == 0
+
+
+def run_with_two_checkpoints(path: Path) -> None:
+    run(path, "run.checkpoint_every=1")
 
 
 def classifier(path: Path) -> None:

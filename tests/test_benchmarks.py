@@ -17,6 +17,7 @@ from torch import nn
 import cat_kernels
 from benchmarks import (
     ahead,
+    checkpoints,
     fbank,
     finetune,
     inference,
@@ -140,6 +141,21 @@ def test_a_gpu_sleeps_while_the_host_launches(monkeypatch):
         "long",
         "event",
     ]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_on_the_spot_and_in_the_background_are_the_models(tmp_path, monkeypatch):
+    results = checkpoints.run(settings(min_rounds=1), tmp_path)
+    assert [row["provider"] for row in results.rows] == ["on the spot", "in the background"]
+    assert len(tables.checkpoints_table(results.as_dict(CPU)).rows) == 2
+    found = {"on the spot": 100.0, "in the background": 90.0}
+    for row in results.rows:
+        row["median_ms"] = found[row["provider"]]
+    assert checkpoints.missed(results) == ["a step waits 90 ms for a checkpoint in the background, goal 0.2 of 100 ms"]
+    monkeypatch.setattr(checkpoints, "_differing", lambda folder, state: 1)
+    assert len(checkpoints.run(settings(min_rounds=1), tmp_path / "other").rejected) == 2
 
 
 # ---------------------------------------------------------------- memory

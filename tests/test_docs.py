@@ -33,6 +33,7 @@ from tests.documented import (
 )
 from tests.lookalikes import (
     SMALL,
+    audioset,
     clap,
     classifier,
     clip,
@@ -43,6 +44,7 @@ from tests.lookalikes import (
     folds,
     manifest,
     run,
+    run_with_two_checkpoints,
     tars,
 )
 
@@ -64,7 +66,13 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/quickstart": run,
         "PATH_OR_HUB_NAME": clap,
     },
-    "docs/data.md": {"ESC-50-master.zip": esc50, "data/train.jsonl": manifest},
+    "docs/checkpoints.md": {"runs/tiny": run_with_two_checkpoints},
+    "docs/data.md": {
+        "my/recordings": folder_of_folders,
+        "audioset": audioset,
+        "ESC-50-master.zip": esc50,
+        "data/train.jsonl": manifest,
+    },
     "docs/finetuning.md": {
         "my/sounds": folder_of_folders,
         "my/test": folder_of_folders,
@@ -86,6 +94,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     },
     "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
+    "help of checkpoints": {"runs/tiny": run_with_two_checkpoints},
     "help of finetune": {
         "my/sounds": folder_of_folders,
         "a.jsonl": manifest,
@@ -94,13 +103,14 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/tiny": run,
         "runs/base": run,
     },
+    "help of prepare": {"my/audio": folder_of_folders, "audioset": audioset},
     "help of pretrain": {"my/audio": folder_of_folders},
     "help of shards": {"my/audio": folder_of_folders, "my/tars": tars},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/as20k.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
+    "recipes/as20k.yaml": {"audioset": audioset, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/as2m.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
-    "recipes/base.yaml": {"data/audioset/train.jsonl": manifest},
+    "recipes/as2m.yaml": {"audioset": audioset, "runs/base": run},
+    "recipes/base.yaml": {"audioset": audioset},
     "recipes/esc50-released.yaml": {"esc50.jsonl": folds, "runs/base": run},
     "recipes/esc50.yaml": {"esc50.jsonl": folds, "runs/base": run},
     "recipes/events.yaml": {"train.jsonl": events, "valid.jsonl": events, "runs/tiny": run},

@@ -15,6 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "prediction", "data", *BASE},
+    "report": {"training", "data", *BASE},
     "training": {"evaluation", "encoders", "checkpoints", "data", "model", *BASE},
     "export": {"checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},

@@ -5,7 +5,7 @@ A checkpoint is a directory, ``checkpoints/step-00000200`` of a run::
     model.safetensors       CAT.state_dict(): student.*, teacher.*, decoder.*, regulariser.*, regularisers.NAME.*; of a
                             fine-tuned model Classifier.state_dict(): encoder.*, head.*, the same below average.*
     optimizer.safetensors   exp_avg.*, exp_avg_sq.*, step.* by parameter name
-    state.json              format, step, the whole configuration, score, where it was made
+    state.json              format, step, the whole configuration, score, where it was made, sha256 of the files
 
 It is written under a temporary name and renamed, so a directory with the final name is complete. Each safetensors file
 also carries the step and the configuration, so that a lone ``model.safetensors`` can be loaded and files of different
@@ -18,8 +18,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,10 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cat.files import NO_SPACE, clear_leftovers, format_bytes, free_space, new_folder, replacing
+from cat.files import NO_SPACE, clear_leftovers, format_bytes, free_space, new_folder, replacing, sha256_of
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+TENSORS = (MODEL, OPTIMIZER)
+ASIDE = "damaged-"  # before a name it hides a checkpoint from its run
 # What DistributedDataParallel, torch.compile, FSDP and checkpoint_wrapper put into the names of a state dict.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 PathLike = str | os.PathLike[str]
@@ -80,7 +83,8 @@ def save(
         with new_folder(final) as temporary:
             save_tensors(temporary / MODEL, model, step=step, config=config)
             save_tensors(temporary / OPTIMIZER, optimizer, step=step, config=config)
-            state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "config": config}
+            sums = {name: sha256_of(temporary / name) for name in TENSORS}
+            state = {"format": FORMAT, "step": step, "score": score, **(extra or {}), "sha256": sums, "config": config}
             (temporary / STATE).write_text(_state_text(state), encoding="utf-8")
     except OSError as error:
         if error.errno not in NO_SPACE:
@@ -120,12 +124,13 @@ def save_tensors(
     config: Mapping[str, Any],
     step: int | None = None,
     file_format: str = str(FORMAT),
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file that `load_encoder` can read alone: the configuration is in its metadata.
 
-    ``file_format`` is what the file says of itself; transformers wants "pt".
+    ``file_format`` is what the file says of itself; transformers wants "pt". ``about``: more for the metadata.
     """
-    metadata = {"format": file_format, "config": json.dumps(config)}
+    metadata = {**(about or {}), "format": file_format, "config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -139,8 +144,9 @@ def save_tensors(
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def prune(directory: PathLike, *, keep_last: int, keep_best: int) -> list[Path]:
-    """Delete all but the newest ``keep_last`` and the best ``keep_best`` checkpoints, those of lowest score.
+def prune(directory: PathLike, *, keep_last: int, keep_best: int, keep_every: int = 0) -> list[Path]:
+    """Delete all but the newest ``keep_last`` checkpoints, the best ``keep_best``, which are those of lowest score, and
+    those of every ``keep_every`` updates.
 
     Returns what was deleted. For the one writer of a run: leftovers of a deletion that was killed go too.
     """
@@ -148,7 +154,8 @@ def prune(directory: PathLike, *, keep_last: int, keep_best: int) -> list[Path]:
     found = list_checkpoints(directory)
     scored = [(score, path) for path in found if (score := _score(path)) is not None]
     best = [path for _, path in sorted(scored, key=lambda item: (item[0], item[1].name))[:keep_best]]
-    keep = {*found[len(found) - keep_last :], *best, *found[-1:]}
+    regular = [path for path in found if keep_every and _step(path) % keep_every == 0]
+    keep = {*found[len(found) - keep_last :], *best, *regular, *found[-1:]}
     removed = [path for path in found if path not in keep]
     _remove(directory, removed)
     return removed
@@ -225,17 +232,23 @@ def _step(path: Path) -> int:
 def load(path: PathLike, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint directory whole.
 
-    Raises: `CheckpointError` naming the file when one is missing, truncated, or of another step than its neighbours.
+    Raises: `CheckpointError` naming the file when one is missing, truncated, of another step than its neighbours, or
+    not what was written (checkpoints of earlier versions have no checksums).
     """
     path = Path(path)
     state = read_state(path)
+    sums = state.get("sha256") or {}
     tensors: dict[str, dict[str, Tensor]] = {}
-    for name in (MODEL, OPTIMIZER):
+    for name in TENSORS:
         tensors[name], metadata = read_tensors(path / name, device)
         if metadata.get("step") != str(state["step"]):
             raise CheckpointError(
                 f"{path / name} is of step {metadata.get('step')}, but {path / STATE} is of step {state['step']}; "
                 f"expected files of one checkpoint: {remedy(path)}"
+            )
+        if name in sums and sha256_of(path / name) != sums[name]:
+            raise CheckpointError(
+                f"{path / name} is not what was written: its checksum is not that in {STATE}; {remedy(path)}"
             )
     return Checkpoint(path, int(state["step"]), tensors[MODEL], tensors[OPTIMIZER], state)
 
@@ -267,25 +280,34 @@ def read_state(path: PathLike) -> dict[str, Any]:
 def read_tensors(path: PathLike, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, by their `unwrapped` names, and the metadata of a safetensors file."""
     path = Path(path)
+    with opened(path, device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = dict(file.metadata() or {})
+    return unwrapped(tensors, str(path)), metadata
+
+
+@contextlib.contextmanager
+def opened(path: PathLike, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file, as `safetensors.safe_open` opens it. Raises: `CheckpointError`."""
+    path = Path(path)
     check_readable(path)
     try:
-        with open(path, "rb") as opened, safe_open(_utf8_name(path, opened), "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = dict(file.metadata() or {})
+        with open(path, "rb") as file, _safe_open(path, file, device) as tensors:
+            yield tensors
     except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); {remedy(path.parent)}"
         ) from None
-    return unwrapped(tensors, str(path)), metadata
 
 
-def _utf8_name(path: Path, file: IO[bytes]) -> str:
-    """A name by which safetensors opens the open ``file``, also where bytes of the path are not UTF-8."""
+def _safe_open(path: Path, file: IO[bytes], device: torch.device | str = "cpu") -> Any:
+    """Of the open ``file``, also where bytes of its path are not UTF-8."""
     try:
-        return os.fsencode(path).decode("utf-8")
+        name = os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:
-        return f"/proc/self/fd/{file.fileno()}"
+        name = f"/proc/self/fd/{file.fileno()}"
+    return safe_open(name, "pt", device=str(device))
 
 
 def check_readable(path: PathLike) -> None:
@@ -321,10 +343,29 @@ def unwrapped(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 def remedy(path: PathLike) -> str:
     """What to do about a damaged checkpoint."""
     path = Path(path)
-    others = [other.name for other in list_checkpoints(path.parent) if other != path]
-    if others and path.name.startswith("step-"):
-        return f"delete {path} to go on from {others[-1]}"
-    return "copy it again, or name another checkpoint"
+    other = other_whole(path)
+    if other is None:
+        return "copy it again, or name another checkpoint"
+    aside = path.with_name(ASIDE + path.name)
+    return f"to go on from {other.name} set it aside: mv {shlex.quote(str(path))} {shlex.quote(str(aside))}"
+
+
+def other_whole(path: PathLike) -> Path | None:
+    """The newest of the other checkpoints of a run whose files are complete; their content is not read."""
+    path = Path(path)
+    return next((other for other in reversed(list_checkpoints(path.parent)) if other != path and _whole(other)), None)
+
+
+def _whole(path: Path) -> bool:
+    # Not by `read_state` and `opened`: their errors would ask for another whole one in turn.
+    try:
+        json.loads((path / STATE).read_text(encoding="utf-8"))
+        for name in TENSORS:
+            with open(path / name, "rb") as file, _safe_open(path / name, file):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
 
 
 def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

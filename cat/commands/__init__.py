@@ -27,11 +27,14 @@ COMMANDS = {
     "evaluate": ("cat.commands.evaluate", "score a fine-tuned checkpoint on labelled audio"),
     "probe": ("cat.commands.probe", "probes of an encoder on labelled audio: kNN, linear, layers"),
     "experiment": ("cat.commands.experiment", "experiments with a verdict; the paper's claims"),
+    "report": ("cat.commands.report", "runs side by side on one HTML page: curves, settings, clips"),
     "predict": ("cat.commands.predict", "classes or events of audio files, or of a stream"),
     "encode": ("cat.commands.encode", "embeddings of audio files, and of their frames, in one table"),
     "similar": ("cat.commands.similar", "find the sounds in a folder that are most like one"),
     "export": ("cat.commands.export", "write a model as ONNX, or for torch.export"),
+    "checkpoints": ("cat.commands.checkpoints", "look at, check, average and publish checkpoints"),
     "embed": ("cat.commands.embed", "write embeddings of a data set, to pre-train with"),
+    "prepare": ("cat.commands.prepare", "check, measure and convert audio, and list what can be used"),
     "dataset": ("cat.commands.dataset", "turn a public data set into manifests, official splits"),
     "shards": ("cat.commands.shards", "a data set as a few tar files, local or behind a URL"),
     "synth": ("cat.commands.synth", "make a labelled data set of synthetic sound events"),
@@ -42,9 +45,9 @@ COMMANDS = {
 # How `cat-audio --help` lists them.
 GROUPS = {
     "train": ("pretrain", "finetune"),
-    "judge": ("evaluate", "probe", "experiment"),
-    "use": ("predict", "encode", "similar", "export"),
-    "prepare": ("dataset", "shards", "synth", "embed", "convert"),
+    "judge": ("evaluate", "probe", "report", "experiment"),
+    "use": ("predict", "encode", "similar", "export", "checkpoints"),
+    "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
     "this machine": ("doctor",),
 }
 

@@ -11,7 +11,7 @@ from cat.config import ConfigError
 from cat.figures import write_finetune_figure
 from cat.progress import say
 from cat.training.directory import sole_writer
-from cat.training.finetune import FinetuneResult, finetune, profile
+from cat.training.finetune import FinetuneResult, finetune, profile, replay
 from cat.training.finetune_recipe import FinetuneConfig, load_finetune_recipe
 from cat.training.profiling import STEPS
 from cat.training.recipe import find_recipe, read_run
@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="RECIPE is a skipped batch: say what was not finite",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -50,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and (args.overwrite or args.folds or args.seeds != 1):
         raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
+    if args.replay:
+        if args.resume or args.overwrite or args.profile or args.folds or args.seeds != 1:
+            raise ConfigError("--replay runs one update and saves nothing; leave out the other options")
+        print(replay(Path(args.recipe), args.overrides, progress=not args.quiet).told())
+        return 0
     config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
@@ -110,6 +120,8 @@ def _summary(result: FinetuneResult, config: FinetuneConfig) -> str:
         lines.append(
             f"{ended.failed_clips} clips could not be read and were left out; see {ended.run_dir / 'failures.jsonl'}"
         )
+    if ended.skipped:
+        lines.append(f"{ended.skipped} updates were skipped, not finite; see {ended.run_dir / 'skipped'}")
     if scores is None:
         stop_at = " run.stop_at=null" if config.run.stop_at is not None and ended.step >= config.run.stop_at else ""
         lines.append(f"go on with: cat-audio finetune --resume {ended.run_dir}{stop_at}")

@@ -11,7 +11,7 @@ from cat.figures import write_run_figures
 from cat.progress import say
 from cat.training.directory import sole_writer
 from cat.training.loop import RunResult
-from cat.training.pretrain import pretrain, profile
+from cat.training.pretrain import pretrain, profile, replay
 from cat.training.profiling import STEPS
 from cat.training.recipe import PretrainConfig, find_recipe, load_recipe, load_run
 
@@ -21,6 +21,7 @@ examples:
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
+  cat-audio pretrain --replay runs/tiny/skipped/step-00000123.json        what was not finite in a skipped step
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="RECIPE is a skipped batch: say what was not finite",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -44,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and args.overwrite:
         raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
+    if args.replay:
+        if args.resume or args.overwrite or args.profile:
+            raise ConfigError("--replay saves nothing; leave out --resume, --overwrite and --profile")
+        print(replay(recipe, args.overrides, progress=not args.quiet).told())
+        return 0
     if recipe.is_dir():
         if not args.resume:
             raise ConfigError(f"{recipe} is a directory; to go on with a run add --resume, else give a recipe (YAML)")
@@ -79,6 +90,8 @@ def _summary(result: RunResult, config: PretrainConfig) -> str:
         lines.append(
             f"{result.failed_clips} clips could not be read and were left out; see {result.run_dir / 'failures.jsonl'}"
         )
+    if result.skipped:
+        lines.append(f"{result.skipped} updates were skipped, not finite; see {result.run_dir / 'skipped'}")
     if result.step < config.optim.steps:
         stop_at = " run.stop_at=null" if config.run.stop_at is not None and result.step >= config.run.stop_at else ""
         lines.append(f"go on with: cat-audio pretrain --resume {result.run_dir}{stop_at}")

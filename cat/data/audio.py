@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -111,10 +111,20 @@ def seconds_of(path: Source) -> float:
     return samples / rate
 
 
-def read_windows(path: Source, sample_rate: int, max_samples: int, *, min_samples: int = 1) -> Iterator[np.ndarray]:
+def read_windows(
+    path: Source,
+    sample_rate: int,
+    max_samples: int,
+    *,
+    min_samples: int = 1,
+    opened: Callable[[int, int], None] | None = None,
+) -> Iterator[np.ndarray]:
     """The whole clip of `read_audio`, in consecutive windows that are equally long (to a sample) and no longer than
-    ``max_samples``: one after the other, so that memory does not grow with the clip. Raises as `read_audio`."""
+    ``max_samples``: one after the other, so that memory does not grow with the clip. ``opened`` is told the file's own
+    samples and sample rate before the first window. Raises as `read_audio`."""
     with _opened(path) as sound:
+        if opened is not None:
+            opened(sound.length, sound.rate)
         available = _available(sound, sample_rate, min_samples)
         count = -(-available // max_samples)
         edges = [available * number // count for number in range(count + 1)]

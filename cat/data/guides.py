@@ -77,8 +77,7 @@ class CachedRows:
                 f"{path} names no embeddings; expected the manifest that `cat-audio embed` wrote beside OUT.npy"
             )
         self.store = store
-        rows = dict(zip(_places(linked), linked.rows.tolist(), strict=True))
-        self.rows = np.array([rows.get(place, -1) for place in _places(manifest)], dtype=np.int64)
+        self.rows = _rows_at(_places(manifest), _places(linked), linked.rows)
         lacking = np.flatnonzero(self.rows < 0)
         if len(lacking):
             raise EmbeddingError(
@@ -99,13 +98,23 @@ class CachedRows:
         return self.store.rows([int(self.rows[index])])[0]
 
 
-def _places(manifest: Manifest) -> list[str]:
-    """Where the clips lie."""
-    folders: dict[str, str] = {}
-    places = []
+def _rows_at(wanted: np.ndarray, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The rows of the places that are wanted: of one that occurs several times the last, of one that does not -1."""
+    order = np.argsort(places, kind="stable")
+    found = np.searchsorted(places, wanted, side="right", sorter=order) - 1
+    last = order[np.maximum(found, 0)]
+    return np.where((found >= 0) & (places[last] == wanted), rows[last], -1)
+
+
+def _places(manifest: Manifest) -> np.ndarray:
+    """(n,) of 16 bytes: where the clips lie, as digests; of two million, the paths would be half a gigabyte."""
+    folders: dict[str, bytes] = {}
+    digests = bytearray()
     for path in manifest.columns.paths:
-        folder, name = os.path.split(path)
+        begin = path.rfind("/") + 1
+        folder = path[:begin]
         if folder not in folders:
-            folders[folder] = os.path.realpath(Path(manifest.root, folder))
-        places.append(os.path.join(folders[folder], name))
-    return places
+            folders[folder] = os.fsencode(os.path.realpath(Path(manifest.root, folder))) + b"/"
+        place = folders[folder] + path[begin:].encode("utf-8", "surrogateescape")
+        digests += hashlib.blake2b(place, digest_size=16).digest()
+    return np.frombuffer(digests, dtype="S16")

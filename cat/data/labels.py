@@ -188,8 +188,13 @@ def balancing_weights(manifest: Manifest) -> np.ndarray:
     table = _Table(manifest)
     if not len(table.ids):
         raise _unlabelled(manifest)
-    per_class = 1000 / (np.bincount(table.ids, minlength=len(table.labels)) + 0.01)
+    per_class = class_weights(np.bincount(table.ids, minlength=len(table.labels)))
     return np.bincount(table.clips, weights=per_class[table.ids], minlength=len(manifest))
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """(C,) float64: 1000 / (n_c + 0.01), where n_c clips have the label."""
+    return 1000 / (counts + 0.01)
 
 
 def clip_labels(clip: Clip) -> tuple[str, ...] | None:

@@ -55,8 +55,8 @@ __all__ = ["AUDIO_SUFFIXES", "Clip", "Manifest", "ManifestError", "is_written", 
 
 FORMAT = "cat-audio manifest"
 VERSION = 1
-_SHARDS = "shards"  # field of the header
 _CLIP_FIELDS = (*CLIP_FIELDS, "events")
+_SHARDS = "shards"  # field of the header
 _HEADER_FIELDS = ("format", "version", "embeddings", "embeddings_fingerprint", "label_names")
 
 

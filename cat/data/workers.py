@@ -97,6 +97,11 @@ def prefetched(
         yield from _loader(dataset, keys[done:], 0)
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _loader(dataset: Any, keys: Sequence[int], num_workers: int, prefetch: int | None = None) -> DataLoader[Any]:
     return DataLoader(
         dataset,

@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat.data.audio import Source
-from cat.data.shards.members import Member
 from cat.encoders.frozen import FrozenEncoder
 
 
@@ -69,25 +65,6 @@ def identity(value: Any) -> Any:
         settings = _settings(value) if own else _described(getattr(value, "config", None))
         return {"": name, "modules": repr(value), "weights": _weights(value), "settings": settings}
     return {"": name, **_settings(value)} if own else {"": name, "settings": _described(value)}
-
-
-def stamp(path: Source) -> str:
-    """A file's size, and times of the last change of its content and, which no copy keeps, of its entry. Of a clip in a
-    shard what the index says.
-
-    Content is not read: it would take as long as decoding a clip again."""
-    if isinstance(path, Member):
-        return path.stamp
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as error:
-        return type(error).__name__
-    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-
-
-def digest_of_stamps(stamps: Iterable[str]) -> str:
-    """SHA-256 of the stamps of some files, in order."""
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
 
 
 def _settings(value: Any) -> dict[str, Any]:

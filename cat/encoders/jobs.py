@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cat.data.workers import prefetched
+from cat.data.workers import cores, prefetched
 from cat.encoders.frozen import FrozenEncoder
 from cat.encoders.identity import device_of
 from cat.encoders.partial import Block
@@ -42,7 +42,7 @@ def pick_jobs(asked: int | None, encoder: FrozenEncoder) -> int:
     start = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if asked is None:
         ours = type(encoder).__module__.startswith("cat.")
-        return min(_cores(), _MOST) if device.type == "cpu" and threads == 1 and ours and start == "fork" else 1
+        return min(cores(), _MOST) if device.type == "cpu" and threads == 1 and ours and start == "fork" else 1
     if asked < 1:
         raise ValueError(f"{asked} jobs; expected at least 1")
     if asked > 1 and device.type != "cpu":
@@ -107,11 +107,6 @@ class _Blocks:
             return next(_whole(self._produce(places), self._batch_size, self._end))
         except EncoderError as error:
             return str(error)
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> tuple[int, int]:

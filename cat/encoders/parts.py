@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from cat.data.manifest import Manifest
-from cat.encoders.identity import digest_of_stamps, stamp
+from cat.data.partial import digest_of_stamps, stamp
 from cat.encoders.reading import Skipped
 from cat.encoders.tables import Block
 from cat.files import new_folder, write_json

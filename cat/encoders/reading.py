@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cat.data.audio import AudioError, read_audio, read_windows
 from cat.data.manifest import Manifest
+from cat.data.partial import stamp
 from cat.data.workers import prefetched
 from cat.encoders.frozen import WINDOW_SECONDS
-from cat.encoders.identity import stamp
 from cat.progress import track
 
 BATCH_SECONDS = 600  # of audio that go through an encoder at once, padding counted
@@ -32,7 +32,7 @@ class Skipped:
 class Batch:
     """Clips to embed at once: their places in the manifest and waveforms (n,); a single place without a waveform is a
     long clip's, to be read by `read_long`. ``skipped``: those that could not be read. ``stamps``: of the files of all
-    of them in order (`cat.encoders.identity.stamp`), taken before they were read."""
+    of them in order (`cat.data.partial.stamp`), taken before they were read."""
 
     indices: list[int] = field(default_factory=list)
     waves: list[Tensor] = field(default_factory=list)

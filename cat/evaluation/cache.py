@@ -28,11 +28,12 @@ import torch
 
 import cat_kernels
 from cat.data.manifest import Manifest
+from cat.data.partial import stamp
 from cat.encoders.embed import Skipped, embed_manifest
 from cat.encoders.frozen import FrozenEncoder
-from cat.encoders.identity import UnknownIdentity, device_of, identity, stamp
+from cat.encoders.identity import UnknownIdentity, device_of, identity
 from cat.evaluation.features import Arrays, Features, Wanted, compute, features_of
-from cat.files import format_bytes, new_folder
+from cat.files import format_bytes, new_folder, sha256_of
 
 FORMAT = 1
 ENTRY = "entry.json"
@@ -195,7 +196,7 @@ def write_entry(folder: Path, chunks: Iterable[Arrays], skipped: list[Skipped], 
         for writer in writers.values():
             writer.complete()
     if writers:
-        sums = {name: _sha256(folder / f"{name}.npy") for name in writers}
+        sums = {name: sha256_of(folder / f"{name}.npy") for name in writers}
         left_out = [dataclasses.asdict(clip) for clip in skipped]
         entry = {"format": FORMAT, "about": about, "sha256": sums, "skipped": left_out}
         (folder / ENTRY).write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
@@ -208,7 +209,7 @@ def read_entry(folder: Path, *, check: bool = True) -> tuple[Arrays, list[Skippe
         if entry["format"] != FORMAT:
             raise DamagedEntry(f"{ENTRY}: of format {entry['format']!r}, expected {FORMAT}")
         for name, expected in entry["sha256"].items():
-            if check and _sha256(folder / f"{name}.npy") != expected:
+            if check and sha256_of(folder / f"{name}.npy") != expected:
                 raise DamagedEntry(f"{name}.npy: not what was written")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in entry["sha256"]}
         return arrays, [Skipped(**clip) for clip in entry["skipped"]]
@@ -245,11 +246,6 @@ def _remove(folder: Path) -> None:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*"))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- keys

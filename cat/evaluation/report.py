@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import math
 import unicodedata
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import torch
 from cat.checkpoints.classifier import ClassifierInfo
 from cat.evaluation.evaluate import Evaluation
 from cat.evaluation.metrics import ClassScores, main_metric
-from cat.files import replacing, write_json
+from cat.files import replacing, sha256_of, write_json
 from cat.outputs import Output, json_of
 from cat_kernels import __version__
 
@@ -45,12 +44,7 @@ def is_report(path: Path) -> bool:
 
 def _is_signed(path: Path) -> bool:
     signed = json_of(path.with_name(JSON), files=dict)["files"].get(path.name)
-    return signed == _digest(path)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return signed == sha256_of(path)
 
 
 def write_report(out: Path, evaluation: Evaluation, info: ClassifierInfo, arguments: Mapping[str, Any]) -> list[Path]:
@@ -62,7 +56,7 @@ def write_report(out: Path, evaluation: Evaluation, info: ClassifierInfo, argume
         clips = stack.enter_context(replacing(out / CLIPS))
         _write_classes(classes, evaluation, info)
         _write_clips(clips, evaluation, info)
-        files = {CLASSES: _digest(classes), CLIPS: _digest(clips)}
+        files = {CLASSES: sha256_of(classes), CLIPS: sha256_of(clips)}
         write_json(report, {**report_json(evaluation, info, arguments), "files": files})
     return [out / JSON, out / CLASSES, out / CLIPS]
 
@@ -74,7 +68,7 @@ def report_json(evaluation: Evaluation, info: ClassifierInfo, arguments: Mapping
     confused = [] if scores.confusion is None else scores.confusion.tolist()
     return {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()},
-        "checkpoint": {"path": str(info.path), "step": info.step, "sha256": _digest(info.path)},
+        "checkpoint": {"path": str(info.path), "step": info.step, "sha256": sha256_of(info.path)},
         "data": {
             "source": str(scored.manifest.source),
             "fingerprint": scored.manifest.fingerprint,

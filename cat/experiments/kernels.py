@@ -37,6 +37,9 @@ def kernels(config: PretrainConfig, out: Path, *, progress: bool = True) -> Verd
     That a kernel computes its formula is the operators' tests' to show, and they are stricter; this shows that what
     they let pass does not grow in training to something that matters.
     """
+    precision = pick_precision(config.run.precision, pick_device(config.run.device))
+    if precision not in AGREEMENT:
+        raise ConfigError(f"run.precision is {precision}; expected {' or '.join(AGREEMENT)}, whose limits are known")
     tested, seed = _tested_kernels(config), config.run.seed
     configs = {"dense": _with_kernels(config, "dense", seed), tested: _with_kernels(config, tested, seed)}
     configs |= {f"dense, re-seeded {i}": _with_kernels(config, "dense", seed + i) for i in (1, 2)}
@@ -44,7 +47,7 @@ def kernels(config: PretrainConfig, out: Path, *, progress: bool = True) -> Verd
     curves = {name: read_rows(run / "metrics.jsonl", "train") for name, run in runs.items()}
     found = agreement(curves, tested)
     share, largest = (max(row[name] / row["noise"] for row in found.values()) for name in ("difference", "largest"))
-    limit = AGREEMENT[pick_precision(config.run.precision, pick_device(config.run.device))]
+    limit = AGREEMENT[precision]
     write_agreement(out / "figures" / "agreement.png", curves, tested=tested, limit=limit * found["loss"]["noise"])
     return Verdict(
         passed=share <= limit and largest <= 1,

@@ -19,7 +19,7 @@ RECIPE: dict[str, Any] = {
     "ema": {"start": 0.99, "end": 0.999, "steps": 120},
     "run": {
         **{"log_every": 10, "checkpoint_every": 1000, "tensorboard": False, "figures": False},
-        **{"collapse_steps": 0, "guidance_share": 0},
+        **{"collapse_steps": 0, "guidance_share": 0, "max_bad_steps": 1},
     },
 }
 OVERFIT: dict[str, Any] = {

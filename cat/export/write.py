@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import warnings
@@ -81,7 +82,9 @@ def export(
     with replacing(path) as temporary, _quiet():
         program = trace(graph)
         if path.suffix == ".pt2":
-            torch.export.save(program, temporary, extra_files={METADATA: json.dumps(about)})
+            content = io.BytesIO()  # on a full disk PyTorch's own writer ends the process (2.13)
+            torch.export.save(program, content, extra_files={METADATA: json.dumps(about)})
+            temporary.write_bytes(content.getbuffer())
         else:
             _write_onnx(program, graph, temporary, about, quantise=quantise)
         found = compare(temporary, exportable, graph, rows)

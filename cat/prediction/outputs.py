@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from cat.data.content import Stored
-from cat.files import replacing
+from cat.files import replacing, sha256_of
 from cat.locks import sole_user
 from cat.outputs import Output, OutputError, claim
 from cat.prediction.classifier import Aggregate, CATClassifier
@@ -55,7 +54,7 @@ def write_predictions(
     the row of each file that is done now. Returns the files that failed, which is told on the way too."""
     kind = "scores" if events is None else "events"
     made_by = {
-        "model": _digest(classifier.info.path) if outputs else "",
+        "model": sha256_of(classifier.info.path) if outputs else "",
         "plan": [plan.rows, plan.hop, plan.lookahead, plan.shifts],
         "events": None if events is None else {label: vars(one) for label, one in events.items()},
         "rows": [top, windows, aggregate],
@@ -92,11 +91,6 @@ def write_predictions(
         for one in results:
             one.finish([str(file) for file in files])
     return failed
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ResultFile:

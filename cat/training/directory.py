@@ -1,10 +1,11 @@
 """The directory of a run: one writer at a time, what is deleted for a new run in its place, whether its disk will do.
 
 It holds everything about a run: ``config.yaml`` (every field of the recipe), ``metrics.jsonl`` (see
-`cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``tensorboard/``, ``checkpoints/`` (see
-`cat.checkpoints.store`), ``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, after
-`cat-audio evaluate` ``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a
-process works in it ``.lock``. Other files in it are the user's and are left alone.
+`cat.training.records`), ``failures.jsonl`` (audio that could not be read), ``skipped/`` (see `cat.training.skipped`),
+``tensorboard/``, ``loggers.json`` (see `cat.training.sinks`), ``checkpoints/`` (see `cat.checkpoints.store`),
+``figures/``, after ``--profile`` ``profile/``, after `cat-audio probe` ``probe.json``, after `cat-audio evaluate`
+``evaluation/``, after fine-tuning ``scores.json`` (see `cat.training.finetune`), and while a process works in it
+``.lock``. Other files in it are the user's and are left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cat.training.recipe import RunConfig
 # a deletion that was interrupted leaves what is still known for a run.
 _RECORDS = (
     *("metrics.jsonl", "failures.jsonl", "tensorboard/events.out.tfevents.*", "probe.json", "scores.json"),
-    "events.json",
+    *("events.json", "skipped/step-*.json", "loggers.json"),
     *("profile/trace.json", "figures/loss.png", "figures/patches.png", "figures/embeddings.png", "figures/layers.png"),
     *(f"evaluation/*/{name}" for name in ("evaluation.json", "classes.csv", "clips.csv")),
     *(f"evaluation/*/figures/{name}.png" for name in ("classes", "confusion", "curves", "mistakes")),
@@ -71,13 +72,14 @@ def delete_run(run_dir: Path) -> None:
                     (run_dir / folder).rmdir()
 
 
-def check_disk(run_dir: Path, config: RunConfig, *, needed: int, freed: int) -> None:
+def check_disk(run_dir: Path, config: RunConfig, *, needed: int, freed: int, updates: int = 0) -> None:
     """Find now what would else be found at the first checkpoint, after hours: a folder that cannot be written to, or a
     disk that is too small.
 
     Args:
         needed: bytes of a checkpoint.
         freed: bytes that are there and will be deleted before.
+        updates: that the run still makes.
 
     Raises: OSError.
     """
@@ -93,12 +95,12 @@ def check_disk(run_dir: Path, config: RunConfig, *, needed: int, freed: int) -> 
     check_writable(folder)
     if free is None:
         return
-    kept = config.keep_last + config.keep_best
+    kept = config.keep_last + config.keep_best + (updates // config.keep_every if config.keep_every else 0)
     there = total_size(path for step in checkpoints.list_checkpoints(folder) for path in step.rglob("*"))
     if (kept + 1) * needed > free + there:  # a new one is written before an old one goes
         say(
             f"warning: {folder}: there are {format_bytes(free + there)} for checkpoints, and {kept} that are kept "
-            f"(run.keep_last, run.keep_best) and a new one need {format_bytes((kept + 1) * needed)}"
+            f"(run.keep_last, run.keep_best, run.keep_every) and a new one need {format_bytes((kept + 1) * needed)}"
         )
 
 

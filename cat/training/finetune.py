@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,8 @@ from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.finetuning import Finetuning, Splits, read_splits
 from cat.training.loop import RunResult
 from cat.training.profiling import STEPS, StepProfile
+from cat.training.replay import Replay, read_replay
+from cat.training.replay import replay as replay_task
 from cat.training.start import profile_task, started
 
 SCORES = "scores.json"
@@ -82,6 +84,12 @@ def profile(
     """As `cat.training.pretrain.profile`."""
     make, run_dir = functools.partial(_task, config), Path(run_dir or config.run_dir)
     return profile_task(make, config.run, run_dir, steps=steps, resume=resume)
+
+
+def replay(path: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Replay:
+    """As `cat.training.pretrain.replay`."""
+    batch, config = read_replay(path, FinetuneConfig, Finetuning.command, overrides)
+    return replay_task(functools.partial(_task, config), config, batch, progress=progress)
 
 
 def _task(config: FinetuneConfig) -> Finetuning:

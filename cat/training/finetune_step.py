@@ -16,9 +16,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cat.data import Batch
 from cat.model import Classifier, ClassifierOutput
 from cat.parts import part
+from cat.training.descent import LOW, Descent
 from cat.training.layerwise import FinetuneOptimConfig, build_layerwise, set_layer_rates
 from cat.training.losses import LossConfig, binary_cross_entropy, cross_entropy, of_frames, reduced
-from cat.training.optim import clip_gradients, trainable
+from cat.training.optim import trainable
 from cat.training.step import COMPILER
 
 
@@ -37,7 +38,7 @@ class FinetuneStep:
     the state dict beside the weights themselves.
 
     Args:
-        precision: "bf16" runs under autocast.
+        precision: "bf16" and "fp16" run under autocast, "fp16" with scaled losses.
         compile: "blocks": torch.compile of the blocks, which see clips of all lengths in one shape; "step": of the
             whole classifier.
     """
@@ -49,7 +50,7 @@ class FinetuneStep:
         loss: LossConfig,
         *,
         freeze: int | Literal["encoder"] = 0,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         compile: Literal["none", "blocks", "step"] = "none",
     ) -> None:
         self.model, self.optim, self.loss = model, optim, loss
@@ -59,13 +60,14 @@ class FinetuneStep:
             frozen.requires_grad_(False)
         self.parameters = trainable(model)
         self.optimizer = build_layerwise(self.parameters, len(model.encoder.blocks), optim)
+        self.descent = Descent(self.optimizer, self.parameters, optim.clip_norm, precision=precision)
         self.scored = model  # what is evaluated
         if optim.average:
             self.scored = model.average = copy.deepcopy(model).requires_grad_(False)
             average = dict(self.scored.named_parameters())
             self._averages: list[Tensor | nn.Parameter] = [average[name].data for name in self.parameters]
             self._average = get_ema_multi_avg_fn(optim.average)
-        self._bf16 = precision == "bf16"
+        self._low = LOW.get(precision)
         self._forward = torch.compile(model, backend=COMPILER, dynamic=False) if compile == "step" else model
         if compile == "blocks":
             for block in model.encoder.blocks:
@@ -80,7 +82,7 @@ class FinetuneStep:
 
     def outputs(self, batch: Batch, keep: Tensor | None = None, *, scored: bool = False) -> ClassifierOutput:
         """``scored``: of the weights that are evaluated."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16), part("forward, rest"):
+        with torch.autocast(self.device.type, self._low, enabled=self._low is not None), part("forward, rest"):
             return (self.scored if scored else self._forward)(batch.spec, rows=batch.rows, keep=keep)
 
     def losses(self, output: ClassifierOutput, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -97,24 +99,21 @@ class FinetuneStep:
         return reduced(losses, targets, self.loss.over)
 
     def __call__(self, batch: Batch, keep: Tensor | None, *, step: int) -> Tensor:
-        """The update that follows ``step`` others. Returns loss and gradient norm, (2,) float32."""
+        """The update that follows ``step`` others. Returns the loss and `Descent.numbers`, float32."""
         set_layer_rates(self.optimizer, self.optim, step)
         output = self.outputs(batch, keep)
         with part("loss"):
             total, count = self.losses(output, batch, self.loss.label_smoothing)
             loss = total / count
-        with part("backward"):
-            loss.backward()
+        self.descent.backward(loss)
         with part("optimiser"):
-            grad_norm = clip_gradients(self.parameters.values(), self.optim.clip_norm)
             self.whole = False
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            numbers = self.descent.step()
         if self.optim.average:
             with part("EMA"):
                 self._average(self._averages, _data(list(self.parameters.values())), 0)
         self.whole = True
-        return torch.stack([loss.detach().float(), grad_norm.float()])
+        return torch.stack([value.detach().float() for value in (loss, *numbers)])
 
 
 def _data(parameters: Sequence[nn.Parameter]) -> list[Tensor | nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,10 +23,10 @@ from cat.parts import part
 from cat.progress import say
 from cat.training.drop_path import drop_path_factors
 from cat.training.finetune_recipe import NONE, FinetuneConfig, check_model, missing_data
-from cat.training.finetune_step import FinetuneStep
+from cat.training.finetune_step import FinetuneStep, frozen_parts
+from cat.training.flops import flops
 from cat.training.identity import data_identity
 from cat.training.layerwise import scaled_rate
-from cat.training.optim import optimizer_tensors, restore_optimizer
 from cat.training.recipe import made_with, pick_device, pick_features, pick_precision
 from cat.training.task import Warn
 
@@ -79,7 +80,6 @@ class Finetuning:
 
     command = "cat-audio finetune"
     one_shape = False  # a batch is as long as its longest clip
-    values = ("loss", "grad_norm")
 
     def __init__(self, config: FinetuneConfig, splits: Splits) -> None:
         self.config = config = config.labelled(splits.labels)
@@ -107,6 +107,8 @@ class Finetuning:
             compile=run.compile,
         )
         self.parameters = self.step.parameters
+        self.values = ("loss", *self.step.descent.numbers)
+        self._flops: np.ndarray | None = None  # of a clip, as a polynomial of its rows of patches
         self._frozen_blocks = config.model.depth if config.freeze == "encoder" else config.freeze
 
     def begin(self) -> None:
@@ -171,6 +173,24 @@ class Finetuning:
             frozen=config.freeze,
         )
         return keep.to(self.device, non_blocking=True)
+
+    def flops(self, batch: Batch) -> int:
+        most = self.config.features.frames // self.config.model.patch_size
+        if self._flops is None:
+            # Attention grows with the square of a clip's length, all else with the length.
+            sizes = [most, max(1, most // 2), max(1, most // 4)]
+            self._flops = np.polyfit(sizes, [self._flops_of_a_clip(rows) for rows in sizes], min(2, len({*sizes}) - 1))
+        return int(sum(np.polyval(self._flops, batch.rows or [most] * len(batch.clips))))
+
+    def _flops_of_a_clip(self, rows: int) -> int:
+        config = self.config
+        plain = dataclasses.replace(config.model, kernels="reference")
+        with torch.device("meta"):
+            model = Classifier(plain, config.head, len(config.classes))
+            spec = torch.empty(1, 1, rows * plain.patch_size, plain.mel_bins)
+        for frozen in frozen_parts(model, config.freeze):
+            frozen.requires_grad_(False)
+        return flops(lambda: model(spec).clip.sum().backward())
 
     def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
         return {}
@@ -237,7 +257,7 @@ class Finetuning:
     # ------------------------------------------------------------ checkpoints
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self.step.optimizer, self.parameters)
+        return self.step.descent.tensors()
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        restore_optimizer(self.step.optimizer, self.parameters, tensors)
+        self.step.descent.restore(tensors)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cat.checkpoints import store as checkpoints
+from cat.checkpoints.background import BackgroundWriter
 from cat.checkpoints.store import Checkpoint, CheckpointError
 from cat.config import ConfigError, to_mapping, write_yaml
 from cat.data import Batch
@@ -29,7 +30,9 @@ from cat.training.failures import FailureLog
 from cat.training.identity import check_same_data
 from cat.training.recipe import check_same_run
 from cat.training.records import Metrics, read_rows
+from cat.training.skipped import MOST, Skips, clear_after, finite, path_of, was_skipped, write_batch
 from cat.training.task import Task
+from cat.training.watching import Watch, told
 
 
 class TrainingError(RuntimeError):
@@ -48,6 +51,7 @@ class RunResult:
     failed_clips: int
     stopped_by: int | None  # signal number
     early: bool = False  # the task had enough before the end of its schedule
+    skipped: int = 0  # updates whose loss or gradient was not finite
 
 
 class _Stopped(Exception):
@@ -62,14 +66,25 @@ class Trainer:
         self.device, self.precision = task.device, task.precision
         self._data = task.identity
         self.step = self._begun_at = 0
-        self.checkpoint: Path | None = None
-        self._log = torch.zeros(self.config.run.log_every, len(task.values), device=self.device)
+        run = self.config.run
+        self._writer = BackgroundWriter(
+            run_dir / "checkpoints", keep_last=run.keep_last, keep_best=run.keep_best, keep_every=run.keep_every
+        )
+        self._saved: int | None = None  # the step whose checkpoint is written, or being written
+        self._log = torch.zeros(run.log_every, len(task.values), device=self.device)
         self._rows: list[dict[str, Any]] = []  # of the updates whose losses are still on the device
+        self._clips: list[Tensor] = []  # of theirs, by indices
         self._since_checkpoint: list[float] = []
         self._validated: tuple[int, float] | None = None  # step and score of the latest evaluation
+        self._watch = Watch(self.device, self.precision, end=self.config.end, workers=self.config.data.num_workers)
         self._progress = progress
         self._stop = StopSignals()
-        self._saving = False  # True after an error of saving itself
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest that is whole; waits for one that is being written."""
+        self._writer.settle()
+        return self._writer.newest
 
     # ------------------------------------------------------------ resuming
 
@@ -88,7 +103,10 @@ class Trainer:
                 f"Resume with run.precision={made['precision']}"
             )
         self._data, notes = check_same_data(saved.state.get("data") or {}, self._data, self.config, self.run_dir)
-        checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
+        try:
+            checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {checkpoints.remedy(saved.path)}") from None
         try:
             if saved.step:
                 self.task.restore_optimizer(saved.optimizer)
@@ -96,7 +114,8 @@ class Trainer:
             raise CheckpointError(
                 f"{saved.path / checkpoints.OPTIMIZER}: {error}; {checkpoints.remedy(saved.path)}"
             ) from None
-        self.step, self.checkpoint = saved.step, saved.path
+        self.step = self._saved = saved.step
+        self._writer.newest = saved.path
         return notes + [
             f"{key} was {made[key]} and is now {value}: losses will agree up to rounding, not bit for bit"
             for key, value in now.items()
@@ -113,7 +132,9 @@ class Trainer:
         """
         with contextlib.ExitStack() as records, self._stop:
             self._open_records(records)
+            records.callback(self._settle)
             self._begun_at = self.step
+            self._watch.begin(self.step)
             try:
                 self._train()
             except Exception as error:
@@ -128,14 +149,16 @@ class Trainer:
         if validates and self._validation_due(self.step):
             self._make_up()
         self.task.train_mode()
-        self._restart_clock()
+        self._watch.restart()
         batches = self.task.batches(self.step, end - self.step, self.progress.say)
         while self.step < end and not stop.received and not self._enough():
-            batch = stop.wait(lambda: next(batches))
+            with self._watch.waiting():
+                batch = stop.wait(lambda: next(batches))
             if batch is None:
                 break
             self.failures.add(batch.failures, self.step + 1)
             self._update(batch)
+            self._writer.check()
             if self.step % run.log_every == 0:
                 self._flush()
             if validates and run.eval_every and self.step % run.eval_every == 0:
@@ -144,8 +167,16 @@ class Trainer:
             if asked or self.step % run.checkpoint_every == 0:
                 self._save(hurried=self.step % run.checkpoint_every != 0)
                 if asked:
+                    self._writer.wait()
                     self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
+        self._writer.wait()
+
+    def _settle(self) -> None:
+        """A second signal does not cost a checkpoint that is being written."""
+        if self._writer.busy:
+            self.progress.say("waiting for the checkpoint that is being written")
+        self._writer.settle()
 
     def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
@@ -167,41 +198,64 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
-        if self.step == self._begun_at or isinstance(error, TrainingError) or self._saving:
+        if error is self._writer.error:  # there is no more room, or no permission, for the next one either
+            error.add_note(f"the last good checkpoint: {self.checkpoint or 'none'}; {self._how_to_go_on()}")
+            return
+        if self.step == self._begun_at or isinstance(error, TrainingError):
             return
         try:
             if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
-            self._save(hurried=True)
+            self._save(hurried=True, prune=False)
+            self._writer.wait()
         except Exception as second:
             last = self.checkpoint or "none"
             error.add_note(f"step {self.step} could not be saved ({second}); the last checkpoint: {last}")
         else:
-            error.add_note(f"step {self.step} is saved; go on with: {self.task.command} --resume {self.run_dir}")
+            error.add_note(f"step {self.step} is saved; {self._how_to_go_on()}")
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with: {self.task.command} --resume {self.run_dir}"
 
     def unrecorded(self, count: int) -> Iterator[int]:
         """For profiling: ``count`` updates from where the run stands, one a turn, that leave no records. Yields their
         numbers of clips."""
         self.task.train_mode()
-        self._restart_clock()
         batches = self.task.batches(self.step, count, say)
         for _ in range(count):
             with part("data wait"):
                 batch = next(batches)
             self._update(batch)
             self._rows.clear()
+            self._clips.clear()
             yield len(batch.clips)
 
     def _open_records(self, records: contextlib.ExitStack) -> None:
         run, data = self.config.run, self.config.data
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(self.config, self.run_dir / "config.yaml")
-        self.progress = Progress(self.config.end, self.step, label=self.run_dir.name, enabled=self._progress)
+        self.progress = Progress(
+            self.config.end,
+            self.step,
+            label=self.run_dir.name,
+            enabled=self._progress,
+            seconds_between_lines=run.line_every,
+        )
         records.callback(self.progress.close)
-        self.metrics = Metrics(self.run_dir, start_step=self.step, tensorboard=run.tensorboard, warn=self.progress.say)
+        self.metrics = Metrics(
+            self.run_dir,
+            start_step=self.step,
+            tensorboard=run.tensorboard,
+            loggers=run.loggers,
+            config=to_mapping(self.config),
+            warn=self.progress.say,
+        )
         records.callback(self.metrics.close)
+        clear_after(self.run_dir, self.step)
+        self._skips = Skips()
         if self.step:  # a run that goes on counts on, and does not say again what it has said
             past = read_rows(self.run_dir / "metrics.jsonl", "train")
+            self._skips = Skips(past)
             self.task.warnings([row for row in past if None not in row.values()])
         self.failures = FailureLog(
             self.run_dir / "failures.jsonl",
@@ -221,13 +275,11 @@ class Trainer:
         """One optimiser step. Nothing here waits for the device."""
         self._log[len(self._rows)], rates = self.task.train(batch, self.step)
         self.step += 1
-        self._clips += len(batch.clips)
         self._rows.append(rates)
+        self._clips.append(batch.clips)
+        self._watch.updated(len(batch.clips), self.task.flops(batch) if self._watch.peak else None)
 
     # ------------------------------------------------------------ records
-
-    def _restart_clock(self) -> None:
-        self._clock, self._clips = time.perf_counter(), 0
 
     def _flush(self) -> None:
         """Fetch the losses of the updates since the last time, in one copy, and record them."""
@@ -240,27 +292,61 @@ class Trainer:
             for i, (line, row) in enumerate(zip(values, self._rows, strict=True))
         ]
         rows = [{**row, **self.task.derived(row)} for row in rows]
-        seconds = time.perf_counter() - self._clock
-        self.metrics.train(rows, clips_per_s=self._clips / seconds, seconds=seconds)
-        self._rows = []  # not before they are written: no checkpoint without the rows of its updates
-        self._check_finite(rows)
-        losses = [row["loss"] for row in rows]
-        self._since_checkpoint += losses
-        self.progress.advance(self.step, f"loss {sum(losses) / len(losses):.4f}, {self._clips / seconds:.1f} clips/s")
-        self._warn(self.task.warnings(rows))
-        self._restart_clock()
+        speed = self._watch.measured(self.step)
+        self.metrics.train(rows, speed)
+        clips, self._rows, self._clips = self._clips, [], []  # not before the rows are written: see `_save`
+        self._note_skipped(rows, clips)
+        good = [row for row in rows if finite(row)]
+        self._since_checkpoint += [row["loss"] for row in good]
+        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+        loss = sum(losses) / len(losses) if losses else math.nan
+        self.progress.advance(self.step, f"loss {loss:.4f}, {told(speed)}")
+        self._warn([*self.task.warnings(good), *self._watch.warnings()])
+        self._watch.restart()
 
     def _warn(self, warnings: list[str]) -> None:
         for warning in warnings:
             self.progress.say(f"warning: {warning}")
             self.metrics.warning(self.step, warning)
 
-    def _check_finite(self, rows: list[dict[str, Any]]) -> None:
-        bad = next((row for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]))), None)
-        if bad is None:
-            return
-        parts = ", ".join(f"{name} {bad[name]:g}" for name in self.task.values)
-        raise TrainingError(f"the loss or its gradient is not finite at step {bad['step']} ({parts}); {self._remedy()}")
+    def _note_skipped(self, rows: list[dict[str, Any]], clips: list[Tensor]) -> None:
+        """Write down the batches of updates that were skipped. Raises: `TrainingError` when there are too many."""
+        begun, most = bool(self._skips.streak), self.config.run.max_bad_steps
+        for row in self._skips.add(rows, most):
+            path = path_of(self.run_dir, row["step"])
+            if self._skips.count <= MOST:
+                write_batch(self.run_dir, self._about(row, clips[row["step"] - rows[0]["step"]]))
+            if not begun:
+                why = f"its loss or gradient is not finite ({self._values(row)})"
+                what = f"What is not finite: {self.task.command} --replay {path}"
+                self._warn([f"step {row['step']} was skipped: {why}. {what}"])
+            begun = True
+        streak = self._skips.streak
+        if len(streak) >= most:
+            first = streak[0]
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {first['step']} ({self._values(first)})"
+                + (f" and in all of the {most} updates from there (run.max_bad_steps)" if most > 1 else "")
+                + f"; {self._remedy()}. What is not finite: {self.task.command} --replay "
+                f"{path_of(self.run_dir, first['step'])}"
+            )
+
+    def _values(self, row: Mapping[str, Any]) -> str:
+        return ", ".join(
+            f"{name} {'null' if row[name] is None else format(row[name], 'g')}" for name in self.task.values
+        )
+
+    def _about(self, row: Mapping[str, Any], clips: Tensor) -> dict[str, Any]:
+        manifest = self.task.manifest
+        return {
+            "step": row["step"],
+            "command": self.task.command,
+            "values": {name: row[name] for name in self.task.values},
+            "clips": [{"index": index, "path": str(manifest.path(index))} for index in clips.tolist()],
+            "config": to_mapping(self.config),
+            "data": self._data,
+            "made_with": self.task.made_with,
+        }
 
     def _check_parameters(self) -> None:
         """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
@@ -269,9 +355,19 @@ class Trainer:
             raise TrainingError(f"the weights are not finite after step {self.step}; {self._remedy()}")
 
     def _remedy(self) -> str:
-        kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no checkpoint was written yet"
-        fp32 = ", or run.precision=fp32" if self.precision == "bf16" else ""
+        good = self._last_good()
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+        fp32 = ", or run.precision=fp32" if self.precision != "fp32" else ""
         return f"{kept}. Start another run (run.name=OTHER) with a lower optim.lr or a longer optim.warmup_steps{fp32}"
+
+    def _last_good(self) -> Path | None:
+        """The newest checkpoint; of before the latest updates in a row that were skipped, since nobody knows whether it
+        was not the weights."""
+        if self.checkpoint is None or not self._skips.streak:
+            return self.checkpoint
+        first = checkpoints.step_name(self._skips.streak[0]["step"])
+        there = checkpoints.list_checkpoints(self.run_dir / "checkpoints")
+        return next((path for path in reversed(there) if path.name < first), None)
 
     def _evaluate(self) -> float | None:
         """The validation score. None when a signal ends it; the run that goes on makes up for it."""
@@ -286,7 +382,7 @@ class Trainer:
         self.progress.say(f"step {self.step}: validation {self.task.told(values)}")
         score = self.task.score(values)
         self._validated = (self.step, score)
-        self._restart_clock()
+        self._watch.restart()
         return score
 
     def _heeded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -297,32 +393,36 @@ class Trainer:
         if self._stop.received:
             raise _Stopped
 
-    def _save(self, *, hurried: bool = False) -> None:
-        """Write a checkpoint unless this step has one. ``hurried``: without a score, which may need an evaluation."""
-        if self.checkpoint is not None and self.checkpoint.name == checkpoints.step_name(self.step):
+    def _save(self, *, hurried: bool = False, prune: bool = True) -> None:
+        """Have a checkpoint written, in the background, unless this step has one. ``hurried``: without a score, which
+        may need an evaluation.
+
+        Amid updates that are skipped nothing is written that need not be, and no older one is deleted: the weights may
+        be why."""
+        if self._saved == self.step:
             return
         self._flush()
         self._check_parameters()
         hurried = hurried or self._stop.received is not None
+        if self._skips.streak:
+            if not hurried and self.step < self.config.end:
+                return
+            prune = False
         score = None if hurried else self._score()
         self.metrics.sync()
-        self._saving = True
-        self.checkpoint = checkpoints.save(
-            self.run_dir / "checkpoints",
+        self._writer.save(
             step=self.step,
             model=self.task.model.state_dict(),
             optimizer=self.task.optimizer_tensors(),
             config=to_mapping(self.config),
             score=score,
             extra={"made_with": self.task.made_with, "data": self._data},
+            prune=prune,
         )
-        self._saving = False
-        checkpoints.prune(
-            self.run_dir / "checkpoints", keep_last=self.config.run.keep_last, keep_best=self.config.run.keep_best
-        )
+        self._saved = self.step
         if not hurried:
             self._since_checkpoint = []
-        self._restart_clock()
+        self._watch.restart()
 
     def _score(self) -> float | None:
         """Validation score at this step, or the mean training loss since the last checkpoint: of one kind in a run."""
@@ -337,7 +437,8 @@ class Trainer:
 
     def _result(self, stopped_by: int | None) -> RunResult:
         run = self.config.run
-        losses = [row["loss"] for row in read_rows(self.run_dir / "metrics.jsonl", "train")]
+        rows = read_rows(self.run_dir / "metrics.jsonl", "train")
+        losses = [row["loss"] for row in rows if row["loss"] is not None and not was_skipped(row)]
         first, last = losses[: run.log_every], losses[-run.log_every :]
         return RunResult(
             self.run_dir,
@@ -348,4 +449,5 @@ class Trainer:
             self.failures.count,
             stopped_by,
             early=self.step < self.config.end and self._enough(),
+            skipped=self._skips.count,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cat.config import ConfigError
@@ -16,6 +17,8 @@ from cat.training.loop import RunResult
 from cat.training.pretraining import Pretraining
 from cat.training.profiling import STEPS, StepProfile
 from cat.training.recipe import PretrainConfig
+from cat.training.replay import Replay, read_replay
+from cat.training.replay import replay as replay_task
 from cat.training.start import profile_task, started
 
 
@@ -52,6 +55,13 @@ def profile(
     """
     make, run_dir = functools.partial(_task, config), Path(run_dir or config.run_dir)
     return profile_task(make, config.run, run_dir, steps=steps, resume=resume)
+
+
+def replay(path: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Replay:
+    """Run again the update of a batch that a run skipped, from its file; `cat.training.replay` says how. ``overrides``
+    of the recipe: where the data are, run.device. Raises as `pretrain`."""
+    batch, config = read_replay(path, PretrainConfig, Pretraining.command, overrides)
+    return replay_task(functools.partial(_task, config), config, batch, progress=progress)
 
 
 def _task(config: PretrainConfig) -> Pretraining:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -19,10 +20,12 @@ from cat.data.reading import sampling_advice
 from cat.model import CAT
 from cat.parts import part
 from cat.progress import say
+from cat.training.descent import LOW
+from cat.training.flops import flops
 from cat.training.guidance import Guidance, Stored, column, unwired, warning_of_unwired
 from cat.training.guides import OpenGuides
 from cat.training.identity import data_identity
-from cat.training.optim import ema_decay, learning_rate, optimizer_tensors, regularisation_weight, restore_optimizer
+from cat.training.optim import ema_decay, learning_rate, regularisation_weight
 from cat.training.recipe import PretrainConfig, made_with, pick_device, pick_features, pick_precision
 from cat.training.records import CollapseCheck
 from cat.training.step import PretrainStep
@@ -56,7 +59,6 @@ class Pretraining:
         if config.data.sampler == "weighted":
             self.identity["labels"] = hashlib.sha256(balancing_weights(manifest).tobytes()).hexdigest()
         self._losses = (*LOSSES, *(column("regularisation", name) for name in config.guides))
-        self.values = (*self._losses, "grad_norm")
         self._valid_guides = self._of_validation()
         if run.cuda_graph and self.device.type != "cuda":
             raise ConfigError(
@@ -68,6 +70,7 @@ class Pretraining:
             self.model, config.optim, precision=self.precision, compile=run.compile, cuda_graph=run.cuda_graph
         )
         self.parameters = self.step.parameters
+        self.values = (*self._losses, *self.step.descent.numbers)
         self._rng = torch.tensor([run.seed, 0], device=self.device)
         self._collapse = CollapseCheck(
             pred_std=run.collapse_pred_std, target_std=run.collapse_target_std, steps=run.collapse_steps
@@ -76,6 +79,7 @@ class Pretraining:
         stored |= {name: (rows.store, rows.rows) for name, rows in self.guides.cached.items()}
         self._guidance = Guidance(config, manifest, self.model.terms, stored)
         self._unwired: list[str] = []
+        self._flops: int | None = None  # of a clip
 
     def _build_model(self) -> CAT:
         store, run = self._embeddings, self.config.run
@@ -159,13 +163,31 @@ class Pretraining:
         clones = visible[: 2 * self.config.masks.num_masks]
 
         def loss(weights: Mapping[str, Tensor]) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with torch.autocast(self.device.type, LOW.get(self.precision), enabled=self.precision in LOW):
                 few = None if embedding is None else embedding[:2]
                 others = {name: rows[:2] for name, rows in guides.items()}
                 return self.model(spec[:2], clones, few, rng=rng, guides=others, weights=weights).loss
 
         with torch.compiler.set_stance("force_eager"):
             return unwired(self.model.student.cls, self.model.terms, loss)
+
+    def flops(self, batch: Batch) -> int:
+        if self._flops is None:
+            self._flops = self._flops_of_a_clip()
+        return self._flops * len(batch.clips)
+
+    def _flops_of_a_clip(self) -> int:
+        config, masks = self.config, self.config.masks
+        plain = dataclasses.replace(config.model, kernels="reference")
+        dim = None if self.model.regulariser is None else self.model.regulariser.out_features
+        with torch.device("meta"):
+            model = CAT(plain, config.objective, dim, {n: (g, self.guides.dims[n]) for n, g in config.guides.items()})
+            spec = torch.empty(1, 1, config.features.frames, config.model.mel_bins)
+            visible = torch.empty(masks.num_masks, masks.visible_count(math.prod(config.grid)), dtype=torch.int64)
+            rows = {name: torch.empty(1, size) for name, size in {"": dim or 1, **self.guides.dims}.items()}
+            rng = torch.empty(2, dtype=torch.int64)
+        weights = {name: torch.ones((), device="meta") for name in model.terms}
+        return flops(lambda: model(spec, visible, rows[""], rng=rng, guides=rows, weights=weights).loss.backward())
 
     def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
         return self._guidance.derived(row)
@@ -217,7 +239,7 @@ class Pretraining:
     # ------------------------------------------------------------ checkpoints
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self.step.optimizer, self.parameters)
+        return self.step.descent.tensors()
 
     def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        restore_optimizer(self.step.optimizer, self.parameters, tensors)
+        self.step.descent.restore(tensors)

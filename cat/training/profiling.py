@@ -6,6 +6,8 @@ https://ui.perfetto.dev or chrome://tracing. Nothing is saved: no metrics, no ch
 
 from __future__ import annotations
 
+import errno
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +79,7 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
         _wait(trainer.device)
     with replacing(trainer.run_dir / TRACE) as temporary:
         profiler.export_chrome_trace(str(temporary))
+        _check_whole(temporary)
     return StepProfile(
         device=trainer.device.type,
         precision=trainer.precision,
@@ -85,6 +88,14 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
         parts={name: milliseconds[name] for name in PARTS if name in milliseconds},
         trace=trainer.run_dir / TRACE,
     )
+
+
+def _check_whole(trace: Path) -> None:
+    """PyTorch logs that it could not write all of it, and goes on."""
+    try:
+        json.loads(trace.read_bytes())
+    except (OSError, ValueError):
+        raise OSError(errno.ENOSPC, "PyTorch could not write all of the trace", str(trace)) from None
 
 
 def _wait(device: torch.device) -> None:

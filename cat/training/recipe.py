@@ -20,6 +20,7 @@ from cat.data.masks import MaskConfig
 from cat.device import pick_device as pick_device  # for those who look for it here
 from cat.model import PRESETS, GuideConfig, ModelConfig, ObjectiveConfig, check_guide_names
 from cat.training.optim import EmaConfig, OptimConfig
+from cat.training.sinks import NAMES as LOGGERS
 
 SECTION_PRESETS: dict[type, Mapping[str, Any]] = {ModelConfig: PRESETS, FeatureConfig: FEATURE_PRESETS}
 
@@ -33,7 +34,7 @@ class RunConfig:
     seed: int = 0  # of the weights, the data order, the masks and the noise
     weights_seed: int | None = None  # of the weights alone; null: the seed
     device: str = "auto"  # "auto": the GPU where there is one; "cpu", "cuda", "cuda:1"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
     compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
     cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it; GPU only
     threads: int = 0  # CPU threads; 0: torch's choice
@@ -45,7 +46,11 @@ class RunConfig:
     checkpoint_every: int = 5_000  # updates
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints with the lowest validation (else training) loss kept besides
+    keep_every: int = 0  # and those of every so many updates; 0: none for that
     tensorboard: bool = True
+    loggers: tuple[str, ...] = ()  # of "wandb" and "mlflow", whose packages are then needed
+    line_every: float = 10.0  # seconds between two lines of progress where stderr is no terminal
+    max_bad_steps: int = 10  # so many updates in a row whose loss or gradient is not finite end the run
     figures: bool = True  # write figures/ at the end, when matplotlib is installed
     collapse_pred_std: float = 0.01  # warn below, after collapse_steps updates in a row
     collapse_target_std: float = 0.1
@@ -53,12 +58,14 @@ class RunConfig:
     guidance_share: float = 0.5  # of the schedule after warm-up, by when L_r must beat a constant; 0: never warn of it
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_last"):
+        for name in ("log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("threads", "eval_every", "keep_best", "collapse_steps"):
+        for name in ("threads", "eval_every", "keep_best", "keep_every", "collapse_steps", "line_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if wrong := [name for name in self.loggers if name not in LOGGERS]:
+            raise ValueError(f"loggers has {wrong[0]!r}; expected of {', '.join(LOGGERS)}")
         if not 0 <= self.guidance_share <= 1:
             raise ValueError(f"guidance_share is {self.guidance_share}; expected a share of the schedule, 0 to 1")
         for name in ("seed", "weights_seed"):
@@ -95,6 +102,8 @@ class Data(Protocol):
     def valid(self) -> str | None: ...
     @property
     def batch_size(self) -> int: ...
+    @property
+    def num_workers(self) -> int: ...
     @property
     def max_failed_share(self) -> float: ...
 
@@ -240,11 +249,11 @@ def read_run(kind: type[R], run_dir: Path, overrides: Sequence[str] = ()) -> tup
     return named(config, path), note
 
 
-def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
+def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
     """The arithmetic of ``run.precision`` on this device."""
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if name == "bf16" else "fp32"
+    return cast(Literal["fp32", "bf16", "fp16"], name)
 
 
 def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON Lines, TensorBoard, the collapse check.
+"""What a run reports while it trains: JSON Lines, the collapse check; and to `cat.training.sinks`.
 
 ``metrics.jsonl`` has one JSON object a line. Here are those of pre-training; fine-tuning has loss, gradient norm and
 the head's rate of every update, and in an evaluation the metrics of its task:
@@ -10,11 +10,15 @@ the head's rate of every update, and in an evaluation the metrics of its task:
   the L_r of the guide that data.train names; with other guides there are also "regularisation.NAME", the L_r of each,
   not weighted, and the other two with ".NAME"
 - ``{"kind": "valid", "step": s, "loss": ..., ...}`` for every evaluation after update s
-- ``{"kind": "speed", "step": s, "clips_per_s": ..., "seconds": ...}`` every ``log_every`` updates
+- ``{"kind": "speed", "step": s, "clips_per_s": ..., "seconds": ..., "data_wait": ..., "memory_bytes": ...,
+  "left_s": ...}`` every ``log_every`` updates: the share of the seconds that went by waiting for batches, the most
+  memory so far, the seconds until the end; on a GPU whose peak is known also "flops_per_s" of matrix products and
+  convolutions, and "matrix_share", how much of the peak that is (`cat.training.watching`)
 - ``{"kind": "warning", "step": s, "text": ...}`` for every warning of the trainer, the same one once
 
 Rows of kind train and valid are reproducible: a run that was killed and resumed has the same ones, digit for digit, on
-the CPU. A value that is not finite is written as null.
+the CPU. A value that is not finite is written as null; an update without a "grad_norm" was skipped
+(`cat.training.skipped`). With run.precision=fp16 there is also "scale".
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cat.files import replacing
+from cat.files import named, replacing
 from cat.progress import say
+from cat.training.sinks import Sinks
+from cat.training.skipped import finite
 
 
 def read_rows(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
@@ -35,20 +41,23 @@ def read_rows(path: str | os.PathLike[str], kind: str | None = None) -> list[dic
 
     Raises: ValueError naming the line when one in the middle is not JSON.
     """
-    rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}; delete the line") from None
-        if kind is None or row.get("kind") == kind:
-            rows.append(row)
-    return rows
+    return list(each_row(path, kind))
+
+
+def each_row(path: str | os.PathLike[str], kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """As `read_rows`, one at a time."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line == "\n":
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not JSON: {line[:60].rstrip()!r}; delete the line") from None
+            if kind is None or row.get("kind") == kind:
+                yield row
 
 
 def truncate_rows(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]:
@@ -65,6 +74,7 @@ class JsonLines:
     """An append-only file of JSON objects. A write is there as soon as it returns, or, on a full disk, not at all."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -73,9 +83,9 @@ class JsonLines:
         try:
             while left:
                 left = left[self._file.write(left) :]
-        except OSError:
+        except OSError as error:
             self._file.truncate(size)
-            raise
+            raise named(error, self._path) from error
 
     def sync(self) -> None:
         """Put on disk what was written; a checkpoint must not be newer than the rows before it."""
@@ -90,9 +100,11 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard of one run directory.
+    """metrics.jsonl of one run directory, and the `Sinks` beside it.
 
-    TensorBoard is for looking on: when its files cannot be written, ``warn`` is told and the run goes on without.
+    Args:
+        config: every field of the recipe, for the sinks.
+        loggers: of `cat.training.sinks.NAMES`.
     """
 
     def __init__(
@@ -101,28 +113,31 @@ class Metrics:
         *,
         start_step: int = 0,
         tensorboard: bool = True,
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = say,
     ) -> None:
-        run_dir, self._warn = Path(run_dir), warn
+        run_dir = Path(run_dir)
         rows = truncate_rows(run_dir / "metrics.jsonl", start_step)
         self.validations = [row for row in rows if row["kind"] == "valid"]
         self._warnings = {row["text"] for row in rows if row["kind"] == "warning"}
+        self._sinks = Sinks(run_dir, config, start_step=start_step, tensorboard=tensorboard, loggers=loggers, warn=warn)
         self._file = JsonLines(run_dir / "metrics.jsonl")
-        self._board = _board(run_dir / "tensorboard", start_step) if tensorboard else None
 
-    def train(self, rows: list[dict[str, Any]], *, clips_per_s: float, seconds: float) -> None:
-        """Every update's row to the file; their means, once, to TensorBoard."""
+    def train(self, rows: list[dict[str, Any]], speed: Mapping[str, float]) -> None:
+        """Every update's row to the file; the means of those that were not skipped, once, to the sinks."""
         step = rows[-1]["step"]
-        speed = {"kind": "speed", "step": step, "clips_per_s": round(clips_per_s, 3), "seconds": round(seconds, 3)}
-        self._file.write([*({"kind": "train", **row} for row in rows), speed])
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "step"}
-        self._scalars("train", {**means, "clips_per_s": clips_per_s}, step)
+        self._file.write([*({"kind": "train", **row} for row in rows), {"kind": "speed", "step": step, **speed}])
+        good = [row for row in rows if finite(row)]
+        means = {key: sum(row[key] for row in good) / len(good) for key in rows[0] if key != "step" and good}
+        self._sinks.scalars("train", {**means, **speed}, step)
 
     def valid(self, row: dict[str, Any]) -> None:
         row = {"kind": "valid", **row}
         self._file.write([row])
         self.validations.append(row)
-        self._scalars("valid", {key: value for key, value in row.items() if key not in ("kind", "step")}, row["step"])
+        values = {k: v for k, v in row.items() if k not in ("kind", "step") and finite({k: v})}
+        self._sinks.scalars("valid", values, row["step"])
 
     def warning(self, step: int, text: str) -> None:
         """A run that goes on says again what it said at its start; that has a row already."""
@@ -132,34 +147,11 @@ class Metrics:
 
     def sync(self) -> None:
         self._file.sync()
-        self._on_board("flush")
+        self._sinks.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._on_board("close")
-
-    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        for key, value in values.items():
-            self._on_board("add_scalar", f"{group}/{key}", value, step)
-
-    def _on_board(self, method: str, *arguments: Any) -> None:
-        if self._board is not None:
-            try:
-                getattr(self._board, method)(*arguments)
-            except Exception as error:  # of its writing thread, a while ago
-                self._board = None
-                self._warn(f"TensorBoard's files cannot be written ({error}): the run goes on without them")
-
-
-def _board(path: Path, start_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError(
-            "TensorBoard is not installed: pip install 'cat-kernels[train]', or switch it off with "
-            "run.tensorboard=false"
-        ) from None
-    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+        self._sinks.close()
 
 
 class CollapseCheck:

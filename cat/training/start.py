@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cat.checkpoints import CheckpointError
 from cat.checkpoints import store as checkpoints
 from cat.device import pick_device
 from cat.progress import say
@@ -31,7 +33,8 @@ def started(
         # Only now, when everything else has proved fit: nothing is deleted for a run that cannot start.
         old = [] if resume else files_of_earlier_run(run_dir, overwrite=overwrite)
         if trainer.step < trainer.config.end:
-            check_disk(run_dir, run, needed=_checkpoint_size(trainer.task), freed=total_size(old))
+            left = trainer.config.end - trainer.step
+            check_disk(run_dir, run, needed=_checkpoint_size(trainer.task), freed=total_size(old), updates=left)
         if old:
             delete_run(run_dir)
         yield trainer
@@ -49,12 +52,12 @@ def profile_task(make: MakeTask, run: RunConfig, run_dir: Path, *, steps: int, r
 def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> Iterator[Trainer]:
     """The trainer of a run, at step 0 or where its newest checkpoint left it."""
     newest = checkpoints.newest(run_dir) if resume else None
-    with _repeatable(run):
+    with repeatable(run):
         trainer = Trainer(make(), run_dir, progress=progress)
         torch.backends.cudnn.benchmark |= searches(trainer.task)
         if newest is None:
             trainer.task.begin()
-        notes = trainer.restore(checkpoints.load(newest)) if newest else []
+        notes = _restored(trainer, newest) if newest else []
         if resume and progress:
             notes.insert(
                 0, f"going on from {newest}" if newest else f"{run_dir} has no checkpoint yet: starting at step 0"
@@ -63,13 +66,26 @@ def _trainer(make: MakeTask, run: RunConfig, run_dir: Path, *, resume: bool, pro
         yield trainer
 
 
+def _restored(trainer: Trainer, newest: Path) -> list[str]:
+    """Takes it up; the error about a damaged one says how to go on without it."""
+    try:
+        return trainer.restore(checkpoints.load(newest))
+    except CheckpointError as error:
+        again = f"{trainer.task.command} --resume {shlex.quote(str(trainer.run_dir))}"
+        if checkpoints.other_whole(newest):
+            error.add_note(f"and then: {again}\nNothing was changed or deleted.")
+        else:
+            error.add_note("No other checkpoint of this run is whole. Nothing was changed or deleted.")
+        raise
+
+
 def _checkpoint_size(task: Task) -> int:
     """Bytes: the model, and two moments of what is trained."""
     return checkpoints.size_of(task.model.state_dict()) + 2 * checkpoints.size_of(task.parameters)
 
 
 @contextlib.contextmanager
-def _repeatable(run: RunConfig) -> Iterator[None]:
+def repeatable(run: RunConfig) -> Iterator[None]:
     """With the run's number of threads, and on the CPU sums are taken in a fixed order. (On a GPU that would cost time,
     and some operators cannot.)"""
     memory: Any = torch.utils.deterministic

@@ -1,4 +1,4 @@
-"""One optimiser step of pre-training: losses, backward, clipping, AdamW, the teacher's average.
+"""One optimiser step of pre-training: losses, their descent, the teacher's average.
 
 Nothing here waits for the device. The step runs eager, compiled in part or whole, or as one CUDA graph.
 """
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cat.model import CAT, PretrainOutput
 from cat.parts import part
-from cat.training.optim import OptimConfig, build_optimizer, clip_gradients, set_learning_rate, trainable
+from cat.training.descent import LOW, Descent
+from cat.training.optim import OptimConfig, build_optimizer, set_learning_rate, trainable
 
 COMPILER = "inductor"  # torch.compile's backend
 EAGER_STEPS = 3  # before a step is recorded: kernels are compiled, plans and tables made, moments allocated
@@ -24,7 +25,7 @@ class PretrainStep:
     """A model with its optimiser; a call is one update.
 
     Args:
-        precision: "bf16" runs under autocast, and the teacher keeps weights in it.
+        precision: "bf16" and "fp16" run under autocast, and the teacher keeps weights in it; "fp16" with scaled losses.
         compile: "blocks": torch.compile of the stems, of each block (compiled once, run many times) and of the decoder;
             "step": of the whole loss. The optimiser and the average are single kernels already.
         cuda_graph: record the whole step at its fourth call and replay it from then on; batches must keep their shapes.
@@ -35,17 +36,18 @@ class PretrainStep:
         model: CAT,
         optim: OptimConfig,
         *,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         compile: Literal["none", "blocks", "step"] = "none",
         cuda_graph: bool = False,
     ) -> None:
-        self.model, self.clip_norm = model, optim.clip_norm
+        self.model = model
         self.device = model.student.cls.device
         self.parameters = trainable(model)
         self.optimizer = build_optimizer(self.parameters, optim, capturable=cuda_graph)
-        self._bf16 = precision == "bf16"
-        if self._bf16:
-            model.lower_teacher(torch.bfloat16)
+        self.descent = Descent(self.optimizer, self.parameters, optim.clip_norm, precision=precision)
+        self._low = LOW.get(precision)
+        if self._low is not None:
+            model.lower_teacher(self._low)
         model.ema()  # before anything is compiled for the tensors as they are
         if compile == "blocks":
             compile_blocks(model)
@@ -72,7 +74,7 @@ class PretrainStep:
         weights: Mapping[str, Tensor] | None = None,
     ) -> PretrainOutput:
         """As `CAT.forward`, in the step's precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16), part("forward, rest"):
+        with torch.autocast(self.device.type, self._low, enabled=self._low is not None), part("forward, rest"):
             return self._forward(spec, visible, embedding, rng=rng, guides=guides, weights=weights)
 
     def __call__(
@@ -89,8 +91,8 @@ class PretrainStep:
     ) -> Tensor:
         """One update; the weights of the terms of L_r that have a schedule are needed, by the terms' names.
 
-        Returns `PretrainOutput.numbers` and the gradient norm, (7,) float32 without other guides; the next call may
-        overwrite them.
+        Returns `PretrainOutput.numbers` and `Descent.numbers`, (7,) float32 without other guides or "fp16"; the next
+        call may overwrite them.
         """
         set_learning_rate(self.optimizer, lr)
         if isinstance(self._decay, Tensor):
@@ -109,17 +111,14 @@ class PretrainStep:
     ) -> Tensor:
         guides = dict(zip(self._guides, rows, strict=True))
         output = self.losses(spec, visible, embedding, rng, guides, self._weights)
-        with part("backward"):
-            output.loss.backward()
+        self.descent.backward(output.loss)
         with part("optimiser"):
-            grad_norm = clip_gradients(self.parameters.values(), self.clip_norm)
             self.whole = False
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            numbers = self.descent.step()
         with part("EMA"):
             self.model.update_teacher(self._decay)
         self.whole = True
-        return torch.stack([*(value.detach().float() for value in output.numbers), grad_norm.float()])
+        return torch.stack([*(value.detach().float() for value in (*output.numbers, *numbers))])
 
 
 def compile_blocks(model: CAT, backend: str | None = None) -> None:

@@ -82,6 +82,11 @@ class Task(Protocol):
         recorded of it."""
         ...
 
+    def flops(self, batch: Batch) -> int:
+        """Of the matrix products, convolutions and attention of its update; asked for where a device's peak is
+        known."""
+        ...
+
     def derived(self, row: Mapping[str, Any]) -> dict[str, float]:
         """What follows from an update's numbers and is recorded with them."""
         ...

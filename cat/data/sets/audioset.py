@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cat.data.clips import Clip
@@ -22,8 +22,8 @@ _LISTS = {"train": ("balanced_train",), "test": ("eval",), "train2m": ("balanced
 
 
 def _read(folder: Path, marker: Path) -> Listing:
-    names = dict(_classes(marker))
-    files = _files(folder)
+    names = class_names(marker)
+    files, _ = find_videos(folder)
     clips: dict[str, list[Clip]] = {}
     missing: dict[str, list[str]] = {}
     for split, parts in _LISTS.items():
@@ -33,38 +33,53 @@ def _read(folder: Path, marker: Path) -> Listing:
             continue
         if absent is not None:
             raise ManifestError(f"{absent}: no such file; it belongs beside {marker.name}. Get it from {AUDIOSET.home}")
-        clips[split], missing[split] = [], []
-        for table in tables:
-            for video, start, labels in _segments(table, names):
-                path = files.get(video)
-                if path is None:
-                    missing[split].append(f"{video} from {start} s")
-                else:
-                    clips[split].append(Clip(path, labels=labels))
+        clips[split], missing[split] = listed_clips(tables, names, files)
     return Listing(folder, clips, names, missing)
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """Video -> its file below the folder; of several the first one."""
+def listed_clips(
+    tables: Iterable[Path], names: Mapping[str, str], files: Mapping[str, str]
+) -> tuple[list[Clip], list[str]]:
+    """The clips of some lists of segments that have a file, and what the others are called.
+
+    Args:
+        names: `class_names`.
+        files: of `find_videos`.
+    """
+    clips: list[Clip] = []
+    missing: list[str] = []
+    for table in tables:
+        for video, start, labels in _segments(table, names):
+            path = files.get(video)
+            if path is None:
+                missing.append(f"{video} from {start} s")
+            else:
+                clips.append(Clip(path, labels=labels))
+    return clips, missing
+
+
+def find_videos(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Video -> its file below the folder; of several the first one. And notes on what is left out."""
     found: dict[str, str] = {}
-    for path in find_clips(folder)[0].paths:
+    clips, notes = find_clips(folder)
+    for path in clips.paths:
         stem = path.rpartition("/")[2].rpartition(".")[0]
         # An id of 11 letters may begin with the Y that others write in front of ids.
         match = _STEM.fullmatch(stem) if len(stem) != 11 else re.fullmatch("(.+)", stem)
         if match is not None:
             found.setdefault(match[1], path)
-    return found
+    return found, notes
 
 
-def _classes(table: Path) -> Iterator[tuple[str, str]]:
+def class_names(table: Path) -> dict[str, str]:
+    """Label -> name, of ``class_labels_indices.csv``."""
     rows = csv.DictReader(read_text(table).splitlines())
     if not {"mid", "display_name"}.issubset(rows.fieldnames or ()):
         raise ManifestError(f"{table}: its columns are {rows.fieldnames}; expected index, mid, display_name")
-    for row in rows:
-        yield row["mid"], row["display_name"]
+    return {row["mid"]: row["display_name"] for row in rows}
 
 
-def _segments(table: Path, names: dict[str, str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _segments(table: Path, names: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Video, its start in seconds, and its labels."""
     rows = csv.reader(read_text(table).splitlines(), skipinitialspace=True)
     for row in rows:

@@ -86,13 +86,31 @@ def test_keeps_newest_and_best(tmp_path, model):
     assert checkpoints.best(tmp_path / "nothing") is None
 
 
+def test_keeps_those_of_every_so_many_updates(tmp_path, model):
+    for step in (2, 4, 5, 6, 8, 10, 11):
+        save(tmp_path, step, model)
+        checkpoints.prune(tmp_path, keep_last=1, keep_best=0, keep_every=4)
+    assert [path.name[-2:] for path in checkpoints.list_checkpoints(tmp_path)] == ["04", "08", "11"]
+
+
+def test_of_two_damaged_ones_neither_is_offered(tmp_path, model):
+    paths = [save(tmp_path, step, model) for step in (1, 2, 3)]
+    for path in paths[1:]:
+        (path / "state.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"go on from step-00000001 set it aside: mv \S+/step-00000003 "):
+        checkpoints.load(paths[2])
+    (paths[0] / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="copy it again, or name another checkpoint"):
+        checkpoints.load(paths[2])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_truncated_and_missing_files_are_named(tmp_path, model, name):
     older, path = save(tmp_path, 1, model), save(tmp_path, 2, model)
     whole = (path / name).read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1 if name != "state.json" else len(whole) - 3):
         (path / name).write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=rf"{name}.*delete .*step-00000002 to go on from {older.name}"):
+        with pytest.raises(CheckpointError, match=rf"{name}.*to go on from {older.name} set it aside: mv .*-00000002 "):
             checkpoints.load(path)
     (path / name).unlink()
     with pytest.raises(CheckpointError, match=rf"{name} (does not exist|cannot be read)"):

@@ -23,10 +23,12 @@ import torch
 from cat.commands import main
 from cat.data import Clip, Manifest, load_manifest, write_manifest
 from cat.data.features import FeatureConfig
+from cat.data.partial import digest_of_job
 from cat.encoders import CatEncoder, LogMelStatistics, RandomProjection, embed, partial, reading
 from cat.encoders.jobs import EncoderError, pick_jobs
 from cat.locks import InUseError, sole_user
 from cat.model import Encoder, ModelConfig
+from cat.outputs import OutputError
 
 soundfile = pytest.importorskip("soundfile")
 CLIPS = 9  # two a batch: the last one is alone
@@ -140,6 +142,7 @@ def test_told_to_stop_it_keeps_all_that_is_done(folder, encoded, monkeypatch, ca
 @pytest.mark.parametrize("of", ["a block", "the array"])
 def test_a_full_disk(folder, encoded, monkeypatch, capsys, of):
     from cat.data import embeddings
+    from cat.data import partial as pieces
     from cat.files import replacing
 
     def full(path):
@@ -148,7 +151,7 @@ def test_a_full_disk(folder, encoded, monkeypatch, capsys, of):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        for module in (partial, embeddings):
+        for module in (pieces, embeddings):
             patch.setattr(module, "replacing", full)
         assert run(folder) == 1
     assert "No space left on device" in capsys.readouterr().err
@@ -282,7 +285,7 @@ def test_other_weights_under_the_same_name_are_refused(folder, encoded, monkeypa
             )
     with torch.no_grad():
         encoder.encoder.blocks[0].fc1.bias[0] += 1
-    with pytest.raises(partial.OutputError, match=r"was cat \(\w+\), now cat \(\w+\), with other weights or settings"):
+    with pytest.raises(OutputError, match=r"was cat \(\w+\), now cat \(\w+\), with other weights or settings"):
         embed.write_embeddings(load_manifest(folder / "clips.jsonl"), encoder, folder / "x.npy", batch_size=2, jobs=1)
 
 
@@ -298,7 +301,7 @@ def test_blocks_of_another_job_are_not_mixed_in(stopped, encoded):
     shutil.copytree(kept, stopped / "x" / "clap.npy.partial")
     job = json.loads((kept / "job.json").read_text())
     _, _, content = blocks(stopped)[1].read_bytes().partition(b"\n")
-    content = content.replace(partial._digest_of_job(job).encode(), b"0" * 64)
+    content = content.replace(digest_of_job(job, ("encoder",)).encode(), b"0" * 64)
     blocks(stopped)[1].write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     encoded.clear()
     assert run(stopped) == 0
@@ -401,11 +404,11 @@ class Mine(LogMelStatistics):
 
 
 def test_how_many_processes(monkeypatch):
-    monkeypatch.setattr("cat.encoders.jobs._cores", lambda: 4)
+    monkeypatch.setattr("cat.encoders.jobs.cores", lambda: 4)
     assert pick_jobs(None, tiny()) == 4
     assert pick_jobs(None, Mine()) == 1
     assert pick_jobs(3, Mine()) == 3
-    monkeypatch.setattr("cat.encoders.jobs._cores", lambda: 96)
+    monkeypatch.setattr("cat.encoders.jobs.cores", lambda: 96)
     assert pick_jobs(None, tiny()) == 8
     on_gpu, threaded = tiny(), LogMelStatistics()
     on_gpu.device, threaded.threads = torch.device("cuda"), 4

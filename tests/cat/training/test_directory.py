@@ -119,7 +119,10 @@ def test_a_disk_that_is_too_small_is_found_at_the_start(tmp_path, monkeypatch, c
     with pytest.raises(OSError, match=r"a checkpoint of this model needs 50 MB, and 30 MB are free there; make room"):
         directory.check_disk(run_dir, config, needed=50_000_000, freed=0)
     directory.check_disk(run_dir, config, needed=50_000_000, freed=20_000_000)
-    assert "3 that are kept (run.keep_last, run.keep_best) and a new one need 200 MB" in capsys.readouterr().err
+    told = "3 that are kept (run.keep_last, run.keep_best, run.keep_every) and a new one need 200 MB"
+    assert told in capsys.readouterr().err
+    directory.check_disk(run_dir, RunConfig(keep_every=5), needed=5_000_000, freed=0, updates=24)
+    assert "7 that are kept" in capsys.readouterr().err
     directory.check_disk(run_dir, config, needed=7_500_000, freed=0)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 0))  # a file system that does not say

@@ -519,7 +519,7 @@ def test_clips_that_are_trained_on_and_scored_are_told(recipe, folder, tmp_path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, recipe):
-    changes = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.average=0"]
+    changes = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.average=0", "run.max_bad_steps=2"]
     with pytest.raises(TrainingError, match=r"not finite .*Start another run .*lower optim\.lr"):
         finetune(load_finetune_recipe(recipe, changes), tmp_path / "run", progress=False)
     assert checkpoints.newest(tmp_path / "run") is None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from safetensors import SafetensorError
 from cat.checkpoints import load_encoder
 from cat.checkpoints import store as checkpoints
 from cat.commands import main
-from cat.config import ConfigError, from_mapping
+from cat.config import ConfigError, from_mapping, to_mapping
 from cat.data import EmbeddingWriter, load_manifest, write_manifest
 from cat.data.loader import TooManyFailures
 from cat.experiments.failures import UnwiredCAT
+from cat.files import sha256_of
 from cat.model import CAT
 from cat.training import directory, loop, pretraining
 from cat.training.loop import TrainingError
@@ -538,6 +540,42 @@ def test_damaged_checkpoint_is_named(short):
         pretrain(config, run_dir, resume=True, progress=False)
 
 
+def test_what_is_said_of_a_damaged_checkpoint_helps(tmp_path, recipe, uninterrupted, capsys):
+    """Typed as it is said, the run goes on from the one before; the damaged one is still there."""
+    run_dir = tmp_path / "a run"
+    run = ["pretrain", "--resume", str(run_dir), "--quiet"]
+    pretrain(load_recipe(recipe, ["run.stop_at=10"]), run_dir, progress=False)
+    newest = checkpoints.newest(run_dir)
+    shape = checkpoints.read_tensors(newest / "model.safetensors")[0]
+    shape["student.cls"] = torch.zeros(1, 1, 8)
+    config = to_mapping(load_recipe(recipe))
+    for damage in ("of another model", "cut"):
+        if damage == "cut":
+            os.truncate(newest / "model.safetensors", 1000)
+        else:
+            checkpoints.save_tensors(newest / "model.safetensors", shape, step=10, config=config)
+            state = checkpoints.read_state(newest)
+            state["sha256"]["model.safetensors"] = sha256_of(newest / "model.safetensors")
+            (newest / "state.json").write_text(json.dumps(state))
+        before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+        assert main(run) == 1
+        told = capsys.readouterr().err
+        assert ("student.cls is (1, 1, 8), expected (1, 1, 16)" in told) == (damage != "cut")
+        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    aside = re.search("set it aside: (mv .*)\nand then: cat-audio (.*)\nNothing was changed", told)
+    subprocess.run(["sh", "-c", aside[1]], check=True)
+    assert main([*shlex.split(aside[2]), "run.stop_at=null", "--quiet"]) == 0
+    assert_same_run(run_dir, uninterrupted)
+    assert (run_dir / "checkpoints" / f"damaged-{newest.name}").is_dir()
+
+
+def test_the_only_checkpoint_is_damaged(short, capsys):
+    run_dir = short[1]
+    os.truncate(checkpoints.newest(run_dir) / "state.json", 10)
+    assert main(["pretrain", "--resume", str(run_dir)]) == 1
+    assert "No other checkpoint of this run is whole. Nothing was changed or deleted." in capsys.readouterr().err
+
+
 def test_an_existing_run_is_not_trodden_on(short):
     config, run_dir = short
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
@@ -653,7 +691,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, recipe, mon
     with pytest.raises(
         TrainingError, match=r"not finite at step 8 .*last good checkpoint is .*step-00000005.*optim\.lr"
     ):
-        pretrain(load_recipe(recipe, ["data.valid=null"]), tmp_path / "run", progress=False)
+        pretrain(load_recipe(recipe, ["data.valid=null", "run.max_bad_steps=1"]), tmp_path / "run", progress=False)
     good = weights(checkpoints.newest(tmp_path / "run"))
     assert all(tensor.isfinite().all() for tensor in good.values())
     rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
@@ -753,5 +791,5 @@ def test_command_usage(capsys):
 
 def test_state_is_plain_json(uninterrupted):
     state = json.loads((checkpoints.newest(uninterrupted) / "state.json").read_text())
-    assert set(state) == {"format", "step", "score", "made_with", "data", "config"}
+    assert set(state) == {"format", "step", "score", "made_with", "data", "sha256", "config"}
     assert state["data"]["clips"] == 8

@@ -9,6 +9,7 @@ import resource
 import pytest
 
 from cat.training.records import CollapseCheck, JsonLines, Metrics, read_rows, truncate_rows
+from cat.training.sinks import TensorBoard
 
 
 def test_rows_come_back_and_what_is_not_finite_is_null(tmp_path):
@@ -40,7 +41,7 @@ def test_metrics_go_to_file_and_tensorboard(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, rows in ((0, [(1, 4.0), (2, 2.0), (3, 9.0)]), (2, [(3, 1.0), (4, 2.0)])):
         metrics = Metrics(tmp_path, start_step=start)
-        metrics.train([{"step": s, "loss": v} for s, v in rows], clips_per_s=10.0, seconds=1.0)
+        metrics.train([{"step": s, "loss": v} for s, v in rows], {"clips_per_s": 10.0, "seconds": 1.0})
         metrics.valid({"step": rows[-1][0], "loss": 7.0})
         metrics.sync()
         metrics.close()
@@ -71,16 +72,16 @@ def test_a_write_that_does_not_fit_leaves_nothing_behind(tmp_path):
     assert read_rows(path) == [{"step": 1}, {"step": 2}]
 
 
-def test_the_run_goes_on_without_tensorboard_when_its_files_cannot_be_written(tmp_path):
+def test_the_run_goes_on_without_tensorboard_when_its_files_cannot_be_written(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     said = []
     metrics = Metrics(tmp_path, warn=said.append)
-    metrics._board.add_scalar = metrics._board.close = broken
+    monkeypatch.setattr(TensorBoard, "scalars", broken)
     for step in (1, 2):
-        metrics.train([{"step": step, "loss": 1.0}], clips_per_s=10.0, seconds=1.0)
+        metrics.train([{"step": step, "loss": 1.0}], {"clips_per_s": 10.0, "seconds": 1.0})
     metrics.sync()
     metrics.close()
-    assert said == ["TensorBoard's files cannot be written (No space left on device): the run goes on without them"]
+    assert said == ["TensorBoard cannot be written (No space left on device): the run goes on without it"]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl", "train")] == [1, 2]
 
 
@@ -109,7 +110,7 @@ def test_collapse_warns_after_so_many_steps_in_a_row_and_again_after_recovery():
 
 def test_json_lines_are_plain_json(tmp_path):
     metrics = Metrics(tmp_path, tensorboard=False)
-    metrics.train([{"step": 1, "loss": 1.0}], clips_per_s=1.23456, seconds=2.0)
+    metrics.train([{"step": 1, "loss": 1.0}], {"clips_per_s": 1.235, "seconds": 2.0})
     metrics.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[1] == {"kind": "speed", "step": 1, "clips_per_s": 1.235, "seconds": 2.0}
