@@ -233,7 +233,7 @@ class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
         failures: list[Failure] = []
         positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
         self._fetch_ahead(positions)
-        cuts = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
+        cuts = [first_readable(self._order, p, self._read, failures, self.manifest.name) for p in positions]
         augmentation = draw(
             self.augment,
             self.features,

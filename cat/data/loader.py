@@ -102,7 +102,7 @@ def every_clip(dataset: EveryClip, *, num_workers: int, warn: Callable[[str], No
         ready, failures = dataclasses.replace(batch, failures=failures), []
     if ready is None:
         raise RuntimeError(
-            f"not one of the {len(dataset.manifest)} clips of {dataset.manifest.source} could be read; the first: "
+            f"not one of the {len(dataset.manifest)} clips of {dataset.manifest.name} could be read; the first: "
             f"{failures[0].path}: {failures[0].reason}"
         )
     yield dataclasses.replace(ready, failures=ready.failures + failures)

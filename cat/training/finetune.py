@@ -138,7 +138,7 @@ def _of(task: Finetuning, manifest: Manifest) -> dict[str, Any]:
     values = task.evaluate(noting(task.batches_of(manifest, say)))
     if failed:
         say(
-            f"{len(failed)} of {len(manifest)} clips of {manifest.source} could not be read and are not scored; the "
+            f"{len(failed)} of {len(manifest)} clips of {manifest.name} could not be read and are not scored; the "
             f"first: {failed[0].path}: {failed[0].reason}"
         )
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
