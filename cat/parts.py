@@ -10,11 +10,28 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-_ACTIVE: list[PartTimer] = []
+
+class Listener(Protocol):
+    """Whoever wants to know in which part the step is."""
+
+    def span(self, name: str) -> AbstractContextManager[None]: ...
+
+
+_ACTIVE: list[Listener] = []
+
+
+@contextlib.contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """Parts are told to this one meanwhile."""
+    _ACTIVE.append(listener)
+    try:
+        yield
+    finally:
+        _ACTIVE.remove(listener)
 
 
 def part(name: str) -> AbstractContextManager[Any]:

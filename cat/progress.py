@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+muted = False  # in all processes but one, where several train one model (`cat.distributed`)
+
 
 class _Stderr:
     """``sys.stderr``, whatever it is at the time, without its errors."""
 
     def write(self, text: str) -> int:
         try:
-            if sys.stderr is not None:
+            if sys.stderr is not None and not muted:
                 sys.stderr.write(text)
         except (OSError, ValueError):  # ValueError: closed
             pass
@@ -34,7 +36,7 @@ class _Stderr:
 
     def isatty(self) -> bool:
         try:
-            return sys.stderr is not None and sys.stderr.isatty()
+            return sys.stderr is not None and not muted and sys.stderr.isatty()
         except (OSError, ValueError):
             return False
 

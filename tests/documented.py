@@ -196,11 +196,12 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def check_names(step: Step) -> None:
     """That the command exists, and all options of it that the step names; placeholders may stand for the rest."""
-    name = step.text.partition("cat-audio ")[2].split()[0]
+    text = re.split(r"cat-audio |-m cat ", step.text, maxsplit=1)[1]  # what follows torchrun's own options
+    name = text.split()[0]
     assert name in COMMANDS or name.startswith("-"), f"{step}: there is no command {name}"
     if name in COMMANDS:
         options = parser_of(name)._option_string_actions
-        named = re.findall(r"(?<![\w-])--[a-z][\w-]*", step.text)
+        named = re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
         assert set(named) <= {*options, "--debug", "--version"}, f"{step}: unknown options"
 
 

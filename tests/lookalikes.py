@@ -73,6 +73,13 @@ def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
     write_manifest(dataclasses.replace(found, clips=tuple(clips)), path)
 
 
+def embedded(path: Path) -> None:
+    """With an embedding of every clip."""
+    clips = path.with_name(f".{path.name}")
+    manifest(clips)
+    assert main(["embed", str(clips), "--encoder", "random", "-o", str(path.with_suffix(".npy"))]) == 0
+
+
 def folds(path: Path) -> None:
     manifest(path, fold=lambda number: number % 2 + 1, source=lambda number: f"recording {number}")
 

@@ -37,6 +37,7 @@ from tests.lookalikes import (
     clap,
     classifier,
     clip,
+    embedded,
     esc50,
     event_finder,
     events,
@@ -92,6 +93,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/sounds": classifier,
         "runs/events": event_finder,
     },
+    "docs/scale.md": {"audioset.jsonl": embedded},
     "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
     "help of checkpoints": {"runs/tiny": run_with_two_checkpoints},
@@ -147,6 +149,8 @@ NOT_RUN: dict[str, str] = {
     r"CMAKE_CUDA_ARCHITECTURES=\w+ pip install ": "installs, and needs nvcc",
     r"cmake ": "tests/test_build.py configures, builds and runs the C++ tests",
     r"\. \.venv/bin/activate": "the tests' own Python is the one",
+    r"torchrun ": "starts several processes; tests/cat/training/test_distributed.py does",
+    r"sbatch ": "needs Slurm; tests/test_launch.py runs the script with stand-ins",
     r"tensorboard ": "a server, which does not end",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
@@ -209,7 +213,7 @@ def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
         for step in steps_of(page):
             if why_not_run(step) is None:
                 run_step(step, tmp_path, names)
-            elif step.language == "sh" and "cat-audio" in step.words:
+            elif step.language == "sh" and {"cat-audio", "cat"} & set(step.words):
                 check_names(step)
     finally:
         torch.set_num_threads(threads)

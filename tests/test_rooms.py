@@ -10,7 +10,10 @@ import pytest
 CAT = Path(__file__).parents[1] / "cat"
 
 # From the top. A room may use those below it that are named, and itself; BASE has no arrow to the rest.
-BASE = {"config", "device", "ending", "files", "locks", "outputs", "parts", "progress", "provenance", "signals"}
+BASE = {
+    *("config", "device", "distributed", "ending", "files", "locks", "outputs", "parts", "progress", "provenance"),
+    "signals",
+}
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
@@ -26,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"sounds", *BASE},
     "model": BASE,
     "sounds": set(),
+    "distributed": {"config", "device", "progress"},
     "device": {"config"},
     "config": {"files"},
     "doctor": set(),

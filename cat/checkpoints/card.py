@@ -107,9 +107,10 @@ def _recipe(trained: Mapping[str, Any], step: int | None) -> str:
     rows = [("step", step)] if step is not None else []
     for section in _RECIPE:
         rows += _flat(section, trained.get(section))
-    for section, key in (("data", "batch_size"), ("run", "seed"), ("run", "precision")):
+    keys = (("data", "global_batch"), ("data", "batch_size"), ("run", "seed"), ("run", "precision"))
+    for section, key in keys:
         values = trained.get(section)
-        if isinstance(values, Mapping) and key in values:
+        if isinstance(values, Mapping) and values.get(key) is not None:
             rows.append((f"{section}.{key}", values[key]))
     if not rows:
         return "The checkpoint does not have it."

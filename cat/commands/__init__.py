@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cat.commands._stdout import results
+from cat.distributed import Unsaid
 from cat.ending import Ended, ending_on_signals
 from cat.progress import say
 from cat_kernels import __version__
@@ -132,6 +133,9 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("cat-audio: interrupted")
         return 130
+    except Unsaid as error:  # another process says why
+        say("\n".join(getattr(error, "__notes__", [])) or "stopped: another process had an error")
+        return 1
     except Exception as error:
         if "--debug" in argv:
             raise

@@ -7,7 +7,9 @@ import importlib.util
 import signal
 from pathlib import Path
 
+from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
+from cat.distributed import Processes, joined
 from cat.figures import write_finetune_figure
 from cat.progress import say
 from cat.training.directory import sole_writer
@@ -15,7 +17,7 @@ from cat.training.finetune import FinetuneResult, finetune, profile, replay
 from cat.training.finetune_recipe import FinetuneConfig, load_finetune_recipe
 from cat.training.profiling import STEPS
 from cat.training.recipe import find_recipe, read_run
-from cat.training.repeats import finetune_repeats
+from cat.training.repeats import RepeatsResult, finetune_repeats
 
 EXAMPLES = """\
 examples:
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
+    add_plan(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -51,27 +54,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with joined() as world:
+        return _run(args, world)
+
+
+def _run(args: argparse.Namespace, world: Processes) -> int:
     if args.resume and args.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and (args.overwrite or args.folds or args.seeds != 1):
         raise ConfigError("--profile times one run and saves nothing; leave out --overwrite, --folds and --seeds")
+    check_plan(args)
+    if args.plan is not None and (args.folds or args.seeds != 1):
+        raise ConfigError("--plan is of one run; leave out --folds and --seeds")
     if args.replay:
         if args.resume or args.overwrite or args.profile or args.folds or args.seeds != 1:
             raise ConfigError("--replay runs one update and saves nothing; leave out the other options")
         print(replay(Path(args.recipe), args.overrides, progress=not args.quiet).told())
         return 0
     config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
+    if args.plan is not None:
+        return run_plan(config, run_dir, args)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
-        print(profile(config, run_dir, resume=args.resume).table())
+        told = profile(config, run_dir, resume=args.resume).table()
+        if world.main:
+            print(told)
         return 0
     if args.folds or args.seeds != 1:
-        return _repeats(config, run_dir, args, options)
+        repeats = finetune_repeats(config, run_dir, by_fold=args.folds, seeds=args.seeds, **options)
+        if world.main:
+            print(_summary_of_repeats(repeats, run_dir))
+        return 128 + repeats.stopped_by if repeats.stopped_by else 0
     with sole_writer(run_dir):
         result = finetune(config, run_dir, **options)
-        print(_summary(result, config), flush=True)
-        if config.run.figures and result.scores is not None and importlib.util.find_spec("matplotlib"):
-            write_finetune_figure(run_dir, result.scores["metric"])
+        if world.main:
+            print(_summary(result, config), flush=True)
+            if config.run.figures and result.scores is not None and importlib.util.find_spec("matplotlib"):
+                write_finetune_figure(run_dir, result.scores["metric"])
     return 128 + result.run.stopped_by if result.run.stopped_by else 0
 
 
@@ -87,15 +106,12 @@ def _config(recipe: Path, overrides: list[str], *, resume: bool) -> tuple[Finetu
     return config, recipe
 
 
-def _repeats(config: FinetuneConfig, run_dir: Path, args: argparse.Namespace, options: dict[str, bool]) -> int:
-    result = finetune_repeats(config, run_dir, by_fold=args.folds, seeds=args.seeds, **options)
-    if result.scores:
-        print(result.table())
+def _summary_of_repeats(result: RepeatsResult, run_dir: Path) -> str:
+    lines = [result.table()] if result.scores else []
     if result.stopped_by:
-        print(f"stopped by {signal.Signals(result.stopped_by).name}; go on with the same command and --resume")
-        return 128 + result.stopped_by
-    print(f"scores: {run_dir / 'scores.json'}")
-    return 0
+        name = signal.Signals(result.stopped_by).name
+        return "\n".join([*lines, f"stopped by {name}; go on with the same command and --resume"])
+    return "\n".join([*lines, f"scores: {run_dir / 'scores.json'}"])
 
 
 def _summary(result: FinetuneResult, config: FinetuneConfig) -> str:

@@ -6,7 +6,9 @@ import argparse
 import importlib.util
 import signal
 
+from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
+from cat.distributed import Processes, joined
 from cat.figures import write_run_figures
 from cat.progress import say
 from cat.training.directory import sole_writer
@@ -19,9 +21,11 @@ EXAMPLES = """\
 examples:
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio          on a folder of one's own
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio run.name=other model.depth=6 optim.lr=1e-3
+  cat-audio pretrain recipes/base.yaml data.global_batch=768 --plan gpus=8    what it needs on 8 GPUs, nothing starts
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
   cat-audio pretrain --replay runs/tiny/skipped/step-00000123.json        what was not finite in a skipped step
+  torchrun --nproc-per-node 2 -m cat pretrain recipes/tiny.yaml data.train=my/audio             in two processes
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.
 """
@@ -36,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help=f"time the parts of {STEPS} steps, write a trace, save nothing else"
     )
+    add_plan(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -45,11 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with joined() as world:
+        return _run(args, world)
+
+
+def _run(args: argparse.Namespace, world: Processes) -> int:
     recipe = find_recipe(args.recipe)
     if args.resume and args.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if args.profile and args.overwrite:
         raise ConfigError("--profile saves nothing, so --overwrite would only delete a run; leave it out")
+    check_plan(args)
     if args.replay:
         if args.resume or args.overwrite or args.profile:
             raise ConfigError("--replay saves nothing; leave out --resume, --overwrite and --profile")
@@ -64,14 +75,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = load_recipe(recipe, args.overrides)
         run_dir = config.run_dir
+    if args.plan is not None:
+        return run_plan(config, run_dir, args)
     if args.profile:
-        print(profile(config, run_dir, resume=args.resume).table())
+        told = profile(config, run_dir, resume=args.resume).table()
+        if world.main:
+            print(told)
         return 0
     with sole_writer(run_dir):
         result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
-        print(_summary(result, config), flush=True)
-        if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
-            write_run_figures(result.run_dir)
+        if world.main:
+            print(_summary(result, config), flush=True)
+            if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
+                write_run_figures(result.run_dir)
     return 128 + result.stopped_by if result.stopped_by else 0
 
 

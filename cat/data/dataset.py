@@ -2,7 +2,8 @@
 
 Batch ``step`` takes positions p = step * B .. step * B + B - 1 of the endless sequence of epochs (`cat.data.sampling`):
 epoch p // n, place p % n of that epoch's permutation. Crop, roll and gain come from a counter-based generator keyed by
-(seed, epoch, clip). So a run is resumed by its step alone, and the number of workers changes nothing.
+(seed, epoch, clip). So a run is resumed by its step alone, and the number of workers changes nothing, nor does that of
+the processes which share the batch out (`cat.data.share`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.data.reading import FetchAhead, check_reading, first_readable, order_of, read_cut, training_cut
+from cat.data.share import Share
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class DataConfig:
 
     train: str = ""  # folder, .jsonl, .tsv or .json; folder or URL of shards
     valid: str | None = None
-    batch_size: int = 96
+    global_batch: int | None = None  # clips of an update, over all processes; null: batch_size
+    batch_size: int = 96  # the most clips that a process computes at once
     num_workers: int = 4  # 0 reads in the main process
     prefetch: int = 4  # batches each worker has ready
     crop: str = "random"  # of clips longer than features.frames: "random", "center" or "start"
@@ -47,9 +50,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_reading(self)
 
+    @property
+    def update_clips(self) -> int:
+        """Clips of an update, over all processes."""
+        return self.global_batch or self.batch_size
+
 
 class PretrainDataset(torch.utils.data.Dataset[Batch]):
-    """``dataset[step]`` is the batch of that step."""
+    """``dataset[step]`` is the batch of that step; of a ``share`` of several pieces, the piece with that key."""
 
     def __init__(
         self,
@@ -60,6 +68,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         *,
         patch_size: int,
         seed: int,
+        share: Share | None = None,
         waveforms: bool = False,
         guides: Guides | None = None,
     ) -> None:
@@ -70,13 +79,15 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         self.grid = (features.frames // patch_size, features.mel_bins // patch_size)
         self.seed, self.waveforms = seed, waveforms
         self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
+        self.share = share or Share(data.update_clips)
         weights = balancing_weights(manifest) if data.sampler == "weighted" else None
         self._order = order_of(manifest, data, seed=seed, weights=weights)
         self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, key: int) -> Batch:
         failures: list[Failure] = []
-        positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
+        step, places = self.share.place(key)
+        positions = [step * self.share.clips + place for place in places]
         self._fetch_ahead(positions)
         read = [first_readable(self._order, p, self._read, failures, self.manifest.name) for p in positions]
         cuts, embeddings = [cut for cut, _, _ in read], [row for _, row, _ in read]

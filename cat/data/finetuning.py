@@ -28,6 +28,7 @@ from cat.data.labels import Interval, Labels, intervals_of, moved
 from cat.data.loader import every_clip
 from cat.data.manifest import Manifest
 from cat.data.reading import FetchAhead, check_choice, check_reading, first_readable, order_of, read_cut, training_cut
+from cat.data.share import Share
 from cat.data.workers import prefetched
 from cat.progress import say
 
@@ -44,7 +45,8 @@ class FinetuneDataConfig:
     valid_share: float = 0.1  # of train, held out where there is no valid
     fold: int | None = None  # the clips of train whose field "fold" is this are the test split
     group_by: str | None = None  # a field of the manifest, e.g. speaker: clips that share it are held out together
-    batch_size: int = 48
+    global_batch: int | None = None  # clips of an update, over all processes; null: batch_size
+    batch_size: int = 48  # the most clips that a process computes at once
     num_workers: int = 4  # 0 reads in the main process
     prefetch: int = 4  # batches each worker has ready
     padding: str = "mask"  # of short clips: hidden from the network ("mask"), or a part of the clip ("fill")
@@ -61,6 +63,11 @@ class FinetuneDataConfig:
         if not 0.0 < self.valid_share < 1.0:
             raise ValueError(f"data.valid_share is {self.valid_share}; it is a share, between 0 and 1")
 
+    @property
+    def update_clips(self) -> int:
+        """Clips of an update, over all processes."""
+        return self.global_batch or self.batch_size
+
 
 def finetune_batches(
     manifest: Manifest,
@@ -73,6 +80,7 @@ def finetune_batches(
     seed: int,
     start_step: int = 0,
     num_steps: int,
+    share: Share | None = None,
     waveforms: bool = False,
     warn: Callable[[str], None] = say,
 ) -> Iterator[Batch]:
@@ -81,16 +89,16 @@ def finetune_batches(
 
     Args:
         manifest: clips that `Labels.select` has chosen.
-        waveforms, warn: as in `cat.data.loader.pretrain_batches`.
+        share, waveforms, warn: as in `cat.data.loader.pretrain_batches`.
 
     A clip that cannot be read gives its place to the next one of the epoch's order that can, with that clip's own
     targets; it is named in ``Batch.failures``.
     """
     dataset = FinetuneDataset(
-        manifest, labels, data, augment, features, patch_size=patch_size, seed=seed, waveforms=waveforms
+        manifest, labels, data, augment, features, patch_size=patch_size, seed=seed, share=share, waveforms=waveforms
     )
-    steps = range(start_step, start_step + num_steps)
-    return prefetched(dataset, steps, num_workers=data.num_workers, prefetch=data.prefetch, warn=warn)
+    keys = dataset.share.keys(start_step, num_steps)
+    return prefetched(dataset, keys, num_workers=data.num_workers, prefetch=data.prefetch, warn=warn)
 
 
 def scoring_batches(
@@ -101,6 +109,8 @@ def scoring_batches(
     patch_size: int,
     batch_size: int = 32,
     num_workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
     padding: str = "mask",
     crop: str = "start",
     waveforms: bool = False,
@@ -109,7 +119,7 @@ def scoring_batches(
     """All clips once, in order, as they are; the last batch may be smaller. Without ``labels`` there are no targets.
 
     A clip that cannot be read is left out and named in ``Batch.failures``; no batch is empty. RuntimeError if not one
-    clip can be read.
+    clip can be read. ``rank`` and ``processes`` as in `cat.data.loader.every_clip`.
     """
     check_choice("padding", padding, PADDINGS)
     dataset = ScoringDataset(
@@ -122,7 +132,7 @@ def scoring_batches(
         crop=crop,
         waveforms=waveforms,
     )
-    return every_clip(dataset, num_workers=num_workers, warn=warn)
+    return every_clip(dataset, num_workers=num_workers, rank=rank, processes=processes, warn=warn)
 
 
 def crop_to_score(crop: str) -> str:
@@ -209,7 +219,7 @@ class _Labelled:
 
 
 class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
-    """``dataset[step]`` is the batch of that step."""
+    """``dataset[step]`` is the batch of that step; of a ``share`` of several pieces, the piece with that key."""
 
     def __init__(
         self,
@@ -221,17 +231,20 @@ class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
         *,
         patch_size: int,
         seed: int,
+        share: Share | None = None,
         waveforms: bool = False,
     ) -> None:
         super().__init__(manifest, labels, features, padding=data.padding, patch_size=patch_size, waveforms=waveforms)
         self.data, self.augment, self.seed = data, augment, seed
+        self.share = share or Share(data.update_clips)
         weights = labels.weights(manifest) if data.sampler == "weighted" else None
         self._order = order_of(manifest, data, seed=seed, weights=weights)
         self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, key: int) -> Batch:
         failures: list[Failure] = []
-        positions = range(step * self.data.batch_size, (step + 1) * self.data.batch_size)
+        step, places = self.share.place(key)
+        positions = [step * self.share.clips + place for place in places]
         self._fetch_ahead(positions)
         cuts = [first_readable(self._order, p, self._read, failures, self.manifest.name) for p in positions]
         augmentation = draw(

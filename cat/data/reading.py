@@ -32,6 +32,8 @@ class ReadingConfig(Protocol):
     """The fields that every configuration of data has."""
 
     @property
+    def global_batch(self) -> int | None: ...
+    @property
     def batch_size(self) -> int: ...
     @property
     def num_workers(self) -> int: ...
@@ -58,6 +60,10 @@ def check_reading(config: ReadingConfig) -> None:
     for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
         if getattr(config, name) < least:
             raise ValueError(f"data.{name} is {getattr(config, name)}; it must be at least {least}")
+    if config.global_batch is not None and config.global_batch < 1:
+        raise ValueError(
+            f"data.global_batch is {config.global_batch}; it must be at least 1, or null for data.batch_size"
+        )
     if not 0.0 <= config.max_failed_share <= 1.0:
         raise ValueError(f"data.max_failed_share is {config.max_failed_share}; it is a share, from 0 to 1")
     check_choice("sampler", config.sampler, SAMPLERS)

@@ -121,6 +121,8 @@ class Listener:
         return batch
 
     def _listened(self, batch: Batch, manifest: Manifest) -> Batch:
+        if len(batch.clips) == 0:
+            return batch
         rows = {name: self._rows(name, batch.heard[name], batch.clips.tolist(), manifest) for name in self.encoders}
         return replace(batch, guides={**batch.guides, **rows}, heard={})
 

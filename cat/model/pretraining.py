@@ -285,6 +285,7 @@ class CAT(nn.Module):
         mask_noise: Tensor | None = None,
         guides: Mapping[str, Tensor | None] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        parts: float = 1.0,
     ) -> PretrainOutput:
         """Losses of one batch. In eval mode a term of L_r without embeddings is left out; in training it is an error.
 
@@ -296,6 +297,8 @@ class CAT(nn.Module):
             mask_noise: (B*M, L-K, D) noise to use in place of drawn noise, masked patches in ascending order.
             guides: the same of the other guides, by name.
             weights: of the terms that have a schedule, by name ("": the objective's), 0-dim float32.
+            parts: as how many batches like this one the whole batch counts. Losses that are sums are multiplied by it,
+                so that the mean over all parts of any loss, and of its gradient, is that of the whole batch.
         """
         P = self.config.patch_size
         grid = (spec.shape[2] // P, spec.shape[3] // P)
@@ -306,7 +309,7 @@ class CAT(nn.Module):
             prediction_NLD = self.decode(x, visible, grid, rng, mask_noise)
         with part("loss"):
             embeddings = {"": embedding, **(guides or {})}
-            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embeddings, weights or {})
+            return self._losses(x, cls, prediction_NLD, target_BLD, visible, embeddings, weights or {}, parts)
 
     def _losses(
         self,
@@ -317,6 +320,7 @@ class CAT(nn.Module):
         visible: Tensor,
         embeddings: Mapping[str, Tensor | None],
         weights: Mapping[str, Tensor],
+        parts: float,
     ) -> PretrainOutput:
         regression, pred_std, target_std = masked_regression_loss(
             prediction_NLD, target_BLD, visible, backend=self.config.backend
@@ -324,7 +328,12 @@ class CAT(nn.Module):
 
         o = self.objective
         M = visible.shape[0] // max(target_BLD.shape[0], 1)
-        reduce = torch.sum if o.global_loss_reduction == "sum" else torch.mean
+
+        def reduce(losses_N: Tensor) -> Tensor:
+            if o.global_loss_reduction == "mean":
+                return losses_N.mean()
+            return losses_N.sum() if parts == 1 else losses_N.sum() * parts
+
         target_cls = target_BLD.mean(1).repeat_interleave(M, dim=0)
         global_ = reduce(squared_distance(x[:, 0].float(), target_cls))
         loss = regression + o.global_weight * global_

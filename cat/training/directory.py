@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cat.checkpoints import store as checkpoints
 from cat.config import ConfigError, read_yaml
+from cat.distributed import current
 from cat.files import check_writable, format_bytes, free_space
 from cat.locks import LOCK, sole_user
 from cat.progress import say
@@ -34,7 +35,9 @@ _RECORDS = (
 
 
 def sole_writer(run_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """See `cat.locks.sole_user`."""
+    """See `cat.locks.sole_user`. Of several processes that train together the first writes, for all."""
+    if not current().main:
+        return contextlib.nullcontext()
     return sole_user(run_dir, remedy="wait for it or stop it, or choose another name (run.name=OTHER)")
 
 

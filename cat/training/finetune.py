@@ -25,7 +25,7 @@ from typing import Any, cast
 from cat.checkpoints import CheckpointError
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.encoder import chosen
-from cat.data import Batch, Failure, Manifest
+from cat.data import Batch, Manifest
 from cat.evaluation.evaluate import keep_settings
 from cat.files import write_json
 from cat.progress import say
@@ -35,7 +35,7 @@ from cat.training.loop import RunResult
 from cat.training.profiling import STEPS, StepProfile
 from cat.training.replay import Replay, read_replay
 from cat.training.replay import replay as replay_task
-from cat.training.start import profile_task, started
+from cat.training.start import profile_task, shared_checkpoint, started
 
 SCORES = "scores.json"
 
@@ -73,7 +73,7 @@ def finetune(
             return FinetuneResult(run, None)
         task = cast(Finetuning, trainer.task)
         result = FinetuneResult(run, _scores(task, run_dir))
-        if task.config.task == "events":
+        if task.config.task == "events" and task.world.main:
             say(keep_settings(run_dir, task.splits.valid, task.device))
         return result
 
@@ -98,6 +98,21 @@ def _task(config: FinetuneConfig) -> Finetuning:
 
 def _scores(task: Finetuning, run_dir: Path) -> dict[str, Any]:
     """Of the best checkpoint; read, where they were written already for these clips."""
+    world, splits = task.world, task.splits
+    about, before = world.from_main(_about(task, run_dir) if world.main else None)
+    if before is not None:
+        return before
+    best = shared_checkpoint(world, checkpoints.load(cast(Path, chosen(run_dir))) if world.main else None)
+    assert best is not None  # `_about` has looked
+    checkpoints.load_tensors(task.model, best.model, str(best.path))
+    scores = {**about, "valid": _of(task, splits.valid), "test": splits.test and _of(task, splits.test)}
+    if world.main:
+        write_json(run_dir / SCORES, scores)
+    return scores
+
+
+def _about(task: Finetuning, run_dir: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What is scored, and the scores that an earlier end of the run has written of the same."""
     best = chosen(run_dir)
     if best is None:
         raise CheckpointError(f"{run_dir} has no checkpoint; expected that of the run's end: run it again")
@@ -118,28 +133,25 @@ def _scores(task: Finetuning, run_dir: Path) -> dict[str, Any]:
         "test_fingerprint": None if splits.test is None else splits.test.fingerprint,
     }
     before = _read_scores(run_dir / SCORES)
-    if before is not None and all(before.get(key) == value for key, value in about.items()):
-        return before
-    checkpoints.load_tensors(task.model, checkpoints.load(best).model, str(best))
-    scores = {**about, "valid": _of(task, splits.valid), "test": splits.test and _of(task, splits.test)}
-    write_json(run_dir / SCORES, scores)
-    return scores
+    same = before is not None and all(before.get(key) == value for key, value in about.items())
+    return about, before if same else None
 
 
 def _of(task: Finetuning, manifest: Manifest) -> dict[str, Any]:
     """Loss and metrics; what is not finite (an infinite d') is null, as JSON has no such number."""
-    failed: list[Failure] = []
+    failed: list[tuple[str, str]] = []
 
     def noting(batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            failed.extend(batch.failures)
+            failed.extend((failure.path, failure.reason) for failure in batch.failures)
             yield batch
 
     values = task.evaluate(noting(task.batches_of(manifest, say)))
+    failed = [failure for part in task.world.gathered(failed) for failure in part]
     if failed:
         say(
             f"{len(failed)} of {len(manifest)} clips of {manifest.name} could not be read and are not scored; the "
-            f"first: {failed[0].path}: {failed[0].reason}"
+            f"first: {failed[0][0]}: {failed[0][1]}"
         )
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return {**finite, "unreadable": len(failed)}

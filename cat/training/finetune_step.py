@@ -6,20 +6,23 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cat.data import Batch
+from cat.distributed import Processes, current
 from cat.model import Classifier, ClassifierOutput
 from cat.parts import part
 from cat.training.descent import LOW, Descent
 from cat.training.layerwise import FinetuneOptimConfig, build_layerwise, set_layer_rates
-from cat.training.losses import LossConfig, binary_cross_entropy, cross_entropy, of_frames, reduced
+from cat.training.losses import LossConfig, binary_cross_entropy, counted, cross_entropy, of_frames, reduced
 from cat.training.optim import trainable
+from cat.training.parallel import gathering, replicated
 from cat.training.step import COMPILER
 
 
@@ -41,6 +44,8 @@ class FinetuneStep:
         precision: "bf16" and "fp16" run under autocast, "fp16" with scaled losses.
         compile: "blocks": torch.compile of the blocks, which see clips of all lengths in one shape; "step": of the
             whole classifier.
+        pieces: as how many pieces a batch is computed, by all processes together.
+        world: the processes that train the model together.
     """
 
     def __init__(
@@ -52,8 +57,11 @@ class FinetuneStep:
         freeze: int | Literal["encoder"] = 0,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         compile: Literal["none", "blocks", "step"] = "none",
+        pieces: int = 1,
+        world: Processes | None = None,
     ) -> None:
         self.model, self.optim, self.loss = model, optim, loss
+        self._pieces, self._world = pieces, world or current()
         self.device = model.encoder.cls.device
         self._frozen = frozen_parts(model, freeze)
         for frozen in self._frozen:
@@ -68,7 +76,9 @@ class FinetuneStep:
             self._averages: list[Tensor | nn.Parameter] = [average[name].data for name in self.parameters]
             self._average = get_ema_multi_avg_fn(optim.average)
         self._low = LOW.get(precision)
-        self._forward = torch.compile(model, backend=COMPILER, dynamic=False) if compile == "step" else model
+        self._forward = (
+            cast(nn.Module, torch.compile(model, backend=COMPILER, dynamic=False)) if compile == "step" else model
+        )
         if compile == "blocks":
             for block in model.encoder.blocks:
                 block.compile(dynamic=False, backend=COMPILER)
@@ -80,10 +90,18 @@ class FinetuneStep:
             if isinstance(frozen, nn.Module):
                 frozen.eval()
 
-    def outputs(self, batch: Batch, keep: Tensor | None = None, *, scored: bool = False) -> ClassifierOutput:
-        """``scored``: of the weights that are evaluated."""
+    @functools.cached_property
+    def _trained(self) -> nn.Module:
+        """Made at the first update, when the weights are those that the run begins or goes on with."""
+        return replicated(self._forward, self._world)
+
+    def outputs(
+        self, batch: Batch, keep: Tensor | None = None, *, scored: bool = False, trained: bool = False
+    ) -> ClassifierOutput:
+        """``scored``: of the weights that are evaluated; ``trained``: for a backward that all processes do together."""
+        module = self.scored if scored else self._trained if trained else self._forward
         with torch.autocast(self.device.type, self._low, enabled=self._low is not None), part("forward, rest"):
-            return (self.scored if scored else self._forward)(batch.spec, rows=batch.rows, keep=keep)
+            return module(batch.spec, rows=batch.rows, keep=keep)
 
     def losses(self, output: ClassifierOutput, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """As `cat.training.losses.reduced`."""
@@ -99,21 +117,42 @@ class FinetuneStep:
         return reduced(losses, targets, self.loss.over)
 
     def __call__(self, batch: Batch, keep: Tensor | None, *, step: int) -> Tensor:
-        """The update that follows ``step`` others. Returns the loss and `Descent.numbers`, float32."""
+        """`of_pieces` of a whole batch."""
+        return self.of_pieces([(batch, keep)], step=step)
+
+    def of_pieces(self, pieces: Sequence[tuple[Batch, Tensor | None]], *, step: int) -> Tensor:
+        """The update that follows ``step`` others, on this process's pieces of its batch. Returns the loss and
+        `Descent.numbers`, float32."""
         set_layer_rates(self.optimizer, self.optim, step)
-        output = self.outputs(batch, keep)
-        with part("loss"):
-            total, count = self.losses(output, batch, self.loss.label_smoothing)
-            loss = total / count
-        self.descent.backward(loss)
+        count = self._count([batch for batch, _ in pieces])
+        told: list[Tensor] = []
+        for batch, keep in pieces:
+            with gathering(self._trained, last=len(told) + 1 == len(pieces)):
+                output = self.outputs(batch, keep, trained=True)
+                with part("loss"):
+                    loss = self.losses(output, batch, self.loss.label_smoothing)[0] / count
+                self.descent.backward(loss)
+            told.append(loss.detach().float())
         with part("optimiser"):
+            loss = told[0] if self._pieces == 1 else self._world.mean_(torch.stack(told).sum())
             self.whole = False
             numbers = self.descent.step()
         if self.optim.average:
             with part("EMA"):
                 self._average(self._averages, _data(list(self.parameters.values())), 0)
         self.whole = True
-        return torch.stack([value.detach().float() for value in (loss, *numbers)])
+        return torch.stack([loss, *(value.float() for value in numbers)])
+
+    def _count(self, batches: Sequence[Batch]) -> Tensor:
+        """What the sum of this process's losses is divided by, so that the mean over the processes is the loss of the
+        whole batch."""
+        counts = [counted(batch.targets, self.loss.over) for batch in batches if batch.targets is not None]
+        if self._pieces == 1:
+            return counts[0].clamp(min=1)
+        own = torch.stack(counts).sum()
+        if self.loss.over != "positives":  # pieces have as many of anything else
+            return own
+        return self._world.sum_(own).clamp(min=1) / self._world.size
 
 
 def _data(parameters: Sequence[nn.Parameter]) -> list[Tensor | nn.Parameter]:

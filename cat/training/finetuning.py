@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,9 @@ from cat.data import Batch, Manifest, load_manifest
 from cat.data.finetuning import crop_to_score, finetune_batches, scoring_batches
 from cat.data.labels import Labels, labels_of
 from cat.data.reading import sampling_advice
+from cat.data.share import share_out
 from cat.data.splits import fold_split, hold_out, shared_files
+from cat.distributed import current
 from cat.evaluation.metrics import main_metric, scores_of
 from cat.model import Classifier
 from cat.parts import part
@@ -27,7 +29,7 @@ from cat.training.finetune_step import FinetuneStep, frozen_parts
 from cat.training.flops import flops
 from cat.training.identity import data_identity
 from cat.training.layerwise import scaled_rate
-from cat.training.recipe import made_with, pick_device, pick_features, pick_precision
+from cat.training.recipe import made_with, pick_features, pick_precision
 from cat.training.task import Warn
 
 
@@ -88,7 +90,15 @@ class Finetuning:
         self.valid: Manifest | None = splits.valid
         self.metric = main_metric(config.task)
         run = config.run
-        self.device = pick_device(run.device)
+        self.world = current()
+        self.share = share_out(
+            config.data.update_clips,
+            config.data.batch_size,
+            processes=self.world.size,
+            rank=self.world.rank,
+            paired=config.augment.mixup > 0,
+        )
+        self.device = self.world.device(run.device)
         self.precision = pick_precision(run.precision, self.device)
         self.features = pick_features(config.data.features, self.device)
         self.identity = {
@@ -105,6 +115,8 @@ class Finetuning:
             freeze=config.freeze,
             precision=self.precision,
             compile=run.compile,
+            pieces=self.share.pieces,
+            world=self.world,
         )
         self.parameters = self.step.parameters
         self.values = ("loss", *self.step.descent.numbers)
@@ -127,7 +139,9 @@ class Finetuning:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        return made_with(self.config.run, self.device, self.precision, self.config.model.kernels, self.features)
+        return made_with(
+            self.config.run, self.device, self.precision, self.config.model.kernels, self.features, self.share
+        )
 
     # ------------------------------------------------------------ updates
 
@@ -137,9 +151,9 @@ class Finetuning:
     def train_mode(self) -> None:
         self.step.train_mode()
 
-    def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
+    def batches(self, start: int, count: int, warn: Warn) -> Iterator[list[Batch]]:
         config = self.config
-        return finetune_batches(
+        batches = finetune_batches(
             self.manifest,
             self.labels,
             config.data,
@@ -149,30 +163,35 @@ class Finetuning:
             seed=config.run.seed,
             start_step=start,
             num_steps=count,
+            share=self.share,
             waveforms=self.features == "gpu",
             warn=warn,
         )
+        return self.share.updates(batches)
 
-    def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def train(self, pieces: Sequence[Batch], step: int) -> tuple[Tensor, dict[str, float]]:
         with part("input"):
-            keep = self._keep(len(batch.clips), step)
-            batch = batch.to(self.device).with_features(self.config.features).augmented()
-        values = self.step(batch, keep, step=step)
+            inputs = [
+                (batch.to(self.device).with_features(self.config.features).augmented(), self._keep(number, step))
+                for number, batch in enumerate(pieces, start=self.share.first)
+            ]
+        values = self.step.of_pieces(inputs, step=step)
         return values, {"lr": scaled_rate(self.config.optim, step)}
 
-    def _keep(self, clips: int, step: int) -> Tensor | None:
+    def _keep(self, piece: int, step: int) -> Tensor | None:
+        """Of a piece's clips, by their places in the whole batch."""
         config = self.config
         if config.optim.drop_path == 0 or config.freeze == "encoder":
             return None
         keep = drop_path_factors(
             config.optim.drop_path,
             config.model.depth,
-            clips,
+            self.share.clips,
             seed=config.run.seed,
             step=step,
             frozen=config.freeze,
         )
-        return keep.to(self.device, non_blocking=True)
+        return keep[self.share.places(piece)].to(self.device, non_blocking=True)
 
     def flops(self, batch: Batch) -> int:
         most = self.config.features.frames // self.config.model.patch_size
@@ -212,6 +231,8 @@ class Finetuning:
             patch_size=self.config.model.patch_size,
             batch_size=data.batch_size,
             num_workers=data.num_workers,
+            rank=self.world.rank,
+            processes=self.world.size,
             padding=data.padding,
             crop=crop_to_score(data.crop),
             waveforms=self.features == "gpu",
@@ -221,6 +242,8 @@ class Finetuning:
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Loss, without smoothing, and all metrics that `cat.evaluation.metrics` has for the task."""
         scores, targets, total, count = self.predictions(batches)
+        if not len(scores):
+            raise RuntimeError("not one clip of the split could be read; failures.jsonl of the run lists them")
         metrics = scores_of(scores, targets, self.config.task, self.config.classes).metrics
         if self.metric not in metrics:
             raise ValueError(
@@ -230,18 +253,25 @@ class Finetuning:
 
     @torch.no_grad()
     def predictions(self, batches: Iterator[Batch]) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """Probabilities (n, C) and targets (n, C) of all clips, the sum of their losses and what it is divided by."""
+        """Probabilities (n, C) and targets (n, C) of all clips, in whatever process's ``batches`` they are, the sum of
+        their losses and what it is divided by."""
         self.model.eval()
-        scores, targets = [], []
+        none = torch.empty(0, len(self.config.classes), device=self.device)
+        scores, targets, clips = [none.double()], [none], []
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
+            if len(batch.clips) == 0:
+                continue
+            clips += batch.clips.tolist()
             batch = batch.to(self.device).with_features(self.config.features)
             output = self.step.outputs(batch, scored=True)
             sums += torch.stack(self.step.losses(output, batch))
             scores.append(self.model.probabilities(output.clip.double()))  # float32 would make ties
             targets.append(cast(Tensor, batch.targets))
-        total, count = sums.tolist()
-        return torch.cat(scores).cpu().numpy(), torch.cat(targets).cpu().numpy(), total, count
+        order = torch.cat(self.world.gathered_rows(torch.tensor(clips, dtype=torch.int64))).argsort()
+        rows = [torch.cat(self.world.gathered_rows(torch.cat(part).cpu()))[order].numpy() for part in (scores, targets)]
+        total, count = torch.stack(self.world.gathered_rows(sums[None].cpu())).sum((0, 1)).tolist()
+        return rows[0], rows[1], total, count
 
     def told(self, values: Mapping[str, float]) -> str:
         return f"loss {values['loss']:.4f}, {self.metric} {values[self.metric]:.4f}"

@@ -20,6 +20,7 @@ class Found:
         kind: "weight", "input", "output", "gradient" (of an output) or "weight's gradient".
         name: of the parameter or module; of an input, which one.
         rows: of an input, those of its first dimension that are not finite.
+        piece: of the batch, that the model was called with.
     """
 
     kind: str
@@ -27,6 +28,7 @@ class Found:
     bad: int  # numbers that are NaN or infinite
     of: int
     rows: tuple[int, ...] = ()
+    piece: int = 0
 
     def __str__(self) -> str:
         count = f"{self.bad} of {self.of} numbers are NaN or infinite"
@@ -54,6 +56,7 @@ class Finder:
         for prefix, part in (parts or {}).items():
             self._named |= {f"{prefix}.{name}" if name else prefix: each for name, each in part.named_modules()}
         self.first: Found | None = None
+        self._calls = 0
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Finder:
@@ -79,12 +82,13 @@ class Finder:
         count = int(bad.sum())
         if count:
             rows = bad.flatten(1).any(1).nonzero().flatten().tolist() if kind == "input" and value.ndim > 1 else []
-            self.first = Found(kind, name, count, value.numel(), tuple(rows))
+            self.first = Found(kind, name, count, value.numel(), tuple(rows), max(0, self._calls - 1))
 
     def _of(self, kind: str, name: str) -> Callable[[Tensor], None]:
         return lambda value: self._look(kind, name, value.detach())
 
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls += 1
         given = inspect.signature(self._model.forward).bind(*args, **kwargs).arguments
         for name, tree in given.items():
             for place, value in _tensors(tree):

@@ -93,7 +93,7 @@ def constant_loss(rows: Tensor, term: Regularisation) -> float | None:
 def reduced(loss: float, config: PretrainConfig) -> float:
     """The loss of one clip-clone as ``objective.global_loss_reduction`` makes one of a batch."""
     summed = config.objective.global_loss_reduction == "sum"
-    return loss * (config.data.batch_size * config.masks.num_masks if summed else 1)
+    return loss * (config.data.update_clips * config.masks.num_masks if summed else 1)
 
 
 # ---------------------------------------------------------------- names
@@ -150,7 +150,7 @@ class Guidance:
             self._checks[guide] = GuidanceCheck(
                 constant,
                 after=warm_up + round(config.run.guidance_share * max(0, optim.steps - warm_up)),
-                window=max(1, min(math.ceil(JUDGED / config.data.batch_size), optim.steps // 8)),
+                window=max(1, min(math.ceil(JUDGED / config.data.update_clips), optim.steps // 8)),
                 guide=guide,
             )
         self._advice += [_of(guide, warning) for warning in advice]

@@ -1,15 +1,19 @@
-"""The training loop of every task: one process, the CPU or one GPU.
+"""The training loop of every task, on the CPU or on GPUs: one process, or several that do the same (`cat.distributed`).
 
 It owns what does not depend on what is trained: records, checkpoints, signals, errors. What does is a `Task`. Every
 random number of a task is a function of the seed and the step, so a checkpoint holds no generator states, and a run
 that was killed and resumed gives the same losses as one that was not: bit for bit on the CPU, with the same number of
 threads.
+
+Of several processes all take every step and decide the same: their numbers are those of the whole batch, and what one
+of them alone is told, a signal, they agree on before an update. The first writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +26,20 @@ from cat.checkpoints import store as checkpoints
 from cat.checkpoints.background import BackgroundWriter
 from cat.checkpoints.store import Checkpoint, CheckpointError
 from cat.config import ConfigError, to_mapping, write_yaml
-from cat.data import Batch
+from cat.data import Batch, Failure
 from cat.parts import part
 from cat.progress import Progress, say
 from cat.signals import StopSignals
 from cat.training.failures import FailureLog
 from cat.training.identity import check_same_data
+from cat.training.parallel import finished
 from cat.training.recipe import check_same_run
-from cat.training.records import Metrics, read_rows
-from cat.training.skipped import MOST, Skips, clear_after, finite, path_of, was_skipped, write_batch
+from cat.training.records import Metrics, NoMetrics, read_rows
+from cat.training.skipped import MOST, Skips, clear_after, finite, path_of, telling, was_skipped, write_batch
 from cat.training.task import Task
 from cat.training.watching import Watch, told
+
+_DEVICE_SECONDS = 10.0  # after an error: a GPU that has not done its work by then waits for a process that has gone
 
 
 class TrainingError(RuntimeError):
@@ -63,6 +70,7 @@ class Trainer:
 
     def __init__(self, task: Task, run_dir: Path, *, progress: bool = True) -> None:
         self.task, self.run_dir, self.config = task, run_dir, task.config
+        self.world = task.world
         self.device, self.precision = task.device, task.precision
         self._data = task.identity
         self.step = self._begun_at = 0
@@ -77,8 +85,10 @@ class Trainer:
         self._since_checkpoint: list[float] = []
         self._validated: tuple[int, float] | None = None  # step and score of the latest evaluation
         self._watch = Watch(self.device, self.precision, end=self.config.end, workers=self.config.data.num_workers)
-        self._progress = progress
+        self._progress = progress and self.world.main
         self._stop = StopSignals()
+        self._agreed_stop: int | None = None  # the signal that came to one of several processes
+        self._agreed_save = False
 
     @property
     def checkpoint(self) -> Path | None:
@@ -138,12 +148,15 @@ class Trainer:
             try:
                 self._train()
             except Exception as error:
-                self._rescue(error)
-                raise
-        return self._result(self._stop.received)
+                cause = self.world.cause(error)
+                self._rescue(cause)
+                if cause is error:
+                    raise
+                raise cause from error
+            return self._result()
 
     def _train(self) -> None:
-        run, end, stop = self.config.run, self.config.end, self._stop
+        run, end = self.config.run, self.config.end
         self._warn(self.task.advice())
         validates = self.task.valid is not None
         if validates and self._validation_due(self.step):
@@ -151,19 +164,17 @@ class Trainer:
         self.task.train_mode()
         self._watch.restart()
         batches = self.task.batches(self.step, end - self.step, self.progress.say)
-        while self.step < end and not stop.received and not self._enough():
-            with self._watch.waiting():
-                batch = stop.wait(lambda: next(batches))
-            if batch is None:
+        while self.step < end and not self._received and not self._enough():
+            pieces = self._next(batches)
+            if pieces is None:
                 break
-            self.failures.add(batch.failures, self.step + 1)
-            self._update(batch)
+            self._update(pieces)
             self._writer.check()
             if self.step % run.log_every == 0:
                 self._flush()
             if validates and run.eval_every and self.step % run.eval_every == 0:
                 self._evaluate()
-            asked = stop.save_asked() and self.step < end
+            asked = self._save_asked() and self.step < end
             if asked or self.step % run.checkpoint_every == 0:
                 self._save(hurried=self.step % run.checkpoint_every != 0)
                 if asked:
@@ -178,6 +189,44 @@ class Trainer:
             self.progress.say("waiting for the checkpoint that is being written")
         self._writer.settle()
 
+    def _next(self, batches: Iterator[list[Batch]]) -> list[Batch] | None:
+        """The pieces of the next update; None when a signal came, to whichever process."""
+        with self._watch.waiting():
+            pieces = self._stop.wait(lambda: next(batches))
+        failed = [failure for batch in pieces or () for failure in batch.failures]
+        if self.world.several:
+            asked = self._told_to_stop or 0, int(self._stop.save_asked()), int(bool(failed))
+            stopped, save, any_failed = self.world.agreed(list(asked))
+            self._agreed_stop, self._agreed_save = stopped or None, bool(save)
+            failed = self._of_all(failed) if any_failed else []
+            if stopped:
+                return None
+        if pieces is not None:
+            self._add_failures(failed, self.step + 1)
+        return pieces
+
+    @property
+    def _received(self) -> int | None:
+        """The signal that ends the run."""
+        return self._agreed_stop if self.world.several else self._told_to_stop
+
+    @property
+    def _told_to_stop(self) -> int | None:
+        """The signal that this process was sent, or should have been."""
+        return self._stop.received or (signal.SIGTERM if self.world.abandoned else None)
+
+    def _save_asked(self) -> bool:
+        return self._agreed_save if self.world.several else self._stop.save_asked()
+
+    def _of_all(self, failures: list[Failure]) -> list[Failure]:
+        """Those of all processes, in the order of their clips in the batch."""
+        found = self.world.gathered([(failure.path, failure.reason) for failure in failures])
+        return [Failure(*failure) for part in found for failure in part]
+
+    def _add_failures(self, failures: list[Failure], step: int, split: str = "train") -> None:
+        if self.failures is not None:
+            self.failures.add(failures, step, split)
+
     def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
         every = (self.config.run.eval_every, self.config.run.checkpoint_every)
@@ -189,7 +238,8 @@ class Trainer:
         done = rows and rows[-1]["step"] == self.step
         score = self.task.score(rows[-1]) if done else self._evaluate()
         regular = self.step == self.config.end or self.step % self.config.run.checkpoint_every == 0
-        if self.checkpoint and regular and score is not None and self._data["valid"] is not None:
+        scored = self._data["valid"] is not None and self.world.main
+        if self.checkpoint and regular and score is not None and scored:
             checkpoints.add_score(self.checkpoint, score)
 
     def _enough(self) -> bool:
@@ -198,12 +248,15 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
+        done = finished(self.device, _DEVICE_SECONDS)
         if error is self._writer.error:  # there is no more room, or no permission, for the next one either
             error.add_note(f"the last good checkpoint: {self.checkpoint or 'none'}; {self._how_to_go_on()}")
             return
-        if self.step == self._begun_at or isinstance(error, TrainingError):
+        if self.step == self._begun_at or isinstance(error, TrainingError) or not self.world.main:
             return
         try:
+            if not done:
+                raise TrainingError(f"{self.device} waits for another process")
             if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
             self._save(hurried=True, prune=False)
@@ -224,25 +277,39 @@ class Trainer:
         batches = self.task.batches(self.step, count, say)
         for _ in range(count):
             with part("data wait"):
-                batch = next(batches)
-            self._update(batch)
+                pieces = next(batches)
+            self._update(pieces)
             self._rows.clear()
             self._clips.clear()
-            yield len(batch.clips)
+            yield sum(len(batch.clips) for batch in pieces)
 
     def _open_records(self, records: contextlib.ExitStack) -> None:
-        run, data = self.config.run, self.config.data
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(self.config, self.run_dir / "config.yaml")
         self.progress = Progress(
             self.config.end,
             self.step,
             label=self.run_dir.name,
             enabled=self._progress,
-            seconds_between_lines=run.line_every,
+            seconds_between_lines=self.config.run.line_every,
         )
         records.callback(self.progress.close)
-        self.metrics = Metrics(
+        self.metrics: Metrics | NoMetrics = NoMetrics()
+        self.failures: FailureLog | None = None
+        self._past_skips: list[dict[str, Any]] = []
+        if self.world.main:
+            self.metrics, self.failures = self._written_records(records)
+        self.metrics.validations = self.world.from_main(self.metrics.validations)
+        self._skips = Skips(self.world.from_main(self._past_skips))
+        size = sum(parameter.numel() for parameter in self.task.parameters.values()) / 1e6
+        self.progress.say(
+            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.task.manifest)} clips, "
+            f"{self._where()} in {self.precision}"
+        )
+
+    def _written_records(self, records: contextlib.ExitStack) -> tuple[Metrics, FailureLog]:
+        run, data = self.config.run, self.config.data
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_yaml(self.config, self.run_dir / "config.yaml")
+        metrics = Metrics(
             self.run_dir,
             start_step=self.step,
             tensorboard=run.tensorboard,
@@ -250,34 +317,36 @@ class Trainer:
             config=to_mapping(self.config),
             warn=self.progress.say,
         )
-        records.callback(self.metrics.close)
+        records.callback(metrics.close)
         clear_after(self.run_dir, self.step)
-        self._skips = Skips()
         if self.step:  # a run that goes on counts on, and does not say again what it has said
             past = read_rows(self.run_dir / "metrics.jsonl", "train")
-            self._skips = Skips(past)
+            self._past_skips = telling(past)
             self.task.warnings([row for row in past if None not in row.values()])
-        self.failures = FailureLog(
+        failures = FailureLog(
             self.run_dir / "failures.jsonl",
             max_share=data.max_failed_share,
             clips=len(self.task.manifest),
-            batch_size=data.batch_size,
+            batch_size=data.update_clips,
             start_step=self.step,
         )
-        records.callback(self.failures.close)
-        size = sum(parameter.numel() for parameter in self.task.parameters.values()) / 1e6
-        self.progress.say(
-            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.task.manifest)} clips, {self.device} in "
-            f"{self.precision}"
-        )
+        records.callback(failures.close)
+        return metrics, failures
 
-    def _update(self, batch: Batch) -> None:
+    def _where(self) -> str:
+        """ "cpu", or "4 processes (cpu), updates of 96 clips in 8 pieces"."""
+        share, several = self.task.share, self.world.several
+        processes = f"{self.world.size} processes ({self.device.type})" if several else str(self.device)
+        return processes if share.pieces == 1 else f"{processes}, updates of {share.clips} clips in {share.pieces}"
+
+    def _update(self, pieces: list[Batch]) -> None:
         """One optimiser step. Nothing here waits for the device."""
-        self._log[len(self._rows)], rates = self.task.train(batch, self.step)
+        self._log[len(self._rows)], rates = self.task.train(pieces, self.step)
         self.step += 1
         self._rows.append(rates)
-        self._clips.append(batch.clips)
-        self._watch.updated(len(batch.clips), self.task.flops(batch) if self._watch.peak else None)
+        self._clips.append(torch.cat([batch.clips for batch in pieces]))
+        flops = sum(map(self.task.flops, pieces)) if self._watch.peak else None
+        self._watch.updated(self.task.share.clips, flops)
 
     # ------------------------------------------------------------ records
 
@@ -314,8 +383,9 @@ class Trainer:
         begun, most = bool(self._skips.streak), self.config.run.max_bad_steps
         for row in self._skips.add(rows, most):
             path = path_of(self.run_dir, row["step"])
-            if self._skips.count <= MOST:
-                write_batch(self.run_dir, self._about(row, clips[row["step"] - rows[0]["step"]]))
+            of_all = self.world.gathered(clips[row["step"] - rows[0]["step"]].tolist())
+            if self._skips.count <= MOST and self.world.main:
+                write_batch(self.run_dir, self._about(row, [index for part in of_all for index in part]))
             if not begun:
                 why = f"its loss or gradient is not finite ({self._values(row)})"
                 what = f"What is not finite: {self.task.command} --replay {path}"
@@ -336,13 +406,13 @@ class Trainer:
             f"{name} {'null' if row[name] is None else format(row[name], 'g')}" for name in self.task.values
         )
 
-    def _about(self, row: Mapping[str, Any], clips: Tensor) -> dict[str, Any]:
+    def _about(self, row: Mapping[str, Any], clips: list[int]) -> dict[str, Any]:
         manifest = self.task.manifest
         return {
             "step": row["step"],
             "command": self.task.command,
             "values": {name: row[name] for name in self.task.values},
-            "clips": [{"index": index, "path": str(manifest.path(index))} for index in clips.tolist()],
+            "clips": [{"index": index, "path": str(manifest.path(index))} for index in clips],
             "config": to_mapping(self.config),
             "data": self._data,
             "made_with": self.task.made_with,
@@ -378,6 +448,7 @@ class Trainer:
             return None
         finally:
             self.task.train_mode()
+        values = self.world.from_main(values)  # on other machines the last digit may differ
         self.metrics.valid({"step": self.step, **values})
         self.progress.say(f"step {self.step}: validation {self.task.told(values)}")
         score = self.task.score(values)
@@ -387,10 +458,14 @@ class Trainer:
 
     def _heeded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches of an evaluation, until a signal."""
+        failed: list[Failure] = []
         while (batch := self._stop.wait(lambda: next(batches, None))) is not None:
-            self.failures.add(batch.failures, self.step, split="valid")
+            failed += batch.failures
             yield batch
-        if self._stop.received:
+        if self.world.several:
+            self._agreed_stop = self.world.agreed([self._told_to_stop or 0])[0] or None
+        self._add_failures(self._of_all(failed), self.step, "valid")
+        if self._received:
             raise _Stopped
 
     def _save(self, *, hurried: bool = False, prune: bool = True) -> None:
@@ -403,12 +478,22 @@ class Trainer:
             return
         self._flush()
         self._check_parameters()
-        hurried = hurried or self._stop.received is not None
+        hurried = hurried or self._received is not None
         if self._skips.streak:
             if not hurried and self.step < self.config.end:
                 return
             prune = False
         score = None if hurried else self._score()
+        if self.world.main:
+            self._write_checkpoint(score, prune)
+        else:
+            self._writer.newest = self.run_dir / "checkpoints" / checkpoints.step_name(self.step)
+        self._saved = self.step
+        if not hurried:
+            self._since_checkpoint = []
+        self._watch.restart()
+
+    def _write_checkpoint(self, score: float | None, prune: bool) -> None:
         self.metrics.sync()
         self._writer.save(
             step=self.step,
@@ -419,10 +504,6 @@ class Trainer:
             extra={"made_with": self.task.made_with, "data": self._data},
             prune=prune,
         )
-        self._saved = self.step
-        if not hurried:
-            self._since_checkpoint = []
-        self._watch.restart()
 
     def _score(self) -> float | None:
         """Validation score at this step, or the mean training loss since the last checkpoint: of one kind in a run."""
@@ -435,19 +516,22 @@ class Trainer:
             return self._validated[1]
         return self._evaluate()
 
-    def _result(self, stopped_by: int | None) -> RunResult:
-        run = self.config.run
-        rows = read_rows(self.run_dir / "metrics.jsonl", "train")
-        losses = [row["loss"] for row in rows if row["loss"] is not None and not was_skipped(row)]
-        first, last = losses[: run.log_every], losses[-run.log_every :]
+    def _result(self) -> RunResult:
+        run, found = self.config.run, None
+        if self.failures is not None:
+            rows = read_rows(self.run_dir / "metrics.jsonl", "train")
+            losses = [row["loss"] for row in rows if row["loss"] is not None and not was_skipped(row)]
+            first, last = losses[: run.log_every], losses[-run.log_every :]
+            found = sum(first) / max(1, len(first)), sum(last) / max(1, len(last)), self.failures.count
+        first_loss, last_loss, failed = self.world.from_main(found)
         return RunResult(
             self.run_dir,
             self.step,
             self.checkpoint,
-            sum(first) / max(1, len(first)),
-            sum(last) / max(1, len(last)),
-            self.failures.count,
-            stopped_by,
+            first_loss,
+            last_loss,
+            failed,
+            self._received,
             early=self.step < self.config.end and self._enough(),
             skipped=self._skips.count,
         )

@@ -56,8 +56,11 @@ def of_frames(
 def reduced(losses: Tensor, targets_BC: Tensor, over: Literal["clips", "positives", "mean"]) -> tuple[Tensor, Tensor]:
     """The sum of losses (B,) or (B, C), and what it is divided by; both 0-dim. The loss of several batches is the
     quotient of the sums of both."""
+    return losses.sum(), counted(targets_BC, over).clamp(min=1)
+
+
+def counted(targets_BC: Tensor, over: Literal["clips", "positives", "mean"]) -> Tensor:
+    """What the sum of the losses of these clips is divided by, 0-dim, should it not be 0."""
     if over == "positives":
-        count = targets_BC.sum().clamp(min=1)
-    else:
-        count = losses.new_full((), losses.shape[0] if over == "clips" else losses.numel())
-    return losses.sum(), count
+        return targets_BC.sum()
+    return targets_BC.new_full((), targets_BC.shape[0] if over == "clips" else targets_BC.numel())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,8 +15,11 @@ from cat.config import ConfigError
 from cat.data import Batch, Manifest, eval_batches, open_embeddings, pretrain_batches
 from cat.data.guides import Guides
 from cat.data.labels import balancing_weights
+from cat.data.loader import nothing_readable
 from cat.data.masks import inverse_block_masks
 from cat.data.reading import sampling_advice
+from cat.data.share import largest_piece, share_out
+from cat.distributed import current
 from cat.model import CAT
 from cat.parts import part
 from cat.progress import say
@@ -26,9 +29,9 @@ from cat.training.guidance import Guidance, Stored, column, unwired, warning_of_
 from cat.training.guides import OpenGuides
 from cat.training.identity import data_identity
 from cat.training.optim import ema_decay, learning_rate, regularisation_weight
-from cat.training.recipe import PretrainConfig, made_with, pick_device, pick_features, pick_precision
+from cat.training.recipe import PretrainConfig, made_with, pick_features, pick_precision
 from cat.training.records import CollapseCheck
-from cat.training.step import PretrainStep
+from cat.training.step import Inputs, PretrainStep
 from cat.training.task import Warn
 
 # In the order of `PretrainOutput`; then "regularisation.NAME" of every other guide.
@@ -48,7 +51,11 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, manifest: Manifest, valid: Manifest | None = None) -> None:
         self.config, self.manifest, self.valid = config, manifest, valid
         run = config.run
-        self.device = pick_device(run.device)
+        self.world = current()
+        self.share = share_out(
+            config.data.update_clips, config.data.batch_size, processes=self.world.size, rank=self.world.rank
+        )
+        self.device = self.world.device(run.device)
         self.precision = pick_precision(run.precision, self.device)
         self.features = pick_features(config.data.features, self.device)
         self._embeddings = open_embeddings(manifest) if config.objective.regularisation_weight else None
@@ -65,9 +72,29 @@ class Pretraining:
                 f"run.cuda_graph=true needs a GPU, but run.device={run.device} is {self.device} here; "
                 "use run.cuda_graph=false"
             )
+        if run.cuda_graph and self.share.pieces > 1:
+            raise ConfigError(
+                f"run.cuda_graph=true records a step of one process on one piece of the batch, and here there are "
+                f"{self.world.size} processes and {self.share.pieces} pieces (data.global_batch, data.batch_size); "
+                "use run.cuda_graph=false"
+            )
+        H, W = config.grid
+        # Of offsets of the decoder's noise, four elements each.
+        self._noise_per_clip = config.masks.num_masks * H * W * config.model.embed_dim // 4
+        if self.share.clips * self._noise_per_clip > NOISE_PER_STEP:
+            raise ConfigError(
+                f"data.global_batch={self.share.clips} clips of this model need more noise than a step has; give at "
+                f"most {NOISE_PER_STEP // self._noise_per_clip}"
+            )
         self.model = self._build_model().to(self.device)
         self.step = PretrainStep(
-            self.model, config.optim, precision=self.precision, compile=run.compile, cuda_graph=run.cuda_graph
+            self.model,
+            config.optim,
+            precision=self.precision,
+            compile=run.compile,
+            cuda_graph=run.cuda_graph,
+            pieces=self.share.pieces,
+            world=self.world,
         )
         self.parameters = self.step.parameters
         self.values = (*self._losses, *self.step.descent.numbers)
@@ -104,7 +131,9 @@ class Pretraining:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        made = made_with(self.config.run, self.device, self.precision, self.config.model.kernels, self.features)
+        made = made_with(
+            self.config.run, self.device, self.precision, self.config.model.kernels, self.features, self.share
+        )
         return made | {f"guides.{name}.where": where for name, where in self.guides.where.items()}
 
     # ------------------------------------------------------------ updates
@@ -118,7 +147,7 @@ class Pretraining:
     def train_mode(self) -> None:
         self.model.train()
 
-    def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
+    def batches(self, start: int, count: int, warn: Warn) -> Iterator[list[Batch]]:
         config = self.config
         batches = pretrain_batches(
             config.data,
@@ -129,35 +158,38 @@ class Pretraining:
             start_step=start,
             num_steps=count,
             manifest=self.manifest,
+            share=self.share,
             waveforms=self.features == "gpu",
             guides=self.guides.train,
             warn=warn,
         )
-        return self.guides.listen(batches, self.manifest)
+        return self.share.updates(self.guides.listen(batches, self.manifest))
 
-    def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def train(self, pieces: Sequence[Batch], step: int) -> tuple[Tensor, dict[str, float]]:
         lr, decay = learning_rate(self.config.optim, step), ema_decay(self.config.ema, step + 1)
         told = {"lr": lr, "ema_decay": decay}
         scheduled = {name: term for name, term in self.model.terms.items() if term.scheduled}
         weights = {name: regularisation_weight(term, step) for name, term in scheduled.items()}
         told |= {column("regularisation_weight", name): weight for name, weight in weights.items()}
-        inputs = self._inputs(batch, step * NOISE_PER_STEP)
-        if step == 0 and self.model.terms and self._guidance.warns:
-            self._unwired = self._look_for_unwired(inputs)
-        return self.step(*inputs, lr=lr, decay=decay, weights=weights), told
+        return self.step.of_pieces(self._all_inputs(pieces, step), lr=lr, decay=decay, weights=weights), told
 
-    def _inputs(
-        self, batch: Batch, noise_offset: int
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]:
+    def _all_inputs(self, pieces: Sequence[Batch], step: int) -> Iterator[Inputs]:
+        """Of one piece after the other. Its noise is that of its place in the whole batch."""
+        for number, batch in enumerate(pieces, start=self.share.first):
+            first = number * self.share.size
+            inputs = self._inputs(batch, step * NOISE_PER_STEP + first * self._noise_per_clip)
+            if step == 0 and number == 0 and self.model.terms and self._guidance.warns:
+                self._unwired = self._look_for_unwired(inputs)
+            yield inputs
+
+    def _inputs(self, batch: Batch, noise_offset: int) -> Inputs:
         """What the model takes, on its device."""
         with part("input"):
             batch = batch.to(self.device).with_features(self.config.features)
             self._rng[1].fill_(noise_offset)
         return cast(Tensor, batch.spec), cast(Tensor, batch.visible), batch.embedding, self._rng, batch.guides
 
-    def _look_for_unwired(
-        self, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]
-    ) -> list[str]:
+    def _look_for_unwired(self, inputs: Inputs) -> list[str]:
         """The guides that do not move the student, by two clips, before anything is compiled or recorded."""
         spec, visible, embedding, rng, guides = inputs
         clones = visible[: 2 * self.config.masks.num_masks]
@@ -204,8 +236,10 @@ class Pretraining:
         batches = eval_batches(
             valid,
             self.config.features,
-            data.batch_size,
+            largest_piece(data.update_clips, data.batch_size),
             data.num_workers,
+            rank=self.world.rank,
+            processes=self.world.size,
             waveforms=self.features == "gpu",
             guides=self._valid_guides,
             warn=warn,
@@ -215,16 +249,27 @@ class Pretraining:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         """The validation losses: centre crops, with masks and noise that are the same every time, and L_r with the
-        whole weight, whatever its schedule: checkpoints of one run are compared."""
-        config, clips = self.config, 0
+        whole weight, whatever its schedule: checkpoints of one run are compared. As in training, noise and sums are
+        those of batches of `DataConfig.update_clips`, whatever the pieces."""
+        config, valid, clips = self.config, cast(Manifest, self.valid), 0
         total = torch.zeros(len(self._losses), device=self.device)
         self.model.eval()
         for batch in batches:
+            if len(batch.clips) == 0:
+                continue
             visible = inverse_block_masks(config.masks, config.grid, seed=config.run.seed, step=0, clips=batch.clips)
             batch = dataclasses.replace(batch, visible=visible)
-            output = self.step.losses(*self._inputs(batch, EVAL_NOISE + batch.step * NOISE_PER_STEP))
+            whole, size = self.share.clips, largest_piece(config.data.update_clips, config.data.batch_size)
+            number, place = divmod(batch.step * size, whole)
+            offset = EVAL_NOISE + number * NOISE_PER_STEP + place * self._noise_per_clip
+            parts = min(whole, len(valid) - number * whole) / min(size, len(valid) - batch.step * size)
+            output = self.step.losses(*self._inputs(batch, offset), parts=parts)
             total += torch.stack([value.float() for value in output.numbers]) * len(batch.clips)
             clips += len(batch.clips)
+        clips = sum(self.world.gathered(clips))
+        if clips == 0:
+            raise nothing_readable(valid, [])
+        total = torch.stack(self.world.gathered_rows(total[None].cpu())).sum((0, 1))
         return dict(zip(self._losses, (total / clips).tolist(), strict=True))
 
     def told(self, values: Mapping[str, float]) -> str:

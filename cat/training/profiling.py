@@ -77,9 +77,10 @@ def profile_steps(trainer: Trainer, steps: int = STEPS) -> StepProfile:
         for _ in updates:
             pass
         _wait(trainer.device)
-    with replacing(trainer.run_dir / TRACE) as temporary:
-        profiler.export_chrome_trace(str(temporary))
-        _check_whole(temporary)
+    if trainer.world.main:
+        with replacing(trainer.run_dir / TRACE) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+            _check_whole(temporary)
     return StepProfile(
         device=trainer.device.type,
         precision=trainer.precision,

@@ -17,6 +17,7 @@ from cat.config import ConfigError, differences, from_mapping, read_yaml, to_map
 from cat.data.dataset import DataConfig
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.masks import MaskConfig
+from cat.data.share import Share
 from cat.device import pick_device as pick_device  # for those who look for it here
 from cat.model import PRESETS, GuideConfig, ModelConfig, ObjectiveConfig, check_guide_names
 from cat.training.optim import EmaConfig, OptimConfig
@@ -38,6 +39,7 @@ class RunConfig:
     compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
     cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it; GPU only
     threads: int = 0  # CPU threads; 0: torch's choice
+    timeout: float = 600.0  # seconds that processes which train together wait for one another
     stop_at: int | None = (
         None  # stop with a checkpoint after so many updates of the schedule's optim.steps; --resume goes on
     )
@@ -66,6 +68,8 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if wrong := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(f"loggers has {wrong[0]!r}; expected of {', '.join(LOGGERS)}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}; expected seconds, above 0")
         if not 0 <= self.guidance_share <= 1:
             raise ValueError(f"guidance_share is {self.guidance_share}; expected a share of the schedule, 0 to 1")
         for name in ("seed", "weights_seed"):
@@ -101,9 +105,13 @@ class Data(Protocol):
     @property
     def valid(self) -> str | None: ...
     @property
+    def global_batch(self) -> int | None: ...
+    @property
     def batch_size(self) -> int: ...
     @property
     def num_workers(self) -> int: ...
+    @property
+    def update_clips(self) -> int: ...
     @property
     def max_failed_share(self) -> float: ...
 
@@ -263,7 +271,9 @@ def pick_features(name: str, device: torch.device) -> Literal["gpu", "cpu"]:
     return "gpu" if name == "gpu" else "cpu"
 
 
-def made_with(run: RunConfig, device: torch.device, precision: str, kernels: str, features: str) -> dict[str, Any]:
+def made_with(
+    run: RunConfig, device: torch.device, precision: str, kernels: str, features: str, share: Share
+) -> dict[str, Any]:
     """What the numbers of a run depend on, bit for bit, besides its configuration and data."""
     return {
         "torch": torch.__version__,
@@ -274,6 +284,8 @@ def made_with(run: RunConfig, device: torch.device, precision: str, kernels: str
         "kernels": kernels,
         "features": features,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "processes": share.pieces // share.own,
+        "pieces": share.pieces,
     }
 
 
@@ -294,6 +306,7 @@ _FREE = {
 # Of a guide: where its embeddings come from may move too; what they are is compared.
 _FREE_OF_A_GUIDE = re.compile(r"guides\.\w+\.(encoder|embeddings|where)")
 _BOUND_IN_RUN = {"run.seed"}
+_OF_A_BATCH = {"data.global_batch", "data.batch_size"}  # these may change where an update has as many clips
 
 
 def check_same_run(saved: Mapping[str, Any], config: Recipe, run_dir: Path) -> None:
@@ -310,6 +323,9 @@ def check_same_run(saved: Mapping[str, Any], config: Recipe, run_dir: Path) -> N
         for key, values in differences(before, to_mapping(config)).items()
         if key in _BOUND_IN_RUN or not (key in _FREE or key.startswith("run.") or _FREE_OF_A_GUIDE.fullmatch(key))
     }
+    data = before["data"]
+    if (data["global_batch"] or data["batch_size"]) == config.data.update_clips:
+        changed = {key: values for key, values in changed.items() if key not in _OF_A_BATCH}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
         raise ConfigError(

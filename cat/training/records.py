@@ -154,6 +154,22 @@ class Metrics:
         self._sinks.close()
 
 
+class NoMetrics:
+    """In place of `Metrics` in processes that do not write."""
+
+    def __init__(self) -> None:
+        self.validations: list[dict[str, Any]] = []
+
+    def train(self, rows: list[dict[str, Any]], speed: Mapping[str, float]) -> None: ...
+
+    def valid(self, row: dict[str, Any]) -> None:
+        self.validations.append({"kind": "valid", **row})
+
+    def warning(self, step: int, text: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+
 class CollapseCheck:
     """Warns when predictions or targets hardly differ between tokens any more.
 

@@ -1,13 +1,8 @@
 """A fine-tuning recipe run once for each fold and seed, and what that says together.
 
 The folds are those of the manifest (its field "fold"): each run has one of them as its test split, and chooses its
-<<<<<<< HEAD
-checkpoint by clips held out of the others. Every run has a directory of its own, ``fold1`` or ``seed0/fold1`` in that
-of the whole, beside a ``scores.json`` with all of them.
-=======
 checkpoint by clips held out of the others. Every run is a run directory of its own, ``fold1`` or ``seed0/fold1`` in
 that of the whole, beside a ``scores.json`` with all of them.
->>>>>>> main
 """
 
 from __future__ import annotations
@@ -25,6 +20,7 @@ import numpy as np
 from cat.config import ConfigError
 from cat.data import load_manifest
 from cat.data.splits import folds
+from cat.distributed import joined
 from cat.evaluation.metrics import main_metric
 from cat.files import write_json
 from cat.progress import say
@@ -90,7 +86,7 @@ def finetune_repeats(
         raise ConfigError(f"{run_dir} holds a single run; choose another name for these (run.name=OTHER)")
     scores: list[dict[str, Any]] = []
     metric = main_metric(config.task)
-    with sole_writer(run_dir):
+    with joined() as world, sole_writer(run_dir):
         for name, changed in _runs(config, by_fold, seeds):
             say(f"run {name}")
             result = finetune(changed, run_dir / name, resume=resume, overwrite=overwrite, progress=progress)
@@ -98,7 +94,8 @@ def finetune_repeats(
                 return RepeatsResult(metric, scores, result.run.stopped_by)
             scores.append({"run": name, "fold": changed.data.fold, **result.scores})
         done = RepeatsResult(metric, scores, None)
-        write_json(run_dir / SCORES, {"metric": metric, **done.summary(), "runs": scores})
+        if world.main:
+            write_json(run_dir / SCORES, {"metric": metric, **done.summary(), "runs": scores})
     return done
 
 

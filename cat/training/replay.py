@@ -19,7 +19,7 @@ from torch import nn
 
 from cat.checkpoints import store as checkpoints
 from cat.config import ConfigError, from_mapping
-from cat.data import Batch
+from cat.device import pick_device
 from cat.model import CAT
 from cat.progress import Progress, say
 from cat.training.finiteness import Finder, Found, largest
@@ -86,7 +86,7 @@ def replay(make: Callable[[], Task], config: Recipe, batch: SkippedBatch, *, pro
 
     Raises: `ConfigError` when the data are not the run's; `cat.checkpoints.CheckpointError`.
     """
-    with repeatable(config.run):
+    with repeatable(config.run, pick_device(config.run.device)):
         task = make()
         trainer = Trainer(task, batch.run_dir, progress=progress)
         check_same_data(batch.data, task.identity, config, batch.run_dir)
@@ -124,21 +124,17 @@ def _catch_up(trainer: Trainer, updates: int, progress: bool) -> None:
 
 def _once_more(task: Task, about: SkippedBatch, start: Path | None, again: int) -> Replay:
     task.train_mode()
-    batch: Batch = next(iter(task.batches(about.step - 1, 1, say)))
+    pieces = next(iter(task.batches(about.step - 1, 1, say)))
     biggest = largest(task.model)
     model = task.model
     low: dict[str, nn.Module] = {"teacher": model.acting_teacher} if isinstance(model, CAT) else {}
     with Finder(model, low) as finder:
-        values, _ = task.train(batch, about.step - 1)
+        values, _ = task.train(pieces, about.step - 1)
     found = finder.first
-    rows = found.rows if found else ()
-    clips = [int(index) for index in batch.clips]
-    named = [str(task.manifest.path(clips[row])) for row in rows if len(clips) > row] if _of_clips(found) else []
+    named = []
+    if found is not None and found.kind == "input":  # not of masks, of which a clip has several
+        clips = pieces[found.piece].clips.tolist()
+        named = [str(task.manifest.path(clips[row])) for row in found.rows if row < len(clips)]
     return Replay(
         about, start, again, dict(zip(task.values, values.tolist(), strict=True)), found, tuple(named), biggest
     )
-
-
-def _of_clips(found: Found | None) -> bool:
-    """Whether the rows are the batch's: not those of masks, of which a clip has several."""
-    return found is not None and found.kind == "input"

@@ -99,6 +99,11 @@ def clear_after(run_dir: Path, step: int) -> None:
             path.unlink()
 
 
+def telling(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a run that say all about its skipped updates: these, and the row after each."""
+    return [row for at, row in enumerate(rows) if was_skipped(row) or (at and was_skipped(rows[at - 1]))]
+
+
 class Skips:
     """The skipped updates of a run, in the order of its rows; ``past``: those before the step it goes on from."""
 

@@ -6,18 +6,23 @@ Nothing here waits for the device. The step runs eager, compiled in part or whol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from cat.distributed import Processes, current
 from cat.model import CAT, PretrainOutput
 from cat.parts import part
 from cat.training.descent import LOW, Descent
 from cat.training.optim import OptimConfig, build_optimizer, set_learning_rate, trainable
+from cat.training.parallel import gathering, replicated
 
 COMPILER = "inductor"  # torch.compile's backend
+# What the model takes of a piece of the batch: spectrograms, visible patches, embeddings, noise, rows of other guides.
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Mapping[str, Tensor]]
 EAGER_STEPS = 3  # before a step is recorded: kernels are compiled, plans and tables made, moments allocated
 
 
@@ -29,6 +34,8 @@ class PretrainStep:
         compile: "blocks": torch.compile of the stems, of each block (compiled once, run many times) and of the decoder;
             "step": of the whole loss. The optimiser and the average are single kernels already.
         cuda_graph: record the whole step at its fourth call and replay it from then on; batches must keep their shapes.
+        pieces: as how many pieces a batch is computed, by all processes together.
+        world: the processes that train the model together.
     """
 
     def __init__(
@@ -39,8 +46,11 @@ class PretrainStep:
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         compile: Literal["none", "blocks", "step"] = "none",
         cuda_graph: bool = False,
+        pieces: int = 1,
+        world: Processes | None = None,
     ) -> None:
         self.model = model
+        self._pieces, self._world = pieces, world or current()
         self.device = model.student.cls.device
         self.parameters = trainable(model)
         self.optimizer = build_optimizer(self.parameters, optim, capturable=cuda_graph)
@@ -51,7 +61,7 @@ class PretrainStep:
         model.ema()  # before anything is compiled for the tensors as they are
         if compile == "blocks":
             compile_blocks(model)
-        self._forward = torch.compile(model, backend=COMPILER) if compile == "step" else model
+        self._forward = cast(nn.Module, torch.compile(model, backend=COMPILER)) if compile == "step" else model
         self._decay: float | Tensor = 1.0
         # Tensors, that neither a graph nor a compiled loss has the number in it; none where it is always the same.
         self._weights = {
@@ -62,7 +72,7 @@ class PretrainStep:
         self.whole = True  # False after an error between two parts of an update: the weights fit no step
         if cuda_graph:
             self._decay = torch.ones((), dtype=torch.float64, device=self.device)
-            self._replay = Replay(self._update, self.device)
+            self._replay = Replay(self._recorded, self.device)
 
     def losses(
         self,
@@ -72,10 +82,19 @@ class PretrainStep:
         rng: Tensor,
         guides: Mapping[str, Tensor | None] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        *,
+        parts: float = 1.0,
+        trained: bool = False,
     ) -> PretrainOutput:
-        """As `CAT.forward`, in the step's precision."""
+        """As `CAT.forward`, in the step's precision. ``trained``: for a backward that all processes do together."""
+        module = self._trained if trained else self._forward
         with torch.autocast(self.device.type, self._low, enabled=self._low is not None), part("forward, rest"):
-            return self._forward(spec, visible, embedding, rng=rng, guides=guides, weights=weights)
+            return module(spec, visible, embedding, rng=rng, guides=guides, weights=weights, parts=parts)
+
+    @functools.cached_property
+    def _trained(self) -> nn.Module:
+        """Made at the first update, when the weights are those that the run begins or goes on with."""
+        return replicated(self._forward, self._world)
 
     def __call__(
         self,
@@ -89,10 +108,17 @@ class PretrainStep:
         decay: float,
         weights: Mapping[str, float] | None = None,
     ) -> Tensor:
-        """One update; the weights of the terms of L_r that have a schedule are needed, by the terms' names.
+        """One update on a whole batch, see `of_pieces`."""
+        return self.of_pieces([(spec, visible, embedding, rng, guides or {})], lr=lr, decay=decay, weights=weights)
 
-        Returns `PretrainOutput.numbers` and `Descent.numbers`, (7,) float32 without other guides or "fp16"; the next
-        call may overwrite them.
+    def of_pieces(
+        self, pieces: Iterable[Inputs], *, lr: float, decay: float, weights: Mapping[str, float] | None = None
+    ) -> Tensor:
+        """One update on this process's pieces of a batch, one after the other; the weights of the terms of L_r that
+        have a schedule are needed, by the terms' names.
+
+        Returns `PretrainOutput.numbers` of the whole batch (deviations: the mean of those of its pieces) and
+        `Descent.numbers`, (7,) float32 without other guides or "fp16"; the next call may overwrite them.
         """
         set_learning_rate(self.optimizer, lr)
         if isinstance(self._decay, Tensor):
@@ -103,22 +129,42 @@ class PretrainStep:
             if weights is None or name not in weights:
                 raise ValueError(f"weights has no {name!r}; expected the value of this term, since it has a schedule")
             held.fill_(weights[name])
-        rows = [(guides or {}).get(name) for name in self._guides]
-        return (self._replay or self._update)(spec, visible, embedding, rng, *rows)
+        if self._replay is not None:
+            ((spec, visible, embedding, rng, guides),) = pieces
+            return self._replay(spec, visible, embedding, rng, *(guides.get(name) for name in self._guides))
+        return self._update(pieces)
 
-    def _update(
+    def _recorded(
         self, spec: Tensor, visible: Tensor, embedding: Tensor | None, rng: Tensor, *rows: Tensor | None
     ) -> Tensor:
-        guides = dict(zip(self._guides, rows, strict=True))
-        output = self.losses(spec, visible, embedding, rng, guides, self._weights)
-        self.descent.backward(output.loss)
+        """Of tensors alone, as a CUDA graph wants it."""
+        guides = {name: row for name, row in zip(self._guides, rows, strict=True) if row is not None}
+        return self._update([(spec, visible, embedding, rng, guides)])
+
+    def _update(self, pieces: Iterable[Inputs]) -> Tensor:
+        own = self._pieces // self._world.size
+        told: list[list[Tensor]] = []
+        for i, (spec, visible, embedding, rng, guides) in enumerate(pieces, start=1):
+            with gathering(self._trained, last=i == own):
+                output = self.losses(
+                    spec, visible, embedding, rng, guides, self._weights, parts=self._pieces, trained=True
+                )
+                self.descent.backward(output.loss if own == 1 else output.loss / own)
+            told.append([value.detach().float() for value in output.numbers])
         with part("optimiser"):
+            numbers = self._of_all(told)  # with the others, before the weights move
             self.whole = False
-            numbers = self.descent.step()
+            descended = self.descent.step()
         with part("EMA"):
             self.model.update_teacher(self._decay)
         self.whole = True
-        return torch.stack([*(value.detach().float() for value in (*output.numbers, *numbers))])
+        return torch.stack([*numbers, *(value.float() for value in descended)])
+
+    def _of_all(self, pieces: list[list[Tensor]]) -> list[Tensor]:
+        """The mean of the numbers of all pieces, in whatever process."""
+        if self._pieces == 1:
+            return pieces[0]
+        return list(self._world.mean_(torch.stack([torch.stack(numbers) for numbers in pieces]).mean(0)))
 
 
 def compile_blocks(model: CAT, backend: str | None = None) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cat.data import Batch, Manifest
+from cat.data.share import Share
+from cat.distributed import Processes
 from cat.training.recipe import Recipe
 
 Warn = Callable[[str], None]
@@ -21,6 +23,9 @@ class Task(Protocol):
     valid: Manifest | None
     identity: dict[str, Any]
     """JSON-able: the data; see `cat.training.identity`."""
+    world: Processes
+    share: Share
+    """What this process computes of every batch."""
     device: torch.device
     parameters: dict[str, nn.Parameter]
     """What is trained, by name."""
@@ -73,13 +78,13 @@ class Task(Protocol):
 
     def train_mode(self) -> None: ...
 
-    def batches(self, start: int, count: int, warn: Warn) -> Iterator[Batch]:
-        """Of the updates that follow ``start`` others."""
+    def batches(self, start: int, count: int, warn: Warn) -> Iterator[list[Batch]]:
+        """This process's pieces of the updates that follow ``start`` others."""
         ...
 
-    def train(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The update that follows ``step`` others, without waiting for the device: its `values`, and what else is to be
-        recorded of it."""
+    def train(self, pieces: Sequence[Batch], step: int) -> tuple[Tensor, dict[str, float]]:
+        """The update that follows ``step`` others, without waiting for the device: its `values`, those of the whole
+        batch, and what else is to be recorded of it."""
         ...
 
     def flops(self, batch: Batch) -> int:
@@ -96,12 +101,12 @@ class Task(Protocol):
         ...
 
     def scoring_batches(self, warn: Warn) -> Iterator[Batch]:
-        """Every clip of `valid` once."""
+        """Every clip of `valid` once, in one of the processes; batches may be empty where there are several."""
         ...
 
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """The numbers of one evaluation, the same whenever the weights are the same. What ``batches`` raises passes
-        through."""
+        """The numbers of one evaluation, of the batches of all processes, the same whenever the weights are the same.
+        What ``batches`` raises passes through."""
         ...
 
     def told(self, values: Mapping[str, float]) -> str:

@@ -265,10 +265,10 @@ def test_looking_for_a_head_that_is_not_wired_compiles_nothing(tmp_path, recipe,
     monkeypatch.setattr("cat.training.step.COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
     changes = ["run.compile=blocks", "objective.regularisation_weight=1"]
     task = make_task(load_recipe(recipe, [*embedded, *changes]))
-    batch = next(task.batches(0, 1, print))
+    (batch,) = next(task.batches(0, 1, print))
     assert task._look_for_unwired(task._inputs(batch, 0)) == []
     assert not graphs
-    task.train(batch, 1)
+    task.train([batch], 1)
     assert graphs
 
 
