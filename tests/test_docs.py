@@ -47,6 +47,7 @@ from tests.lookalikes import (
     run,
     run_with_two_checkpoints,
     skipped_batch,
+    tars,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -94,6 +95,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/events": event_finder,
     },
     "docs/scale.md": {"audioset.jsonl": embedded},
+    "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
     "docs/watching.md": {
         "my/audio": folder_of_folders,
@@ -116,6 +118,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/broken/skipped/step-00000123.json": skipped_batch,
     },
     "help of report": {"runs/tiny": run, "runs/other": run},
+    "help of shards": {"my/audio": folder_of_folders, "my/tars": tars},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/as20k.yaml": {"audioset": audioset, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
@@ -163,6 +166,7 @@ NOT_RUN: dict[str, str] = {
     r"WANDB_MODE=offline |wandb sync ": "needs a package; tests/cat/training/test_sinks.py has it",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
+    r"cat-audio pretrain .*https://": "needs a network; tests/cat/training/test_sharded.py runs it from another URL",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "

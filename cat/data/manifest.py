@@ -256,11 +256,15 @@ def _in_shards(manifest: Manifest) -> Manifest:
         return manifest
     place = place if is_url(place) else manifest.root / place
     index = open_index(place)
-    numbers = {path: number for number, path in enumerate(index.clips.paths)}
-    at = np.array([numbers.get(path, -1) for path in manifest.columns.paths], dtype=np.int64)
+    paths, there = manifest.columns.paths, index.clips.paths
+    if all(map(np.array_equal, paths.arrays, there.arrays)):
+        at = np.arange(len(paths))
+    else:
+        numbers = {path: number for number, path in enumerate(there)}
+        at = np.array([numbers.get(path, -1) for path in paths], dtype=np.int64)
     if len(at) and at.min() < 0:
         raise ManifestError(
-            f"{manifest.name}: {manifest.columns.paths[int(at.argmin())]} is not in the shards of {place}; expected "
+            f"{manifest.name}: {paths[int(at.argmin())]} is not in the shards of {place}; expected "
             "paths as their index has them"
         )
     return dataclasses.replace(manifest, root=Path(place), shards=place, members=index.members.take(at), extra=extra)
