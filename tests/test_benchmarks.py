@@ -826,6 +826,26 @@ def test_downstream_reads_what_was_done_and_says_mean_and_deviation(tmp_path, mo
     assert not names["train"] & names["valid"]
 
 
+# ---------------------------------------------------------------- loader
+
+
+def test_the_loader_reads_the_same_samples_from_files_and_shards(tmp_path, monkeypatch):
+    pytest.importorskip("soundfile")
+    from benchmarks import loader
+
+    monkeypatch.setattr(loader, "HANDED", 2)
+    monkeypatch.setenv("CAT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    found = Results()
+    loader.measure("WAV, 16 kHz", 2, 1, tmp_path / "data", None, found)
+    assert [row["provider"] for row in found.rows] == ["files", "shards", "files, worker"]
+    assert not found.rejected
+    assert all(row["parity_error"] == 0 and row["bytes_a_clip"] == 320_044 for row in found.rows)
+    table = tables.loader_table({"rows": found.rows})
+    assert [row[:3] for row in table.rows] == [["WAV, 16 kHz", row["provider"], "320"] for row in found.rows]
+    assert 100 < loader.demand() < 10_000
+
+
 # ---------------------------------------------------------------- the start on a manifest
 
 

@@ -257,10 +257,14 @@ def _in_shards(manifest: Manifest) -> Manifest:
         return manifest
     place = place if is_url(place) else manifest.root / place
     index = open_index(place)
-    at = last_places(*(map(os.fsencode, clips.paths) for clips in (manifest.columns, index.clips)))
+    paths, there = manifest.columns.paths, index.clips.paths
+    if all(map(np.array_equal, paths.arrays, there.arrays)):
+        at = np.arange(len(paths))
+    else:
+        at = last_places(map(os.fsencode, paths), map(os.fsencode, there))
     if len(at) and at.min() < 0:
         raise ManifestError(
-            f"{manifest.name}: {manifest.columns.paths[int(at.argmin())]} is not in the shards of {place}; expected "
+            f"{manifest.name}: {paths[int(at.argmin())]} is not in the shards of {place}; expected "
             "paths as their index has them"
         )
     return dataclasses.replace(manifest, root=Path(place), shards=place, members=index.members.take(at), extra=extra)
