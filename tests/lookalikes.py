@@ -147,6 +147,20 @@ def run_with_two_checkpoints(path: Path) -> None:
     run(path, "run.checkpoint_every=1")
 
 
+def skipped_batch(path: Path) -> None:
+    """That of a run which has a clip too loud for float32 in every batch."""
+    import soundfile
+
+    run_dir = path.parents[1]
+    audio = run_dir.parent / ".loud"
+    for number in range(3):
+        clip(audio / f"{number}.wav", "hiss", number)
+    soundfile.write(audio / "loud.wav", np.random.default_rng(0).normal(size=9000) * 1e30, 16000, subtype="FLOAT")
+    own = [f"data.train={audio}", f"run.dir={run_dir.parent}", f"run.name={run_dir.name}", "run.figures=false"]
+    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own, "--quiet"]) == 0
+    min(path.parent.iterdir()).rename(path)
+
+
 def classifier(path: Path) -> None:
     _finetuned(path, "finetune.yaml", manifest)
 
