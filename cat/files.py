@@ -154,6 +154,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"
 
 
+def parse_bytes(text: str, option: str) -> int:
+    """``256MB``, ``1.5g``, ``100000``. Raises: ValueError that names the option."""
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmg]?)b?", text.strip().lower())
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"{option} is {text!r}; expected a size such as 256MB or 1GB")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
+
+
 # ---------------------------------------------------------------- the hidden folder
 
 
