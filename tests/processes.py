@@ -11,6 +11,7 @@ one before. In place of the file's content come the groups' ends: of every proce
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -21,8 +22,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 REPOSITORY = Path(__file__).parents[1]
 SECONDS = 120  # then a group is killed
+# All that a run needs, once for all processes: DistributedDataParallel alone brings two seconds of torch._dynamo along.
+IMPORTED = ("cat.commands.finetune", "cat.commands.pretrain", "sklearn.metrics", "soundfile", "torch._dynamo")
 
 
 def together(folder: Path, *groups: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -35,10 +40,8 @@ def together(folder: Path, *groups: dict[str, Any]) -> list[list[dict[str, Any]]
 
 
 def _main(path: Path) -> None:
-    import torch.distributed as dist
-
-    import cat.commands.finetune
-    import cat.commands.pretrain  # noqa: F401
+    for name in IMPORTED:
+        importlib.import_module(name)
 
     running, ends, stores = [], [], []
     groups = json.loads(path.read_text())

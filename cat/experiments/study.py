@@ -1,7 +1,7 @@
 """Many short runs of one recipe: arms that differ from it in a few fields, each from several seeds, probed as they go.
 
-A guide is a frozen encoder whose embeddings of the pool, as directions, centred and scaled to one size, an arm is
-regularised towards. Guides differ in width, and so in what L_r costs. To compare them an arm does not give a weight but
+A guide is a frozen encoder whose embeddings of the pool, as directions, centred and scaled, an arm is regularised
+towards. Guides differ in width, and so in what L_r costs. To compare them an arm does not give a weight but
 a *cost*: the weight is the one with which predicting the mean embedding for every clip costs that much in the loss.
 """
 
@@ -36,6 +36,7 @@ from cat.training.guidance import reduced
 from cat.training.recipe import SECTION_PRESETS, PretrainConfig, pick_device
 
 COST = 5.0  # of predicting the mean embedding; L_p begins at 8 to 10 and L_g at about the same
+RMS = 1 / 8  # of a dimension of a guide's embeddings
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Guide:
 
     @staticmethod
     def made(name: str, spec: str, study: Study, folder: Path, progress: bool) -> _Guide:
-        rows = folder / "guides" / f"{_slug(name)}-{_digest([spec, str(study.pool)])}.npy"
+        rows = folder / "guides" / f"{_slug(name)}-{_digest([spec, str(study.pool), RMS])}.npy"
         linked = rows.with_suffix(".jsonl")
         if not linked.exists():
             encoder = build_encoder(spec, device=pick_device(study.recipe.run.device))
@@ -134,17 +135,18 @@ class _Guide:
 
 
 def _write_centred(manifest: Manifest, whole: Path, out: Path, name: str) -> None:
-    """The embeddings of `whole` as directions, without their mean, scaled to a mean squared length of 1, in ``out`` and
-    a manifest beside it.
+    """The embeddings of `whole` as directions, without their mean, scaled to a root mean square of `RMS`: in ``out``,
+    and a manifest beside it.
 
     Of a guide for which clips lie close together the mean is nearly all there is (0.98 of the squared length, for
-    YAMNet with random weights), and so nearly all that the first updates would be spent on. The length decides how hard
-    the student is pulled at first, through a head that begins with small weights: towards embeddings 32 times as long,
-    at the same cost, it had not begun to follow after 400 updates.
+    YAMNet with random weights), and so nearly all that the first updates would be spent on. The scale decides what an
+    update of AdamW, which moves every weight of the head by about the learning rate, does to a prediction: a quarter of
+    this scale is within that noise (after 400 updates L_r was above that of a constant), and eight times as much is
+    far from where the head begins (as long, and it had not begun to follow).
     """
     rows = torch.nn.functional.normalize(torch.from_numpy(np.load(whole, allow_pickle=False)), dim=1)
     rows -= rows.mean(dim=0)
-    rows /= rows.square().sum(dim=1).mean().sqrt()
+    rows *= RMS / rows.square().mean().sqrt()
     name = f"{name}, centred"
     with EmbeddingWriter(out, manifest, dim=rows.shape[1], encoder=name) as writer:
         writer.append(range(len(rows)), rows.numpy())

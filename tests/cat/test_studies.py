@@ -126,9 +126,9 @@ def test_a_weight_costs_the_same_whatever_the_guide(convergence, two_sounds):
     rows = np.load(next((out / "studies" / "guides").glob("noise-*.whole.npy")), allow_pickle=False)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     rows -= rows.mean(0)
-    constant = rows.shape[1] ** -0.5  # of a mean squared length of 1
+    constant = study.RMS**2 * rows.shape[1] ** 0.5
     made = np.load(next(p for p in (out / "studies" / "guides").glob("noise-*.npy") if "whole" not in p.name))
-    np.testing.assert_allclose(made, rows / np.sqrt((rows**2).sum(1).mean()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(made, study.RMS * rows / np.sqrt((rows**2).mean()), rtol=1e-4, atol=1e-5)
     assert record["arms"]["noise"]["weight"] * constant == pytest.approx(study.COST, rel=1e-3)
     config = experiment_config("cost", two_sounds / "train.jsonl", SMALL)
     tasks = (trial.Task("sounds", two_sounds),)

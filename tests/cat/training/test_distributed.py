@@ -65,6 +65,9 @@ def reads(self, key):
 dataset.__getitem__ = reads
 """
 
+NOT_FINITE = "batch = read(self, key); batch.spec.fill_(float('nan')); return batch"
+LAUNCHED = "import os; os.environ['TORCHELASTIC_RUN_ID'] = 'none'"
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -206,7 +209,7 @@ def test_what_happens_to_one_process_ends_all_alike(data, tmp_path):
     def process_1(what: str) -> str:
         return AT_A_PIECE.format(what)
 
-    runs = {name: tmp_path / name for name in ("raises", "SIGTERM", "SIGUSR1", "killed", "hangs")}
+    runs = {name: tmp_path / name for name in ("raises", "SIGTERM", "SIGUSR1", "killed", "left", "hangs")}
     kill = "os.kill(os.getpid(), signal.{})"
     occupied = f"""
 import time
@@ -219,6 +222,8 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
         "SIGTERM": group(data, 2, runs["SIGTERM"], before=process_1(kill.format("SIGTERM"))),
         "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
+        "left": group(data, 2, runs["left"], before=f"{LAUNCHED}{process_1('os.getppid = lambda: 1')}"),
+        "not finite": group(data, 2, tmp_path / "not-finite", "run.stop_at=5", before=process_1(NOT_FINITE)),
         "hangs": group(data, 2, runs["hangs"], "run.timeout=2", before=process_1("time.sleep(8)")),
         "occupied": group(data, 2, runs["hangs"], before=occupied, beside=True),
         "other": group(data, 2, tmp_path / "other", before="rank and argv.append('optim.lr=1')"),
@@ -246,6 +251,16 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     assert "process 1 (" in ends["killed"][0]["err"]
     assert "of 2 (counted from 0) has ended without a word: killed" in ends["killed"][0]["err"]
     assert checkpoints.newest(runs["killed"]).name == "step-00000002"
+
+    # Of torchrun, which then cannot end them.
+    assert ended(ends["left"], 143, 143)
+    assert checkpoints.newest(runs["left"]).name == "step-00000002"
+
+    # All skip the update of which one process has a loss that is not finite, and its whole batch is written down.
+    assert ended(ends["not finite"], 0, 0)
+    assert [row["grad_norm"] is None for row in rows(tmp_path / "not-finite")] == [False, False, True, False, False]
+    (skipped,) = (tmp_path / "not-finite" / "skipped").iterdir()
+    assert len(json.loads(skipped.read_text())["clips"]) == 4
 
     assert ended(ends["hangs"], 1, 1)
     assert "has not answered for 2 s (run.timeout)" in ends["hangs"][0]["err"]
