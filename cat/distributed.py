@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from cat.device import pick_device
 
 PATIENCE = 2.0  # seconds in which the others tell that they are still there
 _STARTING = 600.0  # seconds until all have found the store
+_ENDING = 30  # seconds that a process has to end after an error
 _BROKEN = re.compile(r"gloo|nccl|connection|peer|timed? ?out|socket|store", re.IGNORECASE)
 
 
@@ -159,6 +161,8 @@ class Processes:
 
     def close(self, *, failed: bool) -> None:
         """Leave the groups: a connection that is closed tells the others that something is wrong here."""
+        if failed and self.several and self._on_gpu and hasattr(signal, "alarm"):
+            signal.alarm(_ENDING)  # NCCL's threads may wait for ever for a process that has gone, at exit too
         if dist.is_initialized() and self.several:
             with contextlib.suppress(Exception):
                 # After an error collectives on a GPU may never end, and destroying their group would wait for them.

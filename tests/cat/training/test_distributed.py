@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -335,6 +336,16 @@ def test_processes_on_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as Slurm's --gpus-per-task=1 sets it
     assert Processes(1, 2, local_rank=1).device("cuda") == torch.device("cuda", 0)
+
+
+def test_after_an_error_a_process_on_a_gpu_ends_whatever_its_threads_wait_for(monkeypatch):
+    alarms: list[int] = []
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    for size, on_gpu, failed in ((1, True, True), (2, False, True), (2, True, False), (2, True, True)):
+        process = Processes(1, size)
+        process._on_gpu = on_gpu
+        process.close(failed=failed)
+    assert alarms == [distributed._ENDING]
 
 
 def test_a_recorded_step_is_of_one_process_and_one_piece(data, monkeypatch):
