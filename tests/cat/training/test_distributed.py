@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -291,23 +292,39 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(data, tmp_path):
     kill = AT_A_PIECE.format("os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.kill(os.getpid(), signal.SIGKILL)")
     script.write_text(f"import sys\nfrom cat.commands import main\n{kill}\nsys.exit(main())\n")
     assert ended(*together(tmp_path, group(data, 2, tmp_path / "undisturbed")), 0, 0)
-    ended_at = torchrun(tmp_path, script, *group(data, 2, tmp_path / "killed")["argv"])
-    assert ended_at.returncode == 0, ended_at.stderr
-    assert f"going on from {tmp_path / 'killed' / 'checkpoints' / 'step-00000002'}" in ended_at.stderr
+    process = torchrun(tmp_path, script, *group(data, 2, tmp_path / "killed")["argv"])
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert f"going on from {tmp_path / 'killed' / 'checkpoints' / 'step-00000002'}" in said
     assert rows(tmp_path / "killed") == rows(tmp_path / "undisturbed")
 
 
-def torchrun(folder: Path, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(data, tmp_path):
+    argv = group(data, 2, tmp_path / "run", "optim.steps=100000")["argv"]
+    process = torchrun(tmp_path, REPOSITORY / "cat" / "__main__.py", *argv)
+    until = time.monotonic() + 200
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run"):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    told, said = process.communicate(timeout=100)
+    assert "stopped by SIGTERM after step" in told, said
+    assert checkpoints.newest(tmp_path / "run").name == f"step-{rows(tmp_path / 'run')[-1]['step']:08d}"
+
+
+def torchrun(folder: Path, script: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), *arguments),
         ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
 
 
