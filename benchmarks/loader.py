@@ -1,6 +1,6 @@
 """How many clips a core reads, decodes, resamples and hands over, against how many a GPU takes.
 
-    python -m benchmarks.loader            # 16 clips of ten seconds in every format; a minute of one core
+    python -m benchmarks.loader            # 8 clips of ten seconds in every format; a minute of one core
 
 CPU time of the reading process, not wall time: what one core does, whoever else uses the machine. Files lie in the
 system's page cache, so that decoding is measured and not a disk. "files" and "shards" are read as data workers do, into
@@ -190,7 +190,7 @@ def measure(name: str, clips: int, rounds: int, root: Path, url: str | None, res
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=16, help="in a batch (default 16)")
+    parser.add_argument("--clips", type=int, default=8, help="in a batch (default 8)")
     parser.add_argument("--rounds", type=int, default=5, help="of every candidate, in turn (default 5)")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT")
     parser.add_argument("--out", type=Path, help="result file to write")
@@ -208,8 +208,8 @@ def main() -> int:
             results.notes.append("loader: shards behind a URL were not measured: aiohttp is not installed")
         for name in options.formats:
             measure(name, options.clips, options.rounds, root, url, results)
-    if options.out:
-        results.write(options.out, torch.device("cpu"))
+            if options.out:
+                results.write(options.out, torch.device("cpu"))
     for row in results.rejected:
         say(f"rejected: {row['mode']}, {row['provider']}: {row['reason']}")
     say(f"an H200 takes {demand():.0f} clips/s (predicted step)")

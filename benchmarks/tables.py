@@ -261,16 +261,17 @@ def entries_table(data: Data) -> Table:
 
 
 def loader_table(data: Data) -> Table:
-    """Which side is the bottleneck: the GPU where fewer cores than a machine has feed it, else the loader."""
+    """Which side is the bottleneck: the GPU where few cores feed it, else the loader."""
     header = ["clips of ten seconds", "read from", "kB a clip", "ms of a core", "20 to 80 %", "clips/s a core",
-              "cores that feed an H200", "MB/s then"]  # fmt: skip
+              "cores that feed an H200", "MB/s then", "bottleneck, 8 cores a GPU"]  # fmt: skip
     rows = []
     for r in data["rows"]:
         if r["benchmark"] == "loader":
+            cores = r["demand"] / r["clips_a_second"]
             rows.append([
                 r["mode"], r["provider"], f"{r['bytes_a_clip'] / 1e3:.0f}", _ms(r["median_ms"]),
                 f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{r['clips_a_second']:.0f}",
-                f"{r['demand'] / r['clips_a_second']:.1f}", f"{r['demand'] * r['bytes_a_clip'] / 1e6:.0f}",
+                f"{cores:.1f}", f"{r['demand'] * r['bytes_a_clip'] / 1e6:.0f}", "GPU" if cores <= 8 else "loader",
             ])  # fmt: skip
     taken = next((r["demand"] for r in data["rows"] if r["benchmark"] == "loader"), 0)
     return Table(f"Reading clips, CPU time; an H200 takes {taken:.0f} clips/s (predicted step, base)", header, rows)

@@ -25,6 +25,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
     "hub": {"huggingface-hub": "huggingface_hub"},
     "files": {"pyarrow": "pyarrow", "h5py": "h5py"},
+    "remote": {"fsspec": "fsspec", "aiohttp": "aiohttp"},
     "clap": {"transformers": "transformers"},
     "tflite": {"ai-edge-litert": "ai_edge_litert"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Write all of it at the end of a file that was opened "ab" without a buffer, or, on a full disk, nothing. (What a
+    buffer holds would raise once more when the file is closed.)
+
+    Raises: OSError that names the file.
+    """
+    left, size = memoryview(content), os.fstat(file.fileno()).st_size
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        file.truncate(size)
+        raise named(error, Path(os.fsdecode(file.name))) from error
 
 
 def flush_to_disk(path: Path) -> None:
@@ -136,6 +152,14 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """``256MB``, ``1.5g``, ``100000``. Raises: ValueError that names the option."""
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmg]?)b?", text.strip().lower())
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"{option} is {text!r}; expected a size such as 256MB or 1GB")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
 
 
 # ---------------------------------------------------------------- the hidden folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +89,20 @@ def events(path: Path) -> None:
     manifest(path, events=lambda number: [{"onset": 0.1, "offset": 0.4, "label": ("hiss", "hum")[number // 4]}])
 
 
+def tars(path: Path) -> None:
+    """A folder with a tar file as others write them: audio, and labels in a field of the JSON beside it."""
+    path.mkdir(parents=True)
+    with tarfile.open(path / "train-0000.tar", "w") as tar:
+        for number, label in enumerate(("hiss", "hum")):
+            for name, content in (
+                (f"{number}.flac", _sound(label, number, "flac")),
+                (f"{number}.json", json.dumps({"tags": [label]}).encode()),
+            ):
+                about = tarfile.TarInfo(name)
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+
+
 def audioset(path: Path) -> None:
     """Google's lists and, in a folder beside them, half of the eight clips that each list names."""
     path.mkdir(parents=True)
@@ -129,6 +145,20 @@ def run(path: Path, *changes: str) -> None:
 
 def run_with_two_checkpoints(path: Path) -> None:
     run(path, "run.checkpoint_every=1")
+
+
+def skipped_batch(path: Path) -> None:
+    """That of a run which has a clip too loud for float32 in every batch."""
+    import soundfile
+
+    run_dir = path.parents[1]
+    audio = run_dir.parent / ".loud"
+    for number in range(3):
+        clip(audio / f"{number}.wav", "hiss", number)
+    soundfile.write(audio / "loud.wav", np.random.default_rng(0).normal(size=9000) * 1e30, 16000, subtype="FLOAT")
+    own = [f"data.train={audio}", f"run.dir={run_dir.parent}", f"run.name={run_dir.name}", "run.figures=false"]
+    assert main(["pretrain", str(RECIPES / "tiny.yaml"), *SMALL["pretrain"], *own, "--quiet"]) == 0
+    min(path.parent.iterdir()).rename(path)
 
 
 def classifier(path: Path) -> None:

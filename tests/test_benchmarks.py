@@ -18,6 +18,7 @@ import cat_kernels
 from benchmarks import (
     ahead,
     checkpoints,
+    entries,
     fbank,
     finetune,
     inference,
@@ -823,3 +824,42 @@ def test_downstream_reads_what_was_done_and_says_mean_and_deviation(tmp_path, mo
     assert names["test"] == {f"{number}.wav" for number in range(20)}
     assert names["train"] | names["valid"] == {f"{number}.wav" for number in range(20, 40)}
     assert not names["train"] & names["valid"]
+
+
+# ---------------------------------------------------------------- loader
+
+
+def test_the_loader_reads_the_same_samples_from_files_and_shards(tmp_path, monkeypatch):
+    pytest.importorskip("soundfile")
+    from benchmarks import loader
+
+    monkeypatch.setattr(loader, "HANDED", 2)
+    monkeypatch.setenv("CAT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    found = Results()
+    loader.measure("WAV, 16 kHz", 2, 1, tmp_path / "data", None, found)
+    assert [row["provider"] for row in found.rows] == ["files", "shards", "files, worker"]
+    assert not found.rejected
+    assert all(row["parity_error"] == 0 and row["bytes_a_clip"] == 320_044 for row in found.rows)
+    table = tables.loader_table({"rows": found.rows})
+    assert [row[:3] for row in table.rows] == [["WAV, 16 kHz", row["provider"], "320"] for row in found.rows]
+    assert 100 < loader.demand() < 10_000
+
+
+# ---------------------------------------------------------------- the start on a manifest
+
+
+def test_a_start_on_a_manifest_is_measured_with_its_data_workers(tmp_path, monkeypatch):
+    pytest.importorskip("soundfile")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, expected = entries.write(tmp_path, 300)
+    found = entries.child(str(path), "fine-tuning")
+    assert found["fingerprint"] == expected
+    assert len(found["clips"]) == 48
+    assert 1 < found["worker_MiB"] < found["peak_MiB"]
+    results = Results()
+    key = Key(benchmark="entries", mode="fine-tuning", dtype="fp32", shape={"clips": 300})
+    parts = {name: found[name] for name in ("import_s", "read_s", "rest_s", "worker_MiB")}
+    results.add(key, "first", [2000.0], Parity(0.0, 0.0), peak_MiB=100.0, work=parts)
+    (row,) = tables.entries_table(results.as_dict(CPU)).rows
+    assert (row[0], row[1], row[5], row[6]) == ("fine-tuning, first", "300", "2.0", "100")

@@ -46,6 +46,8 @@ from tests.lookalikes import (
     manifest,
     run,
     run_with_two_checkpoints,
+    skipped_batch,
+    tars,
 )
 
 ROW = re.compile(r"^\| (?P<situation>[^|]+) \| (?P<happens>[^|]+) \| (?P<tests>[^|]+) \|$")
@@ -93,7 +95,14 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/events": event_finder,
     },
     "docs/scale.md": {"audioset.jsonl": embedded},
+    "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
+    "docs/watching.md": {
+        "my/audio": folder_of_folders,
+        "runs/broken/skipped/step-00000123.json": skipped_batch,
+        "runs/one": run,
+        "runs/two": run,
+    },
     "help of checkpoints": {"runs/tiny": run_with_two_checkpoints},
     "help of finetune": {
         "my/sounds": folder_of_folders,
@@ -104,7 +113,12 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/base": run,
     },
     "help of prepare": {"my/audio": folder_of_folders, "audioset": audioset},
-    "help of pretrain": {"my/audio": folder_of_folders},
+    "help of pretrain": {
+        "my/audio": folder_of_folders,
+        "runs/broken/skipped/step-00000123.json": skipped_batch,
+    },
+    "help of report": {"runs/tiny": run, "runs/other": run},
+    "help of shards": {"my/audio": folder_of_folders, "my/tars": tars},
     "recipes/as20k-released.yaml": {"train.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
     "recipes/as20k.yaml": {"audioset": audioset, "runs/base": run},
     "recipes/as2m-released.yaml": {"train2m.jsonl": manifest, "test.jsonl": manifest, "runs/base": run},
@@ -149,8 +163,10 @@ NOT_RUN: dict[str, str] = {
     r"torchrun ": "starts several processes; tests/cat/training/test_distributed.py does",
     r"sbatch ": "needs Slurm; tests/test_launch.py runs the script with stand-ins",
     r"tensorboard ": "a server, which does not end",
+    r"WANDB_MODE=offline |wandb sync ": "needs a package; tests/cat/training/test_sinks.py has it",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
+    r"cat-audio pretrain .*https://": "needs a network; tests/cat/training/test_sharded.py runs it from another URL",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
@@ -243,8 +259,8 @@ def run_step(step: Step, folder: Path, names: dict[str, Any]) -> None:
 
 
 def made_small(words: list[str]) -> list[str]:
-    """`SMALL` goes behind the recipe, where there is one; a run that is resumed has its settings."""
-    if "--resume" in words:
+    """`SMALL` goes behind the recipe, where there is one; a run that is resumed, or looked into, has its settings."""
+    if {"--resume", "--replay"} & {*words}:
         return words
     after = 2 if len(words) > 1 and words[1].endswith(".yaml") else 1
     return [*words[:after], *SMALL.get(words[0], []), *words[after:]]

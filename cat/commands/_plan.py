@@ -27,8 +27,8 @@ def check_plan(args: argparse.Namespace) -> None:
     """Raises: `ConfigError` for options that do not go together."""
     if args.json and args.plan is None:
         raise ConfigError("--json is how --plan is told; give --plan gpus=N too, or leave it out")
-    if args.plan is not None and args.profile:
-        raise ConfigError("--plan starts nothing and --profile times steps; give one of them")
+    if args.plan is not None and (args.profile or args.replay):
+        raise ConfigError("--plan starts nothing; leave out --profile and --replay, which compute steps")
 
 
 def run_plan(config: PretrainConfig | FinetuneConfig, run_dir: Path, args: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ Exit code 0 when embeddings were written, also when clips were left out; 1 when 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "Embeddings of a manifest's clips: one .npy, and a manifest whose clips name their rows."
-    parser.add_argument("manifest", metavar="MANIFEST", help="folder of audio, .jsonl, .tsv or .json")
+    parser.add_argument("manifest", metavar="MANIFEST", help="folder of audio or of shards, .jsonl, .tsv or .json")
     parser.add_argument(
         "--encoder",
         required=True,

@@ -25,7 +25,9 @@ Exit code 0 when all files are in OUT; 1 when some are not, with their reasons i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "Embeddings of audio files by a CAT checkpoint, in one table."
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio files, folders, or .jsonl, .tsv, .json lists")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="audio files, folders, shards, .jsonl, .tsv, .json lists"
+    )
     parser.add_argument(
         "--encoder",
         required=True,

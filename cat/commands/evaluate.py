@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="fine-tuning run, checkpoint, .safetensors, or a published model's folder",
     )
-    parser.add_argument("data", metavar="DATA", help="labelled clips: folder of folders, .jsonl, .tsv or .json")
+    parser.add_argument("data", metavar="DATA", help="labelled clips: folder of folders, shards, .jsonl, .tsv or .json")
     parser.add_argument(
         "-o", "--out", type=Path, default=None, help="default: evaluation/DATA-STEP in the run directory"
     )

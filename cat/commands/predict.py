@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="fine-tuning run, checkpoint, .safetensors, hub folder or name"
     )
-    parser.add_argument("files", metavar="FILES", nargs="+", help="audio files, folders of them, manifests")
+    parser.add_argument("files", metavar="FILES", nargs="+", help="audio files, folders of them, shards, manifests")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to tell (default 5; 0: all)")
     parser.add_argument("--json", metavar="FILE", help="JSON Lines, a file a line; - for stdout")
     parser.add_argument("--csv", metavar="FILE", help="a line a class, or an event; - for stdout")

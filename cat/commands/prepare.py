@@ -7,8 +7,12 @@ from pathlib import Path
 
 from cat.config import from_mapping, read_yaml
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
+from cat.data.manifest import load_manifest
 from cat.data.prepare import PrepareConfig, Prepared, prepare_clips, read_source
 from cat.data.prepare.report import recipe_lines
+from cat.data.shards.writing import write_shards
+from cat.data.workers import cores
+from cat.files import parse_bytes
 from cat.progress import say
 
 EPILOG = """\
@@ -21,7 +25,8 @@ A file is rejected that is missing, unreadable, cut off, empty, silent, shorter 
 has NaN or infinite samples: each is decoded to its end. DIR gets manifest.jsonl (the clips that can be used),
 rejected.jsonl (path and reason of the others), duplicates.jsonl (clips that are the same, sample by sample), and
 report.md and report.json: how many, how long, mean and standard deviation of the log-mel spectrograms, classes and
-their weights. With --convert it gets audio/ too, and the manifest names these files.
+their weights. With --convert it gets audio/ too, and the manifest names these files; with --shards also shards/, tar
+files that data.train=DIR/shards reads in place of manifest.jsonl.
 
 Stopped or killed, it goes on when it is called again. The same files come of any number of --jobs. DIR must be new or
 empty; nothing in it is replaced, and nothing of the source is changed.
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a folder of audio, a manifest, or AudioSet's *_segments.csv",
+        help="a folder of audio, a manifest, shards (a folder or URL), or AudioSet's *_segments.csv",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder to fill; new or empty")
     parser.add_argument(
@@ -69,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="fail, without a manifest, when more files are rejected (0.5)",
     )
+    parser.add_argument(
+        "--shards", metavar="SIZE", help="write the clips as tar files too, of about this size (256MB), in DIR/shards"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
@@ -81,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         convert=args.convert,
         drop_duplicates=args.drop_duplicates,
     )
+    shard_bytes = None if args.shards is None else parse_bytes(args.shards, "--shards")
     source = read_source(args.source, args.audio)
     for note in source.manifest.notes:
         say(note)
@@ -93,7 +102,23 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     _tell(prepared)
+    if shard_bytes is not None:
+        return _write_shards(prepared, shard_bytes, args)
     return 0
+
+
+def _write_shards(prepared: Prepared, shard_bytes: int, args: argparse.Namespace) -> int:
+    written = write_shards(
+        load_manifest(prepared.manifest),
+        prepared.folder / "shards",
+        shard_bytes=shard_bytes,
+        jobs=args.jobs or cores(),
+        progress=not args.quiet,
+    )
+    print(f"{prepared.folder / 'shards'}: {len(written.manifest)} clips, shards: {written.shards}")
+    for path, reason in written.failures[:20]:
+        say(f"{path}: {reason}")
+    return 1 if written.failures else 0
 
 
 def _features(recipe: str | None) -> FeatureConfig:

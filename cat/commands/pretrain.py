@@ -24,7 +24,7 @@ examples:
   cat-audio pretrain recipes/base.yaml data.global_batch=768 --plan gpus=8    what it needs on 8 GPUs, nothing starts
   cat-audio pretrain --resume runs/tiny                             go on with a run that was stopped
   cat-audio pretrain recipes/tiny.yaml data.train=my/audio --profile      where the time of a step goes
-  cat-audio pretrain --replay runs/tiny/skipped/step-00000123.json        what was not finite in a skipped step
+  cat-audio pretrain --replay runs/broken/skipped/step-00000123.json      what was not finite in a skipped step
   torchrun --nproc-per-node 2 -m cat pretrain recipes/tiny.yaml data.train=my/audio             in two processes
 
 Every field of a recipe can be set as SECTION.FIELD=VALUE; runs/NAME/config.yaml lists them all with their values.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 
 from cat.data.manifest import load_manifest
 from cat.data.shards.checking import check_shards
 from cat.data.shards.tars import index_shards
 from cat.data.shards.writing import write_shards
+from cat.files import parse_bytes
 from cat.progress import say
 
 EPILOG = """\
@@ -25,8 +25,6 @@ examples:
 
 Exit code 0 when all is well, 1 when clips were left out or are damaged.
 """
-
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +54,9 @@ def _write(args: argparse.Namespace) -> int:
     manifest = load_manifest(args.data)
     for note in manifest.notes:
         say(note)
-    written = write_shards(manifest, args.out, shard_bytes=_bytes(args.size), jobs=args.jobs, progress=not args.quiet)
+    written = write_shards(
+        manifest, args.out, shard_bytes=parse_bytes(args.size, "--size"), jobs=args.jobs, progress=not args.quiet
+    )
     print(f"{args.out}: {len(written.manifest)} clips, shards: {written.shards}")
     return _tell(written.failures, "could not be read and were left out")
 
@@ -84,10 +84,3 @@ def _tell(failures: list[tuple[str, str]], what: str) -> int:
     if failures:
         say(f"{len(failures)} clips {what}")
     return 1 if failures else 0
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9.]+)\s*([kmg]?)b?", text.strip().lower())
-    if not found or found[1].count(".") > 1 or not float(found[1] + "0") > 0:
-        raise ValueError(f"--size is {text!r}; expected a size such as 256MB or 1GB")
-    return int(float(found[1]) * _UNITS[found[2]])

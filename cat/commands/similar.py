@@ -25,7 +25,7 @@ the next time; without, they are made afresh.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "The sounds in a folder that are most like one, by the cosine of embeddings."
-    parser.add_argument("folder", metavar="FOLDER", help="folder of audio, .jsonl, .tsv or .json list")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of audio, shards, .jsonl, .tsv or .json list")
     parser.add_argument("query", type=Path, metavar="QUERY", help="an audio file")
     parser.add_argument(
         "--encoder", required=True, metavar="CHECKPOINT", help="a run, a checkpoint, a .safetensors, or a hub name"

@@ -7,6 +7,7 @@ those of a file (`Clips.save`, `Clips.open`) by all processes of a machine.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,10 @@ class Clip:
     embedding: int | None = None  # row of the data set's embedding file
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # the manifest's own fields, as JSON has them
     negative: bool = False  # its list says that it has none of the labels ("labels": []), not nothing
+
+
+# Of a clip, in their order.
+Fields = tuple[str, int | None, int | None, tuple[str, ...], int | None, dict[str, Any], bool]
 
 
 class Texts(Sequence[str]):
@@ -85,6 +90,12 @@ class Texts(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        content, begin = self._bytes, 0
+        for end in itertools.islice(self._ends, 1, None):
+            yield str(content[begin:end], "utf-8", "surrogateescape")
+            begin = end
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -135,28 +146,42 @@ class Clips(Sequence[Clip]):
     _file: Columns | None
 
     def __init__(self, clips: Iterable[Clip]) -> None:
+        self._fill((c.path, c.samples, c.sample_rate, c.labels, c.embedding, c.extra, c.negative) for c in clips)
+
+    @classmethod
+    def of_fields(cls, clips: Iterable[Fields]) -> Clips:
+        """Without making a `Clip` of each, which takes a fifth of the time of reading a manifest."""
+        made = cls.__new__(cls)
+        made._fill(clips)
+        return made
+
+    def _fill(self, clips: Iterable[Fields]) -> None:
         paths, extras = Texts(), Texts()
         samples, rates, rows = array("q"), array("q"), array("q")
-        label_ids, label_ends, negative = array("i"), array("q", [0]), array("b")
+        label_ids, label_ends, negatives = array("i"), array("q", [0]), array("b")
         ids = _LabelIds()
-        encode = json.JSONEncoder(allow_nan=False).encode
+        encode, extra_ends = json.JSONEncoder(allow_nan=False).encode, extras._ends
         for clip in clips:
-            paths.append(clip.path)
+            path, count, rate, labels, row, extra, negative = clip
+            paths.append(path)
             try:
-                if isinstance(clip.labels, str):
+                if isinstance(labels, str):
                     raise TypeError("labels are a tuple of strings")
-                samples.append(-1 if clip.samples is None else clip.samples)
-                rates.append(-1 if clip.sample_rate is None else clip.sample_rate)
-                rows.append(-1 if clip.embedding is None else clip.embedding)
-                label_ids.extend(dict.fromkeys([ids[text] for text in clip.labels]))
+                samples.append(-1 if count is None else count)
+                rates.append(-1 if rate is None else rate)
+                rows.append(-1 if row is None else row)
+                label_ids.extend(dict.fromkeys([ids[text] for text in labels]))
             except (TypeError, OverflowError) as error:
-                raise TypeError(f"{clip!r}: {error}; expected the types that Clip names") from None
+                raise TypeError(f"{Clip(*clip)!r}: {error}; expected the types that Clip names") from None
             label_ends.append(len(label_ids))
-            negative.append(clip.negative and not clip.labels)
-            extras.append(encode(clip.extra) if clip.extra else "")
+            negatives.append(negative and not labels)
+            if extra:
+                extras.append(encode(extra))
+            else:
+                extra_ends.append(extra_ends[-1])
         self.paths, self._extra, self._labels, self._file = paths, extras, tuple(ids.clean), None
         self._samples, self._rates, self._rows = samples, rates, rows
-        self._label_ids, self._label_ends, self._negative = label_ids, label_ends, negative
+        self._label_ids, self._label_ends, self._negative = label_ids, label_ends, negatives
 
     # ------------------------------------------------------------ on disk
 

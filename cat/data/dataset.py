@@ -89,7 +89,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         step, places = self.share.place(key)
         positions = [step * self.share.clips + place for place in places]
         self._fetch_ahead(positions)
-        read = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
+        read = [first_readable(self._order, p, self._read, failures, self.manifest.name) for p in positions]
         cuts, embeddings = [cut for cut, _, _ in read], [row for _, row, _ in read]
         batch = gather(step, cuts, embeddings, failures, self.manifest, self.features, waveforms=self.waveforms)
         told = self.guides.stacked([told for _, _, told in read])

@@ -216,7 +216,7 @@ def open_embeddings(manifest: Manifest) -> EmbeddingStore | EmbeddingFiles | Non
         clip = manifest.clips[int(outside[0])]
         what = "no embedding row" if clip.embedding is None else f"embedding row {clip.embedding}"
         raise EmbeddingError(
-            f"{manifest.source}: {clip.path} has {what}, the embeddings have rows 0 to {len(store) - 1}; "
+            f"{manifest.name}: {clip.path} has {what}, the embeddings have rows 0 to {len(store) - 1}; "
             "remove the clip or run `cat-audio embed` again"
         )
     return store
@@ -337,7 +337,7 @@ def gather_embeddings(manifest: Manifest, path: str | os.PathLike[str], *, encod
     """
     store = open_embeddings(manifest)
     if not isinstance(store, EmbeddingFiles):
-        raise EmbeddingError(f"{manifest.source}: its embeddings are not one .npy a clip; there is nothing to gather")
+        raise EmbeddingError(f"{manifest.name}: its embeddings are not one .npy a clip; there is nothing to gather")
     target = os.path.abspath(path)
     if os.path.exists(target) and any(os.path.abspath(file) == target for file in store.files):
         raise EmbeddingError(f"{path}: is one of the files to gather; give another name")

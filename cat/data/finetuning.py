@@ -246,7 +246,7 @@ class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
         step, places = self.share.place(key)
         positions = [step * self.share.clips + place for place in places]
         self._fetch_ahead(positions)
-        cuts = [first_readable(self._order, p, self._read, failures, self.manifest.source) for p in positions]
+        cuts = [first_readable(self._order, p, self._read, failures, self.manifest.name) for p in positions]
         augmentation = draw(
             self.augment,
             self.features,

@@ -122,4 +122,4 @@ def every_clip(
 
 def nothing_readable(manifest: Manifest, failures: Sequence[Failure]) -> RuntimeError:
     first = f"; the first: {failures[0].path}: {failures[0].reason}" if failures else ""
-    return RuntimeError(f"not one of the {len(manifest)} clips of {manifest.source} could be read{first}")
+    return RuntimeError(f"not one of the {len(manifest)} clips of {manifest.name} could be read{first}")

@@ -30,7 +30,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from cat.data.clips import CLIP_FIELDS, Clip, Clips, Texts
+from cat.data.clips import CLIP_FIELDS, Clip, Clips, Fields, Texts
 from cat.data.folder import AUDIO_SUFFIXES, find_clips
 from cat.data.parsed import read_once
 from cat.data.released import Listed, read_json, read_tsv
@@ -256,11 +256,15 @@ def _in_shards(manifest: Manifest) -> Manifest:
         return manifest
     place = place if is_url(place) else manifest.root / place
     index = open_index(place)
-    numbers = {path: number for number, path in enumerate(index.clips.paths)}
-    at = np.array([numbers.get(path, -1) for path in manifest.columns.paths], dtype=np.int64)
+    paths, there = manifest.columns.paths, index.clips.paths
+    if all(map(np.array_equal, paths.arrays, there.arrays)):
+        at = np.arange(len(paths))
+    else:
+        numbers = {path: number for number, path in enumerate(there)}
+        at = np.array([numbers.get(path, -1) for path in paths], dtype=np.int64)
     if len(at) and at.min() < 0:
         raise ManifestError(
-            f"{manifest.name}: {manifest.columns.paths[int(at.argmin())]} is not in the shards of {place}; expected "
+            f"{manifest.name}: {paths[int(at.argmin())]} is not in the shards of {place}; expected "
             "paths as their index has them"
         )
     return dataclasses.replace(manifest, root=Path(place), shards=place, members=index.members.take(at), extra=extra)
@@ -273,7 +277,7 @@ def _read_jsonl(path: Path) -> Listed:
     header: dict[str, Any] = {}
     folder = path.parent
 
-    def read() -> Iterator[Clip]:
+    def read() -> Iterator[Fields]:
         for number, line in lines(path):
             where = f"{path}:{number}"
             entry = parse_json(line, path, number)
@@ -288,7 +292,7 @@ def _read_jsonl(path: Path) -> Listed:
                     f"{where}: a second header; the header is the first line only (were two manifests joined?)"
                 )
 
-    clips = Clips(read())
+    clips = Clips.of_fields(read())
     embeddings = header.get("embeddings")
     if embeddings is None and (clips.rows >= 0).any():
         with_row = clips.paths[int((clips.rows >= 0).argmax())]
@@ -324,13 +328,13 @@ def _check_header(entry: dict[str, Any], folder: Path, where: str) -> dict[str, 
     return {**entry, "label_names": {label_text(label, where): name for label, name in names.items()}}
 
 
-def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Clip:
+def _parse_clip(entry: dict[str, Any], folder: Path, where: str) -> Fields:
     check_fields(entry, _CLIP_FIELDS, where)
     negative = entry.get("labels") == []
     events = entry.pop("events", None)
     if events is not None:
         entry["events"] = event_list(events, where)
-    return Clip(
+    return (
         check_path(entry.pop("path", None), "path", folder, where),
         whole_number(entry.pop("samples", None), "samples", 0, where),
         whole_number(entry.pop("sample_rate", None), "sample_rate", 1, where),

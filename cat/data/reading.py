@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -14,9 +14,11 @@ from cat.data.features import FeatureConfig
 from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.randomness import Purpose, generator
+from cat.data.remote import LIMIT, Cache, RemoteFile
 from cat.data.sampling import Order, boundaries
 from cat.data.shards.ahead import ReadAhead
 from cat.data.text import ManifestError
+from cat.files import format_bytes
 
 CROPS = ("random", "center", "start")
 FEATURES = ("auto", "gpu", "cpu")
@@ -72,7 +74,31 @@ def check_reading(config: ReadingConfig) -> None:
 
 
 def sampling_advice(config: ReadingConfig, manifest: Manifest) -> list[str]:
-    """What a user of ``data.sampler=weighted`` may not expect."""
+    """What a user of ``data.sampler=weighted``, or of shards behind a URL, may not expect."""
+    return [*_weighted_advice(config, manifest), *_remote_advice(config, manifest)]
+
+
+def _remote_advice(config: ReadingConfig, manifest: Manifest) -> list[str]:
+    if manifest.members is None or not manifest.members.shards.far:
+        return []
+    sizes = [shard.size for shard in manifest.members.shards if isinstance(shard, RemoteFile)]
+    limit, window, advice = Cache.of_environment().limit, config.shard_window, []
+    if window is None:
+        advice.append(
+            f"the clips of {manifest.name} are read in any order: every batch asks for as many shards as it has clips, "
+            "until all are fetched. data.shard_window=16 takes them from 16 shards at a time"
+        )
+    needed = sum(sizes) if window is None else sum(sorted(sizes)[-2 * window :])
+    if needed > limit:
+        advice.append(
+            f"the cache may hold {format_bytes(limit)}, and clips are taken from {format_bytes(needed)} at a time: "
+            "shards will be fetched again and again. "
+            f"Set {LIMIT} to {math.ceil(needed / 1e9)}, or a smaller data.shard_window"
+        )
+    return advice
+
+
+def _weighted_advice(config: ReadingConfig, manifest: Manifest) -> list[str]:
     if config.sampler != "weighted":
         return []
     clips, available = len(manifest), int(np.count_nonzero(balancing_weights(manifest)))
@@ -125,7 +151,7 @@ class FetchAhead:
 
 
 def first_readable(
-    order: Order, position: int, read: Callable[[int, int], T], failures: list[Failure], source: Path | None
+    order: Order, position: int, read: Callable[[int, int], T], failures: list[Failure], source: str
 ) -> T:
     """``read(epoch, clip)`` of the clip at ``position``, or of the epoch's next one that can be read."""
     tried = 0

@@ -167,8 +167,10 @@ def _files(manifest: Manifest) -> np.ndarray:
 def _identities(manifest: Manifest) -> list[Hashable]:
     """What is equal where two paths lead to one file."""
 
+    root = os.path.join(manifest.root, "")
+
     def identity(path: str) -> Hashable:
-        path = os.path.join(manifest.root, path)
+        path = path if path.startswith("/") else root + path
         try:
             status = os.stat(path)
         except (OSError, ValueError):  # it will be recorded as a clip that cannot be read

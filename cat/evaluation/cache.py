@@ -151,7 +151,7 @@ class FeatureCache:
         lost = False
         try:
             with new_folder(place) as folder:
-                about = {"encoder": encoder.name, "clips": str(manifest.source), **dataclasses.asdict(wanted)}
+                about = {"encoder": encoder.name, "clips": manifest.name, **dataclasses.asdict(wanted)}
                 write_entry(folder, compute(manifest, encoder, wanted, skipped, **options), skipped, about)
                 if not any(folder.iterdir()):
                     raise _nothing(manifest, skipped)

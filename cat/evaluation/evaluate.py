@@ -181,7 +181,7 @@ def _without_events(info: ClassifierInfo, manifest: Manifest) -> str:
     if info.head.kind != "frames":
         return f"{info.path} has no frame head; it is of task {info.task!r}"
     if not any(intervals_of(clip) for clip in manifest.clips):
-        return f'no clip of {manifest.source} says when its sounds are, in a field "events"'
+        return f'no clip of {manifest.name} says when its sounds are, in a field "events"'
     return EXTRA if importlib.util.find_spec("sed_eval") is None else ""
 
 
@@ -255,7 +255,7 @@ def _check_finite(scores_BC: np.ndarray, batch: Batch, manifest: Manifest, info:
 def _check_failures(failures: Sequence[Failure], manifest: Manifest, max_failed_share: float) -> None:
     if len(failures) > max_failed_share * len(manifest):
         raise TooManyFailures(
-            f"{len(failures)} of {len(manifest)} clips of {manifest.source} could not be read, more than the allowed "
+            f"{len(failures)} of {len(manifest)} clips of {manifest.name} could not be read, more than the allowed "
             f"share of {max_failed_share:g}; nothing was written. The first: {failures[0].path}: {failures[0].reason}"
         )
 

@@ -116,14 +116,14 @@ def strong_labels(manifest: Manifest, classes: Sequence[str]) -> list[list[Inter
         intervals = intervals_of(clip)
         if intervals is None:
             raise ManifestError(
-                f'{manifest.source}: {clip.path} does not say when its sounds are; expected a field "events" of every '
+                f'{manifest.name}: {clip.path} does not say when its sounds are; expected a field "events" of every '
                 'clip, [{"onset": 0.5, "offset": 1.2, "label": "dog"}], or [] for none'
             )
         truth.append(intervals)
     unknown = sorted({label for intervals in truth for _, _, label in intervals}.difference(classes))
     if unknown:
         raise ManifestError(
-            f"{manifest.source}: events of {', '.join(map(repr, unknown[:5]))}, which the model does not know; its "
+            f"{manifest.name}: events of {', '.join(map(repr, unknown[:5]))}, which the model does not know; its "
             f"classes are {', '.join(map(repr, classes))}"
         )
     return truth

@@ -70,7 +70,7 @@ def report_json(evaluation: Evaluation, info: ClassifierInfo, arguments: Mapping
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()},
         "checkpoint": {"path": str(info.path), "step": info.step, "sha256": sha256_of(info.path)},
         "data": {
-            "source": str(scored.manifest.source),
+            "source": scored.manifest.name,
             "fingerprint": scored.manifest.fingerprint,
             "clips": scores.clips,
             "failures": [dataclasses.asdict(failure) for failure in scored.failures],
@@ -161,7 +161,7 @@ def format_report(evaluation: Evaluation, info: ClassifierInfo) -> str:
     step = "" if info.step is None else f" (step {info.step})"
     lines = [
         f"{info.path}{step}",
-        f"{scored.manifest.source}: {scores.clips} clips, {len(info.classes)} classes, {scores.task}",
+        f"{scored.manifest.name}: {scores.clips} clips, {len(info.classes)} classes, {scores.task}",
         "",
     ]
     rows = [["metric", "value", "" if intervals is None else f"{100 * intervals.level:.0f} % interval"]]

@@ -11,12 +11,13 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from cat.data.content import Stored
-from cat.files import replacing, sha256_of
+from cat.files import append, replacing, sha256_of
 from cat.locks import sole_user
 from cat.outputs import Output, OutputError, claim
 from cat.prediction.classifier import Aggregate, CATClassifier
@@ -122,11 +123,13 @@ class ResultFile:
         self._stack = contextlib.ExitStack()
         self._done: dict[str, int] = {}  # path -> where its line begins
         self._rows: IO[bytes]
+        self._added: FileIO
 
     def __enter__(self) -> ResultFile:
         self._stack.enter_context(sole_user(self.part, remedy="wait for it to end, or give another name"))
         try:
-            self._rows = self._stack.enter_context(open(self.part / ROWS, "a+b"))
+            self._added = self._stack.enter_context(open(self.part / ROWS, "ab", buffering=0))
+            self._rows = self._stack.enter_context(open(self.part / ROWS, "rb"))
             self._read()
         except BaseException:
             self._stack.close()
@@ -148,12 +151,8 @@ class ResultFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keeps the row of a file; a failed one's is written, and tried again when the work goes on."""
-        place = self._rows.seek(0, os.SEEK_END)
-        try:
-            self._rows.write(json.dumps(row).encode() + b"\n")
-            self._rows.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.part / ROWS)) from None
+        place = self._added.seek(0, os.SEEK_END)
+        append(self._added, json.dumps(row).encode() + b"\n")
         self._done[row["path"]] = place
 
     def finish(self, paths: Sequence[str]) -> Path:
@@ -183,13 +182,13 @@ class ResultFile:
                     f"{self.part} holds results of another model, or of other settings, that was stopped; go on with "
                     "what made it, give another name, or --overwrite to begin afresh"
                 )
-            self._rows.truncate(0)
-            self._rows.write(json.dumps(self._header).encode() + b"\n")
+            self._added.truncate(0)
+            append(self._added, json.dumps(self._header).encode() + b"\n")
             return
         place = self._rows.tell()
         for line in self._rows:
             if not line.endswith(b"\n"):  # killed while it was written
-                self._rows.truncate(place)
+                self._added.truncate(place)
                 break
             row = json.loads(line)
             if "error" not in row:

@@ -180,7 +180,8 @@ function drawCharts() {
   const box = make(logarithmic, "input", { type: "checkbox" });
   box.onchange = () => { state.log = box.checked; all(); };
   logarithmic.append("logarithmic");
-  let last = 0;
+  let last = place.clientWidth;
+  all();
   new ResizeObserver(() => {
     if (place.clientWidth !== last) { last = place.clientWidth; all(); }
   }).observe(place);

@@ -26,23 +26,21 @@ from cat.training.recipe import PretrainConfig, read_run
 def samples(run: Run, count: int) -> list[dict[str, Any]]:
     """The first clips of a run, cropped and masked as in its first update (fine-tuning: the first of its data), as the
     page shows them. Raises: what reading the data raises."""
-    kind = PretrainConfig if run.pretraining else FinetuneConfig
-    config, _ = read_run(kind, run.path)  # type: ignore[type-var]
+    config: PretrainConfig | FinetuneConfig = (
+        read_run(PretrainConfig, run.path)[0] if run.pretraining else read_run(FinetuneConfig, run.path)[0]
+    )
     manifest = load_manifest(config.data.train)
     count = min(count, len(manifest))
+    patch_size, masks = config.model.patch_size, 0
+    dataset: PretrainDataset | EvalDataset
     if isinstance(config, PretrainConfig):
+        data, masks = dataclasses.replace(config.data, batch_size=count), config.masks.num_masks
         dataset = PretrainDataset(
-            manifest,
-            dataclasses.replace(config.data, batch_size=count),
-            config.features,
-            config.masks,
-            patch_size=config.model.patch_size,
-            seed=config.run.seed,
-            waveforms=True,
+            manifest, data, config.features, config.masks, patch_size=patch_size, seed=config.run.seed, waveforms=True
         )
-        return _shown(dataset[0], manifest, config.features, config.model.patch_size, config.masks.num_masks)
-    of_task = EvalDataset(manifest, config.features, count, waveforms=True)
-    return _shown(of_task[0], manifest, config.features, config.model.patch_size, 0)
+    else:
+        dataset = EvalDataset(manifest, config.features, count, waveforms=True)
+    return _shown(dataset[0], manifest, config.features, patch_size, masks)
 
 
 def _shown(

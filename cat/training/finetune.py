@@ -150,7 +150,7 @@ def _of(task: Finetuning, manifest: Manifest) -> dict[str, Any]:
     failed = [failure for part in task.world.gathered(failed) for failure in part]
     if failed:
         say(
-            f"{len(failed)} of {len(manifest)} clips of {manifest.source} could not be read and are not scored; the "
+            f"{len(failed)} of {len(manifest)} clips of {manifest.name} could not be read and are not scored; the "
             f"first: {failed[0][0]}: {failed[0][1]}"
         )
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cat.files import named, replacing
+from cat.files import append, replacing
 from cat.progress import say
 from cat.training.sinks import Sinks
 from cat.training.skipped import finite
@@ -74,18 +74,10 @@ class JsonLines:
     """An append-only file of JSON objects. A write is there as soon as it returns, or, on a full disk, not at all."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        left = memoryview("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode())
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            self._file.truncate(size)
-            raise named(error, self._path) from error
+        append(self._file, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode())
 
     def sync(self) -> None:
         """Put on disk what was written; a checkpoint must not be newer than the rows before it."""

@@ -144,6 +144,7 @@ class WeightsAndBiases:
             id=known,
             resume="allow" if known else None,
             config=dict(config),
+            settings=wandb.Settings(console="off"),  # stdout is for results
         )
         # An axis of our own: wandb's must not go back, and a run that goes on begins at its newest checkpoint.
         self._run.define_metric("step")
@@ -157,7 +158,7 @@ class WeightsAndBiases:
         """It has a process that writes at once."""
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class MLflow:
@@ -170,11 +171,13 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self._metric = Metric
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.absolute() / 'mlflow.db'}"
+        uri = mlflow_uri(run_dir)
         self._client: Any = MlflowClient(tracking_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cat-audio"
         found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        # A server knows where its files go; by itself MLflow would put them where the command was started.
+        place = None if "MLFLOW_TRACKING_URI" in os.environ else (run_dir.absolute() / "mlflow").as_uri()
+        experiment = found.experiment_id if found else self._client.create_experiment(name, artifact_location=place)
         self._run = _ids(run_dir).get("mlflow") or ""
         if self._run:
             self._client.update_run(self._run, status="RUNNING")
@@ -198,13 +201,17 @@ class MLflow:
         self._client.set_terminated(self._run)
 
 
+def mlflow_uri(run_dir: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.absolute() / 'mlflow.db'}"
+
+
 _KINDS: dict[str, tuple[str, Callable[[Path, Mapping[str, Any]], Sink]]] = {
     "wandb": ("Weights & Biases", WeightsAndBiases),
     "mlflow": ("MLflow", MLflow),
 }
 _REMEDIES = {
     "wandb": "Log in (wandb login), or write it beside the run for later (WANDB_MODE=offline)",
-    "mlflow": "Look at MLFLOW_TRACKING_URI; without it MLflow's file is in the run directory",
+    "mlflow": "Look at MLFLOW_TRACKING_URI; without it MLflow, but not mlflow-skinny, writes into the run directory",
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cat.data.audio import AudioError, read_windows
+from cat.data.audio import AudioError, Source, read_windows
 from cat.data.batch import one_thread
 from cat.data.containers import Unusable
 from cat.data.features import FeatureConfig, frames_in, log_mel
@@ -66,7 +66,7 @@ class PrepareConfig:
         return max(self.features.frame_length, math.ceil(self.min_seconds * self.features.sample_rate))
 
 
-def check_file(path: Path, config: PrepareConfig, target: Path | None = None) -> np.ndarray:
+def check_file(path: Source, config: PrepareConfig, target: Path | None = None) -> np.ndarray:
     """The RECORD of a file that can be used; with ``target`` it is written there too.
 
     Raises: `AudioError` for one that cannot be used, OSError when it cannot be written. ``target`` is not there then.

@@ -1,4 +1,4 @@
-"""What is to be prepared: a folder, a manifest, or AudioSet's lists of segments with a folder of their audio."""
+"""What is to be prepared: a folder, a manifest, shards, or AudioSet's lists with a folder of their audio."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Source:
 
 
 def read_source(names: Sequence[str | os.PathLike[str]], audio: Path | None = None) -> Source:
-    """A folder of audio, a manifest, or one or more ``*_segments.csv``; of these, ``audio`` is the folder that the
-    videos' files are searched in (None: where the first list lies), and ``class_labels_indices.csv`` lies beside it.
+    """A folder of audio, a manifest, shards, or one or more ``*_segments.csv``; of these, ``audio`` is the folder that
+    the videos' files are searched in (None: where the first list lies), and ``class_labels_indices.csv`` lies beside
+    it.
 
     Raises: `ManifestError`.
     """
@@ -45,11 +46,6 @@ def read_source(names: Sequence[str | os.PathLike[str]], audio: Path | None = No
             "manifest, or one or more of AudioSet's *_segments.csv, to which --audio belongs"
         )
     manifest = load_manifest(names[0])
-    if manifest.shards is not None:
-        raise ManifestError(
-            f"{names[0]} is a data set in shards, whose files are what they are; expected the folder or the manifest "
-            "that the shards were written from, and for what comes out of that --shards"
-        )
     return Source(manifest, str(names[0]), searched=manifest.root if manifest.source == manifest.root else None)
 
 

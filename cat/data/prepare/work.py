@@ -153,7 +153,7 @@ def _finished(source: Source, out: Path, job: dict[str, Any]) -> dict[str, Any] 
     old, new = ({**made, "versions": {}} for made in (report["made_with"], job))  # what is done is done
     reasons = _reasons(old, new) if old != new else ""
     manifest = source.manifest
-    if not reasons and report["stamps"] != digest_of_stamps(stamp(manifest.path(i)) for i in range(len(manifest))):
+    if not reasons and report["stamps"] != digest_of_stamps(stamp(manifest.audio(i)) for i in range(len(manifest))):
         reasons = "audio files have changed since"
     wanted = (MANIFEST, AUDIO) if job["convert"] else (MANIFEST,)
     reasons = reasons or ", ".join(f"{name} is missing" for name in wanted if not (out / name).exists())
@@ -216,12 +216,12 @@ class _Checks:
     def __getitem__(self, begin: int) -> _Checked:
         checked = _Checked(begin)
         for place in range(begin, min(begin + _AT_ONCE, len(self._manifest))):
-            path, target = self._manifest.path(place), None
-            checked.stamps.append(stamp(path))
+            audio, target = self._manifest.audio(place), None
+            checked.stamps.append(stamp(audio))
             if self._names is not None:
                 target = self._audio / self._names[place]
             try:
-                checked.records.append(check_file(path, self._config, target))
+                checked.records.append(check_file(audio, self._config, target))
                 checked.written += [] if target is None else [target]
             except AudioError as error:
                 checked.records.append(np.zeros((), RECORD))
@@ -340,7 +340,7 @@ def _checked_stamps(manifest: Manifest, pieces: Iterable[Piece]) -> str:
 
     def all_of_them() -> Iterator[str]:
         for piece in pieces:
-            found = [stamp(manifest.path(place)) for place in range(piece.begin, piece.end)]
+            found = [stamp(manifest.audio(place)) for place in range(piece.begin, piece.end)]
             if piece.stamps != digest_of_stamps(found):
                 raise FilesChanged("audio files have changed since they were checked; the same command does it again")
             yield from found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
+from typing import Any
 
 from cat.training.flops import PEAKS
 
@@ -114,7 +115,7 @@ def read_machines(text: str) -> Machines:
 
     Raises: ValueError that names the key, and what was expected.
     """
-    types = {field.name: type(field.default) for field in fields(Machines)}
+    types: dict[str, Any] = {field.name: type(field.default) for field in fields(Machines)}
     given: dict[str, int | float | str] = {}
     for pair in filter(None, text.split(",")):
         key, sign, value = (part.strip() for part in pair.partition("="))

@@ -53,7 +53,8 @@ def make_plan(
         paired=isinstance(config, FinetuneConfig) and config.augment.mixup > 0,
     )
     train, valid = _data(config)
-    problems, notes = list(_directory(run_dir, resume=resume, overwrite=overwrite)), []
+    problems: list[str] = list(_directory(run_dir, resume=resume, overwrite=overwrite))
+    notes: list[str] = []
     dims: dict[str, int] = {}
     if isinstance(config, PretrainConfig):
         dims = _dims(config, train, problems, notes)

@@ -46,7 +46,11 @@ def read_some(manifest: Manifest, features: FeatureConfig, *, crop: str, on_gpu:
                 manifest,
                 clip,
                 features,
-                **{"seed": 0, "epoch": 0, "crop": crop, "roll": False, "gain": False},
+                seed=0,
+                epoch=0,
+                crop=crop,
+                roll=False,
+                gain=False,
                 min_samples=features.frame_length,
             )
         except AudioError as error:

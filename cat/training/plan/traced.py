@@ -173,7 +173,7 @@ def _shared(model: nn.Module, processes: int, sent: list[int]) -> nn.Module:
     if processes == 1:
         return model
 
-    def noted(noting, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, which are strings here
+    def noted(noting, bucket):  # without types: DDP compares annotations, which are strings here
         noting.append(bucket.buffer().nbytes)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
@@ -228,7 +228,10 @@ def _finetuning(
     batch = Batch(
         step=0,
         spec=torch.zeros(clips, 1, features.frames, features.mel_bins),
-        **{"waveform": None, "lengths": None, "visible": None, "embedding": None},
+        waveform=None,
+        lengths=None,
+        visible=None,
+        embedding=None,
         clips=torch.zeros(clips, dtype=torch.int64),
         labels=[],
         failures=[],

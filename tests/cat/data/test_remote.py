@@ -14,6 +14,7 @@ import pytest
 from cat.data import DataConfig, FeatureConfig, load_manifest, pretrain_batches, remote
 from cat.data.audio import AudioError, read_audio
 from cat.data.manifest import Clip, Manifest
+from cat.data.reading import sampling_advice
 from cat.data.remote import Cache, RemoteError
 from cat.data.shards.tars import index_shards
 from cat.data.shards.writing import write_shards
@@ -403,3 +404,21 @@ def test_a_window_needs_shards(tmp_path, shards):
         next(of_window(files, 2, num_steps=1))
     with pytest.raises(ValueError, match=r"data.shard_window is 0; it must be at least 1, or null"):
         DataConfig(shard_window=0)
+
+
+def test_advice_for_shards_that_have_to_be_fetched(memory, shards, monkeypatch):
+    def advice(manifest, window=None):
+        return sampling_advice(DataConfig(shard_window=window), manifest)
+
+    assert advice(load_manifest(shards)) == []
+    manifest = load_manifest(memory)
+    [one] = advice(manifest)
+    assert one.startswith(
+        "the clips of memory://set are read in any order: every batch asks for as many shards as it has"
+    )
+    assert advice(manifest, 2) == []
+    monkeypatch.setenv("CAT_CACHE_GB", "0.0001")
+    [two] = advice(manifest, 1)
+    assert two.startswith(
+        "the cache may hold 100 kB, and clips are taken from 123 kB at a time: shards will be fetched"
+    )

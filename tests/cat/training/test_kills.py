@@ -119,10 +119,11 @@ def test_killed_twenty_times_at_any_line(tmp_path, recipe, undisturbed):
     lines = FORK.Value("q", 0)
     assert run_child(train_until, recipe, tmp_path / "counted", None, lines) == 0
     assert_same(tmp_path / "counted", undisturbed)
-    moments, run, killed, reached = random.Random(0), 0, 0, set()
+    total, moments = lines.value, random.Random(0)
+    run, killed, reached = 0, 0, set()
     while killed < 20:
         run_dir = tmp_path / f"run{run}"
-        code = run_child(train_until, recipe, run_dir, moments.randrange(1, lines.value // 3), lines)
+        code = run_child(train_until, recipe, run_dir, moments.randrange(1, total // 3), lines)
         if code == 0:  # it got to its end: another one
             assert_same(run_dir, undisturbed)
             run += 1

@@ -343,6 +343,17 @@ def test_what_is_worth_a_look_is_told(quick: Path) -> None:
         assert note in notes
 
 
+def test_the_steps_that_are_left_are_planned(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.checkpoints, "newest", lambda _: quick)
+    monkeypatch.setattr(planning.checkpoints, "read_state", lambda _: {"step": 40})
+    asked = config()
+    found = planning.make_plan(asked, Machines(), "runs/small", resume=True)
+    assert found["batch"]["steps"] == asked.optim.steps - 40
+    asked = config(run={"stop_at": 40})
+    found = planning.make_plan(asked, Machines(), "runs/small", resume=True)
+    assert found.problems == ("there is nothing left to train: step 40 of 40",)
+
+
 def test_one_clip_that_cannot_be_read_is_only_worth_a_look(quick: Path) -> None:
     pytest.importorskip("soundfile")
     next((quick / "audio").rglob("*.wav")).write_bytes(b"RIFF")

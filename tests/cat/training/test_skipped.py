@@ -3,6 +3,7 @@ row stops, and `--replay` says what it was. Every third batch here has a clip to
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -17,6 +18,8 @@ from cat.checkpoints import store as checkpoints
 from cat.commands import main
 from cat.training import pretraining
 from cat.training.descent import Descent
+from cat.training.finetune import finetune
+from cat.training.finetune_recipe import load_finetune_recipe
 from cat.training.finiteness import Finder
 from cat.training.loop import TrainingError
 from cat.training.pretrain import pretrain, replay
@@ -223,6 +226,28 @@ def test_half_precision_scales_its_losses_and_goes_on_with_the_same_scale(tmp_pa
     assert all(row["scale"] < 65536 for row in good)
     fp32 = pretrain(load_recipe(recipe), tmp_path / "fp32", progress=False)
     assert result.last_loss == pytest.approx(fp32.last_loss, rel=0.2)
+
+
+def test_fine_tuning_skips_and_replays_too(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split, part in itertools.product(("train", "valid"), ("a", "b")):
+        (tmp_path / split / part).mkdir(parents=True)
+        for i in range(2):
+            wave = random.standard_normal(6000) * (1e30 if (split, part, i) == ("train", "b", 0) else 0.1)
+            soundfile.write(tmp_path / split / part / f"{part}{i}.wav", wave, 16000, subtype="FLOAT")
+    (tmp_path / "tune.yaml").write_text(
+        RECIPE.replace("masks: {num_masks: 2}\n", "encoder: none\n")
+        .replace("data: {", f"data: {{train: {tmp_path / 'train'}, valid: {tmp_path / 'valid'}, ")
+        .replace("steps: 9", "steps: 3")
+    )
+    config = load_finetune_recipe(tmp_path / "tune.yaml")
+    run = finetune(config, tmp_path / "run", progress=False).run
+    assert run.skipped
+    batch = next((tmp_path / "run" / "skipped").iterdir())
+    assert main(["finetune", "--replay", str(batch), "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "not finite first: the model's input spec: " in told
+    assert f"of the clip {tmp_path / 'train' / 'b' / 'b0.wav'}" in told
 
 
 def test_skips_are_counted():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.model import CAT, ModelConfig, ObjectiveConfig, Regularisation
 from cat.training import step
-from cat.training.optim import OptimConfig
+from cat.training.optim import OptimConfig, optimizer_tensors
 from cat.training.step import PretrainStep
 from cat_kernels import _checks
 
@@ -225,11 +226,14 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kernels", "cuda_graph"), [("auto", False), ("reference", False), ("auto", True)])
-def test_a_step_waits_for_nothing(kernels, cuda_graph):
+@pytest.mark.parametrize(
+    ("kernels", "cuda_graph", "precision"),
+    [("auto", False, "bf16"), ("reference", False, "bf16"), ("auto", True, "bf16"), ("auto", False, "fp16")],
+)
+def test_a_step_waits_for_nothing(kernels, cuda_graph, precision):
     cuda = torch.device("cuda")
     model = build(dataclasses.replace(MODEL, kernels=kernels), cuda)
-    update = PretrainStep(model, OPTIM, precision="bf16", cuda_graph=cuda_graph)
+    update = PretrainStep(model, OPTIM, precision=precision, cuda_graph=cuda_graph)
     inputs = batch(0, cuda)
     for _ in range(step.EAGER_STEPS + 2):  # compiles, allocates, records
         update(*inputs, lr=1e-3, decay=0.9)
@@ -250,6 +254,23 @@ def test_a_cuda_graph_is_the_eager_step(compile):
     eager = run(PretrainStep(build(device=cuda), OPTIM, precision="bf16"), steps=8, device=cuda)
     update = PretrainStep(build(device=cuda), OPTIM, precision="bf16", compile=compile, cuda_graph=True)
     torch.testing.assert_close(run(update, steps=8, device=cuda), eager, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_step_that_is_not_finite_moves_nothing(cuda_graph, precision):
+    cuda = torch.device("cuda")
+    update = PretrainStep(build(device=cuda), OPTIM, precision=precision, cuda_graph=cuda_graph)
+    for i in range(40):  # fp16's scale comes down meanwhile
+        update(*batch(i, cuda), lr=1e-3, decay=0.9)
+    moved = {**update.parameters, **optimizer_tensors(update.optimizer, update.parameters)}
+    before = {name: value.clone() for name, value in moved.items()}
+    spec, *rest = batch(0, cuda)
+    assert not update(spec * math.inf, *rest, lr=1e-3, decay=0.9)[6].isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in moved.items())
+    assert update(spec, *rest, lr=1e-3, decay=0.9)[6].isfinite()
+    assert not torch.equal(moved["student.cls"], before["student.cls"])
 
 
 @pytest.mark.gpu

@@ -248,6 +248,25 @@ def test_file_names_of_any_bytes(tmp_path):
     assert all(manifest.path(index).is_file() for index in range(3))
 
 
+def test_shards_of_what_can_be_used_and_out_of_shards(audio, capsys):
+    assert run(audio, "--shards", "20kB") == 0
+    out = audio.parent / "out"
+    sharded, listed = load_manifest(out / "shards"), load_manifest(out / "manifest.jsonl")
+    assert [clip.labels for clip in sharded.clips] == [clip.labels for clip in listed.clips]
+    assert len(list((out / "shards").glob("*.tar"))) > 1
+    before = content(out)
+    assert run(audio, "--shards", "20kB") == 0
+    assert content(out) == before
+    assert run(out / "shards", "--min-seconds", "0.35", out="../less") == 0
+    less = load_manifest(out.parent / "less/manifest.jsonl")
+    assert [Path(clip.path).name for clip in less.clips] == ["1.flac", "2.ogg", "3.wav", "4.wav"]
+    assert np.array_equal(read_audio(less.audio(0), 16000), read_audio(audio / "bell/1.flac", 16000))
+    capsys.readouterr()
+    assert run(audio, "--shards", "many", out="other") == 1
+    assert "--shards is 'many'; expected a size such as 256MB" in capsys.readouterr().err
+    assert not (out.parent / "other").exists()
+
+
 # ---------------------------------------------------------------- AudioSet
 
 

@@ -1,6 +1,8 @@
 """Data sets written as shards: what is in them, and what becomes of a writer that is stopped."""
 
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -152,3 +154,33 @@ def test_a_manifest_of_some_of_the_clips(files, tmp_path):
     )
     with pytest.raises(ValueError, match=r"x.wav is not in the shards of"):
         load_manifest(tmp_path / "lists" / "some.jsonl")
+
+
+KILLED = """
+import os, sys
+import cat.data.shards.writing as writing
+from cat.data import load_manifest
+
+read, calls = writing._read, []
+
+def killed(audio):
+    calls.append(audio)
+    if len(calls) == 5:
+        os.kill(os.getpid(), 9)
+    return read(audio)
+
+writing._read = killed
+writing.write_shards(load_manifest(sys.argv[1]), sys.argv[2], shard_bytes=20_000)
+"""
+
+
+def test_a_killed_writer_leaves_nothing_half_written(files, tmp_path):
+    write_shards(files, tmp_path / "whole", shard_bytes=20_000)
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "m.jsonl", tmp_path / "shards"], check=False)
+    assert done.returncode == -9
+    there = {path.name for path in (tmp_path / "shards").glob("*.tar")}
+    assert there
+    for name in there:
+        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    write_shards(files, tmp_path / "shards", shard_bytes=20_000)
+    assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
