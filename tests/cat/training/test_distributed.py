@@ -220,7 +220,7 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     time.sleep(0.02)
 """
     groups = {
-        "raises": group(data, 2, runs["raises"], before=process_1("raise RuntimeError('a surprise')")),
+        "raises": group(data, 2, runs["raises"], before=process_1("raise RuntimeError('connection timed out')")),
         "SIGTERM": group(data, 2, runs["SIGTERM"], before=process_1(kill.format("SIGTERM"))),
         "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
@@ -237,7 +237,7 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     # The process where it happened says it, the other ends in silence, and nothing that was trained is lost.
     first, second = ends["raises"]
     assert ended(ends["raises"], 1, 1)
-    assert "error: a surprise" in second["err"]
+    assert "error: connection timed out" in second["err"]
     assert "(process 1 of 2, on " in second["err"]
     assert first["err"].splitlines()[-1] == f"step 2 is saved; go on with: cat-audio pretrain --resume {runs['raises']}"
     assert checkpoints.newest(runs["raises"]).name == "step-00000002"
