@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,16 @@ from torch import Tensor
 from cat.checkpoints import store as checkpoints
 from cat.checkpoints.background import BackgroundWriter
 from cat.checkpoints.store import Checkpoint, CheckpointError
-from cat.config import ConfigError, to_mapping, write_yaml
+from cat.config import ConfigError, to_mapping
 from cat.data import Batch, Failure
 from cat.parts import part
-from cat.progress import Progress, say
-from cat.signals import StopSignals
-from cat.training.failures import FailureLog
+from cat.progress import say
 from cat.training.identity import check_same_data
+from cat.training.journal import Journal
 from cat.training.parallel import finished
 from cat.training.recipe import check_same_run
-from cat.training.records import Metrics, NoMetrics, read_rows
-from cat.training.skipped import MOST, Skips, clear_after, finite, path_of, telling, was_skipped, write_batch
+from cat.training.skipped import finite, path_of
+from cat.training.stopping import Stop
 from cat.training.task import Task
 from cat.training.watching import Watch, told
 
@@ -85,10 +83,8 @@ class Trainer:
         self._since_checkpoint: list[float] = []
         self._validated: tuple[int, float] | None = None  # step and score of the latest evaluation
         self._watch = Watch(self.device, self.precision, end=self.config.end, workers=self.config.data.num_workers)
-        self._progress = progress and self.world.main
-        self._stop = StopSignals()
-        self._agreed_stop: int | None = None  # the signal that came to one of several processes
-        self._agreed_save = False
+        self._progress = progress
+        self._stop = Stop(self.world)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -141,7 +137,7 @@ class Trainer:
         An error does not cost the updates since the last checkpoint, unless it made them bad: they are saved first.
         """
         with contextlib.ExitStack() as records, self._stop:
-            self._open_records(records)
+            self.journal = Journal(self.task, self.run_dir, self.step, records, progress=self._progress)
             records.callback(self._settle)
             self._begun_at = self.step
             self._watch.begin(self.step)
@@ -157,14 +153,14 @@ class Trainer:
 
     def _train(self) -> None:
         run, end = self.config.run, self.config.end
-        self._warn(self.task.advice())
+        self.journal.warn(self.step, self.task.advice())
         validates = self.task.valid is not None
         if validates and self._validation_due(self.step):
             self._make_up()
         self.task.train_mode()
         self._watch.restart()
-        batches = self.task.batches(self.step, end - self.step, self.progress.say)
-        while self.step < end and not self._received and not self._enough():
+        batches = self.task.batches(self.step, end - self.step, self.journal.progress.say)
+        while self.step < end and not self._stop.received and not self._enough():
             pieces = self._next(batches)
             if pieces is None:
                 break
@@ -174,19 +170,19 @@ class Trainer:
                 self._flush()
             if validates and run.eval_every and self.step % run.eval_every == 0:
                 self._evaluate()
-            asked = self._save_asked() and self.step < end
+            asked = self._stop.save_asked() and self.step < end
             if asked or self.step % run.checkpoint_every == 0:
                 self._save(hurried=self.step % run.checkpoint_every != 0)
                 if asked:
                     self._writer.wait()
-                    self.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
+                    self.journal.progress.say(f"step {self.step}: saved {self.checkpoint}, as SIGUSR1 asked")
         self._save()
         self._writer.wait()
 
     def _settle(self) -> None:
         """A second signal does not cost a checkpoint that is being written."""
         if self._writer.busy:
-            self.progress.say("waiting for the checkpoint that is being written")
+            self.journal.progress.say("waiting for the checkpoint that is being written")
         self._writer.settle()
 
     def _next(self, batches: Iterator[list[Batch]]) -> list[Batch] | None:
@@ -194,38 +190,12 @@ class Trainer:
         with self._watch.waiting():
             pieces = self._stop.wait(lambda: next(batches))
         failed = [failure for batch in pieces or () for failure in batch.failures]
-        if self.world.several:
-            asked = self._told_to_stop or 0, int(self._stop.save_asked()), int(bool(failed))
-            stopped, save, any_failed = self.world.agreed(list(asked))
-            self._agreed_stop, self._agreed_save = stopped or None, bool(save)
-            failed = self._of_all(failed) if any_failed else []
-            if stopped:
-                return None
-        if pieces is not None:
-            self._add_failures(failed, self.step + 1)
+        some_failed = self._stop.agree(bool(failed))
+        if pieces is None or (self.world.several and self._stop.received):
+            return None
+        if some_failed:
+            self.journal.add_failures(failed, self.step + 1)
         return pieces
-
-    @property
-    def _received(self) -> int | None:
-        """The signal that ends the run."""
-        return self._agreed_stop if self.world.several else self._told_to_stop
-
-    @property
-    def _told_to_stop(self) -> int | None:
-        """The signal that this process was sent, or should have been."""
-        return self._stop.received or (signal.SIGTERM if self.world.abandoned else None)
-
-    def _save_asked(self) -> bool:
-        return self._agreed_save if self.world.several else self._stop.save_asked()
-
-    def _of_all(self, failures: list[Failure]) -> list[Failure]:
-        """Those of all processes, in the order of their clips in the batch."""
-        found = self.world.gathered([(failure.path, failure.reason) for failure in failures])
-        return [Failure(*failure) for part in found for failure in part]
-
-    def _add_failures(self, failures: list[Failure], step: int, split: str = "train") -> None:
-        if self.failures is not None:
-            self.failures.add(failures, step, split)
 
     def _validation_due(self, step: int) -> bool:
         """Whether a run that is not disturbed evaluates at this step."""
@@ -234,7 +204,7 @@ class Trainer:
 
     def _make_up(self) -> None:
         """For an evaluation that a signal or an error kept the run from, and the score that its checkpoint lacks."""
-        rows = self.metrics.validations
+        rows = self.journal.metrics.validations
         done = rows and rows[-1]["step"] == self.step
         score = self.task.score(rows[-1]) if done else self._evaluate()
         regular = self.step == self.config.end or self.step % self.config.run.checkpoint_every == 0
@@ -244,7 +214,7 @@ class Trainer:
 
     def _enough(self) -> bool:
         """Judged by the evaluations that every run of this recipe has: none where one was stopped by hand."""
-        return self.task.enough([row for row in self.metrics.validations if self._validation_due(row["step"])])
+        return self.task.enough([row for row in self.journal.metrics.validations if self._validation_due(row["step"])])
 
     def _rescue(self, error: Exception) -> None:
         """Save the updates since the last checkpoint before an error ends the run; ``error`` says what became of it."""
@@ -283,62 +253,6 @@ class Trainer:
             self._clips.clear()
             yield sum(len(batch.clips) for batch in pieces)
 
-    def _open_records(self, records: contextlib.ExitStack) -> None:
-        self.progress = Progress(
-            self.config.end,
-            self.step,
-            label=self.run_dir.name,
-            enabled=self._progress,
-            seconds_between_lines=self.config.run.line_every,
-        )
-        records.callback(self.progress.close)
-        self.metrics: Metrics | NoMetrics = NoMetrics()
-        self.failures: FailureLog | None = None
-        self._past_skips: list[dict[str, Any]] = []
-        if self.world.main:
-            self.metrics, self.failures = self._written_records(records)
-        self.metrics.validations = self.world.from_main(self.metrics.validations)
-        self._skips = Skips(self.world.from_main(self._past_skips))
-        size = sum(parameter.numel() for parameter in self.task.parameters.values()) / 1e6
-        self.progress.say(
-            f"{self.run_dir}: {size:.2f} M parameters to train on {len(self.task.manifest)} clips, "
-            f"{self._where()} in {self.precision}"
-        )
-
-    def _written_records(self, records: contextlib.ExitStack) -> tuple[Metrics, FailureLog]:
-        run, data = self.config.run, self.config.data
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(self.config, self.run_dir / "config.yaml")
-        metrics = Metrics(
-            self.run_dir,
-            start_step=self.step,
-            tensorboard=run.tensorboard,
-            loggers=run.loggers,
-            config=to_mapping(self.config),
-            warn=self.progress.say,
-        )
-        records.callback(metrics.close)
-        clear_after(self.run_dir, self.step)
-        if self.step:  # a run that goes on counts on, and does not say again what it has said
-            past = read_rows(self.run_dir / "metrics.jsonl", "train")
-            self._past_skips = telling(past)
-            self.task.warnings([row for row in past if None not in row.values()])
-        failures = FailureLog(
-            self.run_dir / "failures.jsonl",
-            max_share=data.max_failed_share,
-            clips=len(self.task.manifest),
-            batch_size=data.update_clips,
-            start_step=self.step,
-        )
-        records.callback(failures.close)
-        return metrics, failures
-
-    def _where(self) -> str:
-        """ "cpu", or "4 processes (cpu), updates of 96 clips in 8 pieces"."""
-        share, several = self.task.share, self.world.several
-        processes = f"{self.world.size} processes ({self.device.type})" if several else str(self.device)
-        return processes if share.pieces == 1 else f"{processes}, updates of {share.clips} clips in {share.pieces}"
-
     def _update(self, pieces: list[Batch]) -> None:
         """One optimiser step. Nothing here waits for the device."""
         self._log[len(self._rows)], rates = self.task.train(pieces, self.step)
@@ -362,61 +276,34 @@ class Trainer:
         ]
         rows = [{**row, **self.task.derived(row)} for row in rows]
         speed = self._watch.measured(self.step)
-        self.metrics.train(rows, speed)
+        self.journal.metrics.train(rows, speed)
         clips, self._rows, self._clips = self._clips, [], []  # not before the rows are written: see `_save`
-        self._note_skipped(rows, clips)
+        self.journal.note_skipped(rows, clips, self._about)
+        self._check_skipped()
         good = [row for row in rows if finite(row)]
         self._since_checkpoint += [row["loss"] for row in good]
         losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
         loss = sum(losses) / len(losses) if losses else math.nan
-        self.progress.advance(self.step, f"loss {loss:.4f}, {told(speed)}")
-        self._warn([*self.task.warnings(good), *self._watch.warnings()])
+        self.journal.progress.advance(self.step, f"loss {loss:.4f}, {told(speed)}")
+        self.journal.warn(self.step, [*self.task.warnings(good), *self._watch.warnings()])
         self._watch.restart()
 
-    def _warn(self, warnings: list[str]) -> None:
-        for warning in warnings:
-            self.progress.say(f"warning: {warning}")
-            self.metrics.warning(self.step, warning)
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint and a batch that is written down hold of the run."""
+        return {"config": to_mapping(self.config), "made_with": self.task.made_with, "data": self._data}
 
-    def _note_skipped(self, rows: list[dict[str, Any]], clips: list[Tensor]) -> None:
-        """Write down the batches of updates that were skipped. Raises: `TrainingError` when there are too many."""
-        begun, most = bool(self._skips.streak), self.config.run.max_bad_steps
-        for row in self._skips.add(rows, most):
-            path = path_of(self.run_dir, row["step"])
-            of_all = self.world.gathered(clips[row["step"] - rows[0]["step"]].tolist())
-            if self._skips.count <= MOST and self.world.main:
-                write_batch(self.run_dir, self._about(row, [index for part in of_all for index in part]))
-            if not begun:
-                why = f"its loss or gradient is not finite ({self._values(row)})"
-                what = f"What is not finite: {self.task.command} --replay {path}"
-                self._warn([f"step {row['step']} was skipped: {why}. {what}"])
-            begun = True
-        streak = self._skips.streak
-        if len(streak) >= most:
-            first = streak[0]
-            raise TrainingError(
-                f"the loss or its gradient is not finite at step {first['step']} ({self._values(first)})"
-                + (f" and in all of the {most} updates from there (run.max_bad_steps)" if most > 1 else "")
-                + f"; {self._remedy()}. What is not finite: {self.task.command} --replay "
-                f"{path_of(self.run_dir, first['step'])}"
-            )
-
-    def _values(self, row: Mapping[str, Any]) -> str:
-        return ", ".join(
-            f"{name} {'null' if row[name] is None else format(row[name], 'g')}" for name in self.task.values
+    def _check_skipped(self) -> None:
+        """Raises: `TrainingError` when too many updates in a row were skipped."""
+        streak, most = self.journal.skips.streak, self.config.run.max_bad_steps
+        if len(streak) < most:
+            return
+        first = streak[0]
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {first['step']} ({self.journal.values(first)})"
+            + (f" and in all of the {most} updates from there (run.max_bad_steps)" if most > 1 else "")
+            + f"; {self._remedy()}. What is not finite: {self.task.command} --replay "
+            f"{path_of(self.run_dir, first['step'])}"
         )
-
-    def _about(self, row: Mapping[str, Any], clips: list[int]) -> dict[str, Any]:
-        manifest = self.task.manifest
-        return {
-            "step": row["step"],
-            "command": self.task.command,
-            "values": {name: row[name] for name in self.task.values},
-            "clips": [{"index": index, "path": str(manifest.path(index))} for index in clips],
-            "config": to_mapping(self.config),
-            "data": self._data,
-            "made_with": self.task.made_with,
-        }
 
     def _check_parameters(self) -> None:
         """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
@@ -433,9 +320,10 @@ class Trainer:
     def _last_good(self) -> Path | None:
         """The newest checkpoint; of before the latest updates in a row that were skipped, since nobody knows whether it
         was not the weights."""
-        if self.checkpoint is None or not self._skips.streak:
+        streak = self.journal.skips.streak
+        if self.checkpoint is None or not streak:
             return self.checkpoint
-        first = checkpoints.step_name(self._skips.streak[0]["step"])
+        first = checkpoints.step_name(streak[0]["step"])
         there = checkpoints.list_checkpoints(self.run_dir / "checkpoints")
         return next((path for path in reversed(there) if path.name < first), None)
 
@@ -443,14 +331,14 @@ class Trainer:
         """The validation score. None when a signal ends it; the run that goes on makes up for it."""
         self._flush()
         try:
-            values = self.task.evaluate(self._heeded(self.task.scoring_batches(self.progress.say)))
+            values = self.task.evaluate(self._heeded(self.task.scoring_batches(self.journal.progress.say)))
         except _Stopped:
             return None
         finally:
             self.task.train_mode()
         values = self.world.from_main(values)  # on other machines the last digit may differ
-        self.metrics.valid({"step": self.step, **values})
-        self.progress.say(f"step {self.step}: validation {self.task.told(values)}")
+        self.journal.metrics.valid({"step": self.step, **values})
+        self.journal.progress.say(f"step {self.step}: validation {self.task.told(values)}")
         score = self.task.score(values)
         self._validated = (self.step, score)
         self._watch.restart()
@@ -462,10 +350,9 @@ class Trainer:
         while (batch := self._stop.wait(lambda: next(batches, None))) is not None:
             failed += batch.failures
             yield batch
-        if self.world.several:
-            self._agreed_stop = self.world.agreed([self._told_to_stop or 0])[0] or None
-        self._add_failures(self._of_all(failed), self.step, "valid")
-        if self._received:
+        self._stop.agree()
+        self.journal.add_failures(failed, self.step, "valid")
+        if self._stop.received:
             raise _Stopped
 
     def _save(self, *, hurried: bool = False, prune: bool = True) -> None:
@@ -478,8 +365,8 @@ class Trainer:
             return
         self._flush()
         self._check_parameters()
-        hurried = hurried or self._received is not None
-        if self._skips.streak:
+        hurried = hurried or self._stop.received is not None
+        if self.journal.skips.streak:
             if not hurried and self.step < self.config.end:
                 return
             prune = False
@@ -494,14 +381,16 @@ class Trainer:
         self._watch.restart()
 
     def _write_checkpoint(self, score: float | None, prune: bool) -> None:
-        self.metrics.sync()
+        self.journal.metrics.sync()
+        extra = self._about()
+        config = extra.pop("config")
         self._writer.save(
             step=self.step,
             model=self.task.model.state_dict(),
             optimizer=self.task.optimizer_tensors(),
-            config=to_mapping(self.config),
+            config=config,
             score=score,
-            extra={"made_with": self.task.made_with, "data": self._data},
+            extra=extra,
             prune=prune,
         )
 
@@ -517,13 +406,7 @@ class Trainer:
         return self._evaluate()
 
     def _result(self) -> RunResult:
-        run, found = self.config.run, None
-        if self.failures is not None:
-            rows = read_rows(self.run_dir / "metrics.jsonl", "train")
-            losses = [row["loss"] for row in rows if row["loss"] is not None and not was_skipped(row)]
-            first, last = losses[: run.log_every], losses[-run.log_every :]
-            found = sum(first) / max(1, len(first)), sum(last) / max(1, len(last)), self.failures.count
-        first_loss, last_loss, failed = self.world.from_main(found)
+        first_loss, last_loss, failed = self.journal.summary()
         return RunResult(
             self.run_dir,
             self.step,
@@ -531,7 +414,7 @@ class Trainer:
             first_loss,
             last_loss,
             failed,
-            self._received,
+            self._stop.received,
             early=self.step < self.config.end and self._enough(),
-            skipped=self._skips.count,
+            skipped=self.journal.skips.count,
         )

@@ -25,7 +25,7 @@ from cat.data.dataset import PretrainDataset
 from cat.data.loader import TooManyFailures
 from cat.data.workers import WorkerDied
 from cat.model import CAT
-from cat.training import loop, pretraining
+from cat.training import journal, loop, pretraining
 from cat.training.loop import TrainingError
 from cat.training.pretrain import pretrain
 from cat.training.recipe import PretrainConfig, load_recipe
@@ -127,7 +127,7 @@ POINTS = {
     ),  # six of them in the evaluations of steps 3 and 4
     "metrics": (JsonLines, "write", lambda f: after(3, f, OSError, once=True), 4),
     "validation": (pretraining, "eval_batches", lambda f: batches_until(1, f), 3),
-    "progress": (loop.Progress, "advance", lambda f: after(2, f), 4),
+    "progress": (journal.Progress, "advance", lambda f: after(2, f), 4),
     "pruning": (checkpoints, "prune", lambda f: after(2, f, OSError), 9),  # in the background, at the end
 }
 
