@@ -113,6 +113,7 @@ KINDS: dict[str, str] = {
     "similar": "similar {made}/train {made}/train/hum/0.wav --encoder {made}/run --index {disk}/index.npz",
     "export": "export {made}/run {disk}/encoder.pt2",
     "average": "checkpoints average {made}/run -o {disk}/average.safetensors",
+    "report": "report {made}/run -o {disk}/report.html",
     "hub folder": "checkpoints export {made}/run -o {disk}/published",
     "synth": "synth {disk}/sounds --classes rain wind --clips-per-class 1 --eval-clips-per-class 1",
     "profile": f"pretrain {RECIPES}/tiny.yaml {PRETRAIN} --profile",

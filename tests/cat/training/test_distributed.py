@@ -65,6 +65,30 @@ def reads(self, key):
 dataset.__getitem__ = reads
 """
 
+AT_BOTH = AT_A_PIECE.replace("key == 5", "key == 4 + rank")
+# In both: the second one acts, whatever the other process waits for.
+CTRL_C_TWICE = """
+import signal, time
+from cat.training import loop
+update = loop.Trainer._update
+def updated(self, pieces):
+    update(self, pieces)
+    if self.step == 3:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
+loop.Trainer._update = updated
+"""
+DISK_FULL = """
+import errno
+from cat.checkpoints import store
+save = store.save_tensors
+def saved(path, *arguments, **options):
+    if "step-00000004" in str(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    save(path, *arguments, **options)
+store.save_tensors = saved
+"""
 NOT_FINITE = "batch = read(self, key); batch.spec.fill_(float('nan')); return batch"
 LAUNCHED = "import os; os.environ['TORCHELASTIC_RUN_ID'] = 'none'"
 
@@ -209,7 +233,7 @@ def test_what_happens_to_one_process_ends_all_alike(data, tmp_path):
     def process_1(what: str) -> str:
         return AT_A_PIECE.format(what)
 
-    runs = {name: tmp_path / name for name in ("raises", "SIGTERM", "SIGUSR1", "killed", "left", "hangs")}
+    runs = {name: tmp_path / name for name in ("raises", "SIGTERM", "SIGUSR1", "killed", "left", "hangs", "full")}
     kill = "os.kill(os.getpid(), signal.{})"
     occupied = f"""
 import time
@@ -221,6 +245,9 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
         "raises": group(data, 2, runs["raises"], before=process_1("raise RuntimeError('a surprise')")),
         "SIGTERM": group(data, 2, runs["SIGTERM"], before=process_1(kill.format("SIGTERM"))),
         "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
+        "Ctrl-C": group(data, 2, tmp_path / "Ctrl-C", before=AT_BOTH.format(kill.format("SIGINT"))),
+        "twice": group(data, 2, tmp_path / "twice", "run.checkpoint_every=2", before=CTRL_C_TWICE),
+        "full": group(data, 2, runs["full"], "run.checkpoint_every=2", before=DISK_FULL),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
         "left": group(data, 2, runs["left"], before=f"{LAUNCHED}{process_1('os.getppid = lambda: 1')}"),
         "not finite": group(data, 2, tmp_path / "not-finite", "run.stop_at=5", before=process_1(NOT_FINITE)),
@@ -246,6 +273,20 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
 
     assert ended(ends["SIGUSR1"], 0, 0)
     assert "step 3: saved" in ends["SIGUSR1"][0]["err"]
+
+    # Ctrl-C goes to all of them, and torchrun sends it on.
+    assert ended(ends["Ctrl-C"], 130, 130)
+    assert checkpoints.newest(tmp_path / "Ctrl-C").name == "step-00000002"
+    assert ended(ends["twice"], 130, 130)
+    assert not (tmp_path / "twice" / ".lock").exists()
+    assert checkpoints.newest(tmp_path / "twice").name == "step-00000002"
+
+    # Where only the first has a disk, all end with it.
+    assert ended(ends["full"], 1, 1)
+    assert "No space left on device" in ends["full"][0]["err"]
+    assert f"the last good checkpoint: {runs['full']}/checkpoints/step-00000002" in ends["full"][0]["err"]
+    assert ends["full"][1]["err"] == ""
+    assert [path.name for path in (runs["full"] / "checkpoints").iterdir()] == ["step-00000002"]
 
     assert ended(ends["killed"], 1, -9)
     assert "process 1 (" in ends["killed"][0]["err"]
@@ -294,6 +335,20 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(data, tmp_path):
     assert ended_at.returncode == 0, ended_at.stderr
     assert f"going on from {tmp_path / 'killed' / 'checkpoints' / 'step-00000002'}" in ended_at.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_torchrun_is_a_checkpoint(data, tmp_path):
+    """It sends the signal on, waits for its processes, and does not start them again."""
+    script = tmp_path / "interrupted.py"
+    interrupt = AT_A_PIECE.format("os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
+    script.write_text(f"import sys\nfrom cat.commands import main\n{interrupt}\nsys.exit(main())\n")
+    ended_at = torchrun(tmp_path, script, *group(data, 2, tmp_path / "run")["argv"])
+    assert ended_at.returncode != 0
+    assert "stopped by SIGINT after step 2" in ended_at.stdout, ended_at.stderr
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000002"
+    assert len(rows(tmp_path / "run")) == 2
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def torchrun(folder: Path, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
