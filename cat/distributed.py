@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,8 @@ from cat.device import pick_device
 
 PATIENCE = 2.0  # seconds in which the others tell that they are still there
 _STARTING = 600.0  # seconds until all have found the store
-_BROKEN = re.compile(r"gloo|nccl|connection|peer|timed? ?out|socket|store", re.IGNORECASE)
+_ENDING = 30  # seconds that a process has to end after an error
+_BROKEN = re.compile(r"gloo/|NCCL|ProcessGroup")  # errors of collectives; others may speak of connections too
 
 
 class Lost(RuntimeError):
@@ -136,7 +138,7 @@ class Processes:
             self.data = dist.new_group(backend="nccl" if self._on_gpu else "gloo", timeout=patience)
             self._control = dist.new_group(backend="gloo", timeout=patience)
         except RuntimeError as error:
-            raise self.cause(error) from error
+            raise self.cause(error, told=True) from error
 
     def _await_all(self, timeout: float) -> None:
         """Until all are as far as this, or one has an error to say."""
@@ -155,10 +157,12 @@ class Processes:
                     )
                 time.sleep(0.02)
         except dist.DistError as error:  # the store went with process 0
-            raise self.cause(error) from error
+            raise self.cause(error, told=True) from error
 
     def close(self, *, failed: bool) -> None:
         """Leave the groups: a connection that is closed tells the others that something is wrong here."""
+        if failed and self.several and self._on_gpu and hasattr(signal, "alarm"):
+            signal.alarm(_ENDING)  # NCCL's threads may wait for ever for a process that has gone, at exit too
         if dist.is_initialized() and self.several:
             with contextlib.suppress(Exception):
                 # After an error collectives on a GPU may never end, and destroying their group would wait for them.
@@ -236,7 +240,7 @@ class Processes:
         try:
             collective()
         except RuntimeError as error:
-            raise self.cause(error) from error
+            raise self.cause(error, told=True) from error
 
     # ------------------------------------------------------------ restarts
 
@@ -250,10 +254,12 @@ class Processes:
 
     # ------------------------------------------------------------ errors
 
-    def cause(self, error: Exception) -> Exception:
+    def cause(self, error: Exception, *, told: bool = False) -> Exception:
         """What an error is about: `Unsaid` where another process ended first, `Lost` where one has gone without a word,
-        else the error itself."""
-        if self._mine is None or not self.several or isinstance(error, Lost | Unsaid) or not _is_broken(error):
+        else the error itself. ``told``: it came while processes told each other something."""
+        if self._mine is None or not self.several or isinstance(error, Lost | Unsaid):
+            return error
+        if not told and not _is_broken(error):
             return error
         with contextlib.suppress(RuntimeError):  # the store went with process 0
             self._mine.set(f"still/{self.rank}", "")
@@ -318,7 +324,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_broken(error: Exception) -> bool:
     """Whether an error may come from another process's end."""
-    return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
 
 
 def _bytes(value: Any) -> Tensor:

@@ -134,7 +134,8 @@ def _run(argv: list[str]) -> int:
         say("cat-audio: interrupted")
         return 130
     except Unsaid as error:  # another process says why
-        say("\n".join(getattr(error, "__notes__", [])) or "stopped: another process had an error")
+        for note in getattr(error, "__notes__", []):
+            say(note)
         return 1
     except Exception as error:
         if "--debug" in argv:

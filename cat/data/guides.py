@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cat.data.embeddings import EmbeddingError, EmbeddingStore, open_embeddings
 from cat.data.manifest import Manifest, load_manifest
+from cat.data.matching import last_places
 
 
 class Reader(Protocol):
@@ -77,7 +78,8 @@ class CachedRows:
                 f"{path} names no embeddings; expected the manifest that `cat-audio embed` wrote beside OUT.npy"
             )
         self.store = store
-        self.rows = _rows_at(_places(manifest), _places(linked), linked.rows)
+        found = last_places(_places(manifest), _places(linked))
+        self.rows = np.where(found < 0, -1, linked.rows[found])
         lacking = np.flatnonzero(self.rows < 0)
         if len(lacking):
             raise EmbeddingError(
@@ -98,23 +100,12 @@ class CachedRows:
         return self.store.rows([int(self.rows[index])])[0]
 
 
-def _rows_at(wanted: np.ndarray, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The rows of the places that are wanted: of one that occurs several times the last, of one that does not -1."""
-    order = np.argsort(places, kind="stable")
-    found = np.searchsorted(places, wanted, side="right", sorter=order) - 1
-    last = order[np.maximum(found, 0)]
-    return np.where((found >= 0) & (places[last] == wanted), rows[last], -1)
-
-
-def _places(manifest: Manifest) -> np.ndarray:
-    """(n,) of 16 bytes: where the clips lie, as digests; of two million, the paths would be half a gigabyte."""
+def _places(manifest: Manifest) -> Iterator[bytes]:
+    """Where the clips lie."""
     folders: dict[str, bytes] = {}
-    digests = bytearray()
     for path in manifest.columns.paths:
         begin = path.rfind("/") + 1
         folder = path[:begin]
         if folder not in folders:
             folders[folder] = os.fsencode(os.path.realpath(Path(manifest.root, folder))) + b"/"
-        place = folders[folder] + path[begin:].encode("utf-8", "surrogateescape")
-        digests += hashlib.blake2b(place, digest_size=16).digest()
-    return np.frombuffer(digests, dtype="S16")
+        yield folders[folder] + path[begin:].encode("utf-8", "surrogateescape")

@@ -32,6 +32,7 @@ import numpy as np
 
 from cat.data.clips import CLIP_FIELDS, Clip, Clips, Fields, Texts
 from cat.data.folder import AUDIO_SUFFIXES, find_clips
+from cat.data.matching import last_places
 from cat.data.parsed import read_once
 from cat.data.released import Listed, read_json, read_tsv
 from cat.data.remote import is_url
@@ -260,8 +261,7 @@ def _in_shards(manifest: Manifest) -> Manifest:
     if all(map(np.array_equal, paths.arrays, there.arrays)):
         at = np.arange(len(paths))
     else:
-        numbers = {path: number for number, path in enumerate(there)}
-        at = np.array([numbers.get(path, -1) for path in paths], dtype=np.int64)
+        at = last_places(map(os.fsencode, paths), map(os.fsencode, there))
     if len(at) and at.min() < 0:
         raise ManifestError(
             f"{manifest.name}: {paths[int(at.argmin())]} is not in the shards of {place}; expected "

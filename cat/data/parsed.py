@@ -8,20 +8,22 @@ date.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cat.data.clips import Clips, Files, Texts
 from cat.data.columns import ColumnsError, open_columns
 from cat.data.released import Listed, companions
-from cat.files import cache_folder
+from cat.files import cache_folder, make_folder
 
 LARGE = 16_000_000  # bytes; 130,000 clips, which take a second to read
 _UNUSED = 30 * 24 * 3600  # seconds; what nobody opened for so long goes when something else is kept
+_PATIENCE = 120  # seconds for which another process may read the same list
 _CODE = ("clips", "columns", "manifest", "parsed", "released", "text")  # what reading goes through
 _FILES = ("embedding_files", "embedding_file_ends")
 
@@ -34,13 +36,42 @@ def read_once(path: Path, read: Callable[[Path], Listed]) -> Listed:
     kept = folder / f"{_key(path)}.columns"
     if (listed := _open(kept, path.parent)) is not None:
         return listed
-    listed = read(path)
-    if kept.stem != _key(path):  # changed while it was read
-        return listed
-    with contextlib.suppress(OSError):  # no space, no permission: it is read again next time
-        _save(listed, kept, path.parent)
-        _remove_unused(folder)
+    with _turn(kept):  # of several processes that start together one reads it
+        if (listed := _open(kept, path.parent)) is not None:
+            return listed
+        listed = read(path)
+        if kept.stem != _key(path):  # changed while it was read
+            return listed
+        with contextlib.suppress(OSError):  # no space, no permission: it is read again next time
+            _save(listed, kept, path.parent)
+            _remove_unused(folder)
     return _open(kept, path.parent) or listed  # memory that all processes share
+
+
+@contextlib.contextmanager
+def _turn(kept: Path) -> Iterator[None]:
+    """Waits while another process has entered, but not for ever: what it does may be done twice."""
+    lock, until = kept.with_suffix(".lock"), time.monotonic() + _PATIENCE
+    try:
+        make_folder(kept.parent)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        yield
+        return
+    try:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _key(path: Path) -> str:
@@ -101,7 +132,7 @@ def _below(path: Path, folder: Path) -> str:
 
 
 def _remove_unused(folder: Path) -> None:
-    for path in folder.glob("*.columns"):
+    for path in (*folder.glob("*.columns"), *folder.glob("*.lock")):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _UNUSED:
                 path.unlink()

@@ -122,15 +122,14 @@ class ResultFile:
         self.part = out.with_name(out.name + ".part")
         self._stack = contextlib.ExitStack()
         self._done: dict[str, int] = {}  # path -> where its line begins
-        self._rows: IO[bytes]
-        self._added: FileIO
+        self._rows: FileIO
 
     def __enter__(self) -> ResultFile:
         self._stack.enter_context(sole_user(self.part, remedy="wait for it to end, or give another name"))
         try:
-            self._added = self._stack.enter_context(open(self.part / ROWS, "ab", buffering=0))
-            self._rows = self._stack.enter_context(open(self.part / ROWS, "rb"))
-            self._read()
+            self._rows = self._stack.enter_context(open(self.part / ROWS, "ab", buffering=0))
+            with open(self.part / ROWS, "rb") as file:
+                self._read(file)
         except BaseException:
             self._stack.close()
             raise
@@ -151,8 +150,8 @@ class ResultFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keeps the row of a file; a failed one's is written, and tried again when the work goes on."""
-        place = self._added.seek(0, os.SEEK_END)
-        append(self._added, json.dumps(row).encode() + b"\n")
+        place = self._rows.seek(0, os.SEEK_END)
+        append(self._rows, json.dumps(row).encode() + b"\n")
         self._done[row["path"]] = place
 
     def finish(self, paths: Sequence[str]) -> Path:
@@ -160,18 +159,18 @@ class ResultFile:
         with (
             replacing(self.out) as temporary,
             open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+            open(self.part / ROWS, "rb") as rows,
         ):
             write = writer(file, self._form, self._kind)
             for path in paths:
                 if path in self._done:
-                    self._rows.seek(self._done[path])
-                    write(json.loads(self._rows.readline()))
+                    rows.seek(self._done[path])
+                    write(json.loads(rows.readline()))
         (self.part / ROWS).unlink()
         return self.out
 
-    def _read(self) -> None:
-        self._rows.seek(0)
-        header = self._rows.readline()
+    def _read(self, file: IO[bytes]) -> None:
+        header = file.readline()
         try:
             same = bool(header) and json.loads(header) == self._header
         except ValueError:
@@ -182,13 +181,13 @@ class ResultFile:
                     f"{self.part} holds results of another model, or of other settings, that was stopped; go on with "
                     "what made it, give another name, or --overwrite to begin afresh"
                 )
-            self._added.truncate(0)
-            append(self._added, json.dumps(self._header).encode() + b"\n")
+            self._rows.truncate(0)
+            append(self._rows, json.dumps(self._header).encode() + b"\n")
             return
-        place = self._rows.tell()
-        for line in self._rows:
+        place = len(header)
+        for line in file:
             if not line.endswith(b"\n"):  # killed while it was written
-                self._added.truncate(place)
+                self._rows.truncate(place)
                 break
             row = json.loads(line)
             if "error" not in row:

@@ -52,7 +52,7 @@ class Disk:
 class Limit(Disk):
     """In its place: files of hardly any size."""
 
-    told = "File too large"
+    told = "(File too large|PyTorch could not write all of the trace)"
 
     def fill(self, leave: int = 0) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

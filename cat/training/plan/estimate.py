@@ -187,7 +187,7 @@ def time(case: Case) -> Section:
         *_sending(case, found),
         Line("an update", 1e3 * step, "ms", f"{together} ms; where nothing waits for data", guess=guess),
         Line("rate", case.share.clips / step, "clips/s", f"{case.share.clips} clips / {step:.3g} s", guess=guess),
-        Line("of the matrix rate", _share_of_rate(case, step), "%", f"of {card.matrix_TFLOPS} TFLOP/s", guess=guess),
+        Line("of the matrix rate", _share_of_rate(case, step), "%", f"of {card.matrix_TFLOPS:g} TFLOP/s", guess=guess),
         Line("training", hours, "h", f"{case.steps:,} steps x {step:.3g} s", guess=guess),
     ]
     if seconds := _evaluating(case, found):

@@ -1,16 +1,17 @@
 """Manifests that were read before: what is kept is what was read, and never out of date."""
 
 import dataclasses
+import fcntl
+import functools
 import json
 import multiprocessing
 import os
 import pickle
 import time
 
-import numpy as np
 import pytest
 
-from cat.data import parsed
+from cat.data import manifest, parsed
 from cat.data.manifest import ManifestError, load_manifest
 
 JSONL = (
@@ -18,6 +19,9 @@ JSONL = (
     '{"path": "caf\\udce9.wav", "samples": 3, "sample_rate": 8000, "labels": ["a", "b"], "embedding": 1, "fold": 2}\n'
     '{"path": "/abs/b.wav", "labels": [], "events": [{"onset": 0.5, "offset": 1.5, "label": "b"}]}\n'
 )
+
+
+READ = manifest._read_jsonl
 
 
 @pytest.fixture
@@ -41,13 +45,13 @@ def kept(tmp_path, monkeypatch):
     return tmp_path / "cache" / "cat-audio" / "manifests"
 
 
-def content(manifest):
-    found = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+def content(of):
+    found = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
     return {
         **found,
-        "clips": [(clip, clip.extra, clip.negative) for clip in manifest.clips],
-        "embedding_files": manifest.embedding_files and list(manifest.embedding_files),
-        "fingerprint": manifest.fingerprint,
+        "clips": [(clip, clip.extra, clip.negative) for clip in of.clips],
+        "embedding_files": of.embedding_files and list(of.embedding_files),
+        "fingerprint": of.fingerprint,
     }
 
 
@@ -64,8 +68,8 @@ def test_what_is_kept_is_what_was_read(lists, kept, name, relative, monkeypatch)
     for _ in range(2):
         found = load_manifest(path)
         assert found.columns.file is not None
-        for manifest in (found, pickle.loads(pickle.dumps(found))):
-            assert content(manifest) == content(expected)
+        for same in (found, pickle.loads(pickle.dumps(found))):
+            assert content(same) == content(expected)
     assert len(list(kept.iterdir())) == 1
 
 
@@ -114,12 +118,10 @@ def test_nothing_is_kept_of_a_list_that_cannot_be_used(lists, kept):
 
 
 def test_a_list_that_changes_while_it_is_read_is_not_kept(lists, kept, monkeypatch):
-    read = parsed.read_once.__globals__["_key"]
     keys = iter(["0" * 64, "1" * 64])
     monkeypatch.setattr(parsed, "_key", lambda path: next(keys))
     assert len(load_manifest(lists / "l.jsonl")) == 2
-    assert not kept.exists()
-    assert read is not parsed._key
+    assert not list(kept.iterdir())
 
 
 @pytest.mark.parametrize("home", ["read-only", "none", "a file"])
@@ -145,18 +147,39 @@ def test_what_nobody_opens_goes(lists, kept):
     assert len(list(kept.iterdir())) == 2
 
 
-def test_several_processes_at_once(lists, kept):
+def test_several_processes_at_once_read_it_once(lists, kept, monkeypatch):
     (lists / "many.jsonl").write_text("".join(f'{{"path": "{i}.wav"}}\n' for i in range(2000)))
     expected = load_manifest(lists / "many.jsonl").fingerprint
     for path in kept.iterdir():
         path.unlink()
+    here, there = os.pipe()
+    monkeypatch.setattr("cat.data.manifest._read_jsonl", functools.partial(_slowly, there))
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert pool.map(_fingerprint, [str(lists / "many.jsonl")] * 6) == [expected] * 6
-    assert len(list(kept.iterdir())) == 1
+        assert pool.map(_fingerprint, [str(lists / "many.jsonl")] * 3, chunksize=1) == [expected] * 3
+    assert [path.suffix for path in kept.iterdir()] == [".columns"]
+    os.close(there)
+    with open(here, "rb") as read:
+        assert read.read() == b"x"
+
+
+def test_a_process_that_reads_for_too_long_is_not_waited_for(lists, kept, monkeypatch):
+    expected = load_manifest(lists / "l.jsonl").fingerprint
+    (file,) = kept.iterdir()
+    file.unlink()
+    monkeypatch.setattr(parsed, "_PATIENCE", 0.3)
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load_manifest(lists / "l.jsonl").fingerprint == expected
+
+
+def _slowly(log, path):
+    os.write(log, b"x")
+    time.sleep(0.3)
+    return READ(path)
 
 
 def _fingerprint(path):
-    manifest = load_manifest(path)
-    assert manifest.columns.file is not None
-    assert np.asarray(manifest.rows).tolist() == [-1] * 2000
-    return manifest.fingerprint
+    found = load_manifest(path)
+    assert found.columns.file is not None
+    assert found.rows.tolist() == [-1] * 2000
+    return found.fingerprint

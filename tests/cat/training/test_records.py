@@ -40,7 +40,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path):
 def test_metrics_go_to_file_and_tensorboard(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, rows in ((0, [(1, 4.0), (2, 2.0), (3, 9.0)]), (2, [(3, 1.0), (4, 2.0)])):
-        metrics = Metrics(tmp_path, start_step=start)
+        metrics = Metrics(tmp_path, start_step=start, config={"optim": {"lr": 0.001}})
         metrics.train([{"step": s, "loss": v} for s, v in rows], {"clips_per_s": 10.0, "seconds": 1.0})
         metrics.valid({"step": rows[-1][0], "loss": 7.0})
         metrics.sync()
@@ -53,6 +53,8 @@ def test_metrics_go_to_file_and_tensorboard(tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(4, 1.5)]  # step 3's event is purged
     assert {"train/clips_per_s", "valid/loss"} <= set(events.Tags()["scalars"])
+    (text,) = events.Tensors("config/text_summary")[-1].tensor_proto.string_val
+    assert text.decode() == "    optim:\n      lr: 0.001\n"
 
 
 def test_a_write_that_does_not_fit_leaves_nothing_behind(tmp_path):

@@ -13,7 +13,9 @@ from cat.training.finetune import _task as finetune_task
 from cat.training.finetune_recipe import load_finetune_recipe
 from cat.training.flops import PEAKS, flops, peak_rate
 from cat.training.pretrain import _task as pretrain_task
+from cat.training.pretrain import pretrain
 from cat.training.recipe import load_recipe
+from cat.training.records import read_rows
 from cat.training.watching import Watch, told
 
 
@@ -116,6 +118,20 @@ def folder(tmp_path_factory):
     (folder / "pretrain.yaml").write_text(sections + data + "masks: {num_masks: 2}\n")
     (folder / "finetune.yaml").write_text(sections + data + "encoder: none\ntask: single-label\n")
     return folder
+
+
+def test_lines_come_as_often_as_asked_where_there_is_no_terminal(folder, tmp_path, capsys):
+    for seconds, lines in ((0, 3), (1000, 2)):  # at the latest the first and the last
+        run = ["run.log_every=1", "run.tensorboard=false", "run.figures=false", f"run.line_every={seconds}"]
+        config = load_recipe(folder / "pretrain.yaml", [*run, "optim.steps=3", "optim.warmup_steps=0"])
+        pretrain(config, tmp_path / str(seconds))
+        told = [line for line in capsys.readouterr().err.splitlines() if "/3 steps, loss " in line]
+        assert len(told) == lines
+        assert "clips/s" in told[-1]
+        assert " GB, " in told[-1]
+    speed = read_rows(tmp_path / "0" / "metrics.jsonl", "speed")[-1]
+    assert {"clips_per_s", "seconds", "data_wait", "memory_bytes", "left_s"} <= speed.keys()
+    assert speed["left_s"] == 0
 
 
 def test_flops_of_pre_training_are_those_of_its_model(folder):

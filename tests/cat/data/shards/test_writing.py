@@ -108,6 +108,8 @@ def test_a_writer_that_was_stopped_goes_on_and_writes_nothing_twice(files, tmp_p
         write_shards(files, tmp_path / "shards", shard_bytes=20_000)
     with pytest.raises(Exception, match="no clips in it, but tar files, which need an index"):
         load_manifest(tmp_path / "shards")
+    with pytest.raises(OutputError, match="holds what another command had written when it was stopped"):
+        write_shards(files, tmp_path / "shards", shard_bytes=30_000)
     first = (tmp_path / "shards" / "000000.tar").stat().st_mtime_ns
     write_shards(files, tmp_path / "shards", shard_bytes=20_000)
     assert (tmp_path / "shards" / "000000.tar").stat().st_mtime_ns == first
