@@ -14,6 +14,7 @@ Parity: on the CPU the losses of one process; on a GPU finite losses and no clip
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -22,27 +23,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.loader import write_clips
 from benchmarks.memory import MIB
 from benchmarks.pieces import SKIPPED
 from benchmarks.results import Key, Parity, Results
 from benchmarks.runner import Settings, arguments, finish, reason, say
 from benchmarks.timing import ratio
+from cat.data.shards.writing import write_shards
 from cat.provenance import ROOT
+from cat.training.records import read_rows
+from cat.training.watching import STARVED, peak_memory
 
 NEEDED = ("soundfile", "soxr", "yaml")  # to write, read and describe the data
 AGREE = 1e-3  # relative difference of losses: rounding, which training makes larger
-STARVED = 0.1  # share of the time that a GPU may wait for data
 WORKERS = 12  # data workers of a process at most, as in recipes/base.yaml
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"preset": "tiny", "frames": 128, "updates": 12, "min_rounds": 3},
-    "cuda": {"preset": "base", "frames": 1024, "updates": 120, "min_rounds": 1},
+    "cuda": {"preset": "base", "frames": 1024, "updates": 80, "min_rounds": 1},
 }
 
 
@@ -96,9 +100,9 @@ def child(settings: Mapping[str, Any]) -> int:
     from cat.commands import main as command
     from cat.training import loop, step
     from cat.training.parallel import gathering
-    from cat.training.watching import peak_memory
 
-    update, found = loop.Trainer._update, {}
+    update = loop.Trainer._update
+    found: dict[str, Any] = {}
 
     def first(self: loop.Trainer, pieces: Any) -> None:
         update(self, pieces)
@@ -150,11 +154,9 @@ run: {{device: {s.device.type}, precision: {s.dtypes[0]}, threads: {case.threads
 """
 
 
-def train(s: Settings, case: Case, data: Path, updates: int, place: Path, found: Found, *, alternate: bool) -> None:
-    """Run a case once, and add what it found; ``alternate``: also with gradients exchanged in every other update."""
-    from cat.training.records import read_rows
-
-    place.mkdir()
+def train(s: Settings, case: Case, data: Path, updates: int, place: Path, found: Found) -> None:
+    """Run a case once, and of several processes once more with gradients exchanged in every other update; add what was
+    found."""
     every = 1 if s.device.type == "cpu" else min(10, max(1, updates // 4))
     (place / "scaling.yaml").write_text(recipe(s, case, data, updates, every))
     argv = ["pretrain", str(place / "scaling.yaml"), f"run.dir={place}", "--quiet"]
@@ -168,7 +170,7 @@ def train(s: Settings, case: Case, data: Path, updates: int, place: Path, found:
     found.failed += len(read_rows(failures)) if failures.exists() else 0
     found.memory = max(found.memory, *(process["memory"] for process in said))
     found.starts.append(max(process["start_s"] for process in said))
-    if alternate and case.processes > 1:
+    if case.processes > 1:
         own = [*argv, "run.name=every-other", "run.log_every=1"]
         start(case, own, place / "said-every-other", every_other=True)
         times = [row["seconds"] for row in read_rows(place / "every-other" / "metrics.jsonl", "speed")]
@@ -194,7 +196,7 @@ def work(found: Found, case: Case) -> dict[str, Any]:
 
 
 def parity(s: Settings, found: Found, one: Found) -> Parity:
-    if any(loss is None or not math.isfinite(loss) for loss in found.losses):
+    if not one.losses or any(loss is None or not math.isfinite(loss) for loss in found.losses):
         return Parity(math.nan, 0.0)
     if s.device.type == "cuda":
         return Parity(float(found.failed), 0.0)
@@ -202,52 +204,51 @@ def parity(s: Settings, found: Found, one: Found) -> Parity:
     return Parity(max(abs(a - b) / abs(b) for a, b in pairs if a is not None and b), AGREE)
 
 
-def written(s: Settings, folder: Path, reads: set[str]) -> Iterator[tuple[str, Path]]:
-    """The data: twice as many clips as an update has, and shards of them."""
-    from benchmarks.loader import write_clips
-    from cat.data.shards.writing import write_shards
-
-    files = write_clips(folder / "files", 2 * s.clips, "flac", 16_000, 1)
-    yield "files", folder / "files"
-    if "shards" in reads:
-        write_shards(files, folder / "shards")
-        yield "shards", folder / "shards"
-
-
-def run(s: Settings, processes: list[int], updates: int) -> Results:
-    """All cases, in turn, round after round."""
-    results, wanted = Results(), cases(s, processes)
-    found, failed = {case: Found() for case in wanted}, dict[Case, str]()
-    with tempfile.TemporaryDirectory() as temporary:
-        data = dict(written(s, Path(temporary), {case.reads for case in wanted}))
-        for round_number in range(s.min_rounds):
-            for number, case in enumerate(wanted):
-                if case in failed:
-                    continue
-                place = Path(temporary, f"{round_number}-{number}")
-                try:
-                    train(s, case, data[case.reads], updates, place, found[case], alternate=True)
-                except RuntimeError as error:  # the others go on
-                    failed[case] = reason(error)
-                    continue
-                say(f"{case.name}, {case.reads}: {statistics.median(found[case].times):.3g} ms an update")
-    for case in wanted:
+def rows(s: Settings, found: Mapping[Case, Found], failed: Mapping[Case, str]) -> Results:
+    """Of all that has run so far."""
+    results, one = Results(), next(iter(found.values()), Found())
+    for case, its in found.items():
         shape = {"preset": s.preset, "clips": case.clips, "masks": s.masks, "frames": s.frames,
                  "processes": case.processes, "threads": case.threads, "workers": case.workers}  # fmt: skip
         key = Key(benchmark="scaling", mode=case.reads, dtype=s.dtypes[0], shape=shape)
         if case in failed:
             results.reject(key, case.name, failed[case])
             continue
-        its = found[case]
-        extra = work(its, case)
-        same = parity(s, its, found[wanted[0]])
-        results.add(key, case.name, its.times, same, peak_MiB=its.memory / MIB, work=extra)
-        if s.device.type == "cuda" and extra["data_wait"] > STARVED:
-            wait = f"waits {100 * extra['data_wait']:.0f} % of the time for data, goal {100 * STARVED:.0f} %"
-            results.notes.append(f"goal missed: {case.name} on {case.reads} {wait} ({case.workers} data workers)")
-    cores = len(os.sched_getaffinity(0))
-    if s.device.type == "cpu" and max(processes) > cores:
-        results.notes.append(f"scaling: {max(processes)} processes had {cores} core(s): their times say nothing")
+        made = work(its, case)
+        results.add(key, case.name, its.times, parity(s, its, one), peak_MiB=its.memory / MIB, work=made)
+        if s.device.type == "cuda" and made["data_wait"] > STARVED:
+            waits = f"waits {100 * made['data_wait']:.0f} % of the time for data, goal {100 * STARVED:.0f} %"
+            results.notes.append(f"goal missed: {case.name}, {case.reads}: it {waits} ({case.workers} data workers)")
+    most, cores = max(case.processes for case in found), len(os.sched_getaffinity(0))
+    if s.device.type == "cpu" and most > cores:
+        results.notes.append(f"scaling: {most} processes shared {cores} core(s), so that their times say nothing")
+    return results
+
+
+def write_data(folder: Path, clips: int, reads: set[str]) -> dict[str, Path]:
+    files = write_clips(folder / "files", clips, "flac", 16_000, 1)
+    if "shards" in reads:
+        write_shards(files, folder / "shards")
+    return {name: folder / name for name in ("files", "shards")}
+
+
+def run(s: Settings, processes: list[int], updates: int) -> Results:
+    """All cases, in turn, round after round; what has run is written at once."""
+    wanted, found, failed, results = cases(s, processes), dict[Case, Found](), dict[Case, str](), Results()
+    with tempfile.TemporaryDirectory() as temporary:
+        clips = max(2 * s.clips, *(case.clips for case in wanted))
+        data = write_data(Path(temporary), clips, {case.reads for case in wanted})
+        for _, case in itertools.product(range(s.min_rounds), wanted):
+            its = found.setdefault(case, Found())
+            if case not in failed:
+                try:
+                    with tempfile.TemporaryDirectory(dir=temporary) as place:
+                        train(s, case, data[case.reads], updates, Path(place), its)
+                    say(f"{case.name}, {case.reads}: {statistics.median(its.times):.3g} ms an update")
+                except RuntimeError as error:  # the others go on
+                    failed[case] = reason(error)
+                results = rows(s, found, failed)
+                s.saver(results)()
     return results
 
 
@@ -256,7 +257,7 @@ def main() -> int:
         return child(json.loads(sys.argv[2]))
     parser = arguments(__doc__.splitlines()[0])
     parser.set_defaults(**dict.fromkeys(DEFAULTS["cpu"]))
-    parser.add_argument("--updates", type=int, help="of each run (default 12 on the CPU, 120 on a GPU)")
+    parser.add_argument("--updates", type=int, help="of each run (default 12 on the CPU, 80 on a GPU)")
     parser.add_argument("--processes", help="comma-separated (default 1,2; on GPUs 1,2,4,8 as far as there are)")
     options = parser.parse_args()
     if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
