@@ -866,8 +866,11 @@ def test_training_in_one_process_and_in_two_is_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scaling, "start", start)
     monkeypatch.setattr("cat.training.step.gathering", gathering)  # which the child changes
-    found = scaling.run(settings(clips=2, frames=32, min_rounds=1), [1, 2], 6)
-    assert [row["provider"] for row in found.rows] == ["1 process", "2 processes", "1 process, 2 threads"]
+    s = settings(clips=2, frames=32, min_rounds=1)
+    wanted = [*scaling.cases(s, [1, 2]), scaling.Case(1, 1, "shards", 2, 0)]
+    monkeypatch.setattr(scaling, "cases", lambda *args: wanted)
+    found = scaling.run(s, [1, 2], 6)
+    assert [row["provider"] for row in found.rows] == ["1 process", "2 processes", "1 process, 2 threads", "1 process"]
     assert not found.rejected
     for row in found.rows:
         assert row["rounds"] == 4  # of 6 updates
@@ -876,7 +879,9 @@ def test_training_in_one_process_and_in_two_is_measured(tmp_path, monkeypatch):
         assert row["start_s"] > 1
     assert "exchange_share" in found.rows[1]
     table = tables.scaling_table({"rows": found.rows})
-    assert [row[:5] for row in table.rows] == [[row["provider"], "files", "tiny", "fp32", "2"] for row in found.rows]
+    assert [row[:5] for row in table.rows] == [
+        [row["provider"], row["mode"], "tiny", "fp32", "2"] for row in found.rows
+    ]
     assert "of matrix rate" not in table.header
     assert table.rows[0][table.header.index("of one process")] == "1.00x"
 
