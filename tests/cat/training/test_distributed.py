@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,19 +69,18 @@ dataset.__getitem__ = reads
 """
 
 AT_BOTH = AT_A_PIECE.replace("key == 5", "key == 4 + rank")
-# In both: the second one acts, whatever the other process waits for.
-CTRL_C_TWICE = """
-import signal, time
+AFTER_UPDATE_3 = """
+import multiprocessing, os, signal, time
 from cat.training import loop
 update = loop.Trainer._update
 def updated(self, pieces):
     update(self, pieces)
     if self.step == 3:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.1)
+        {}
 loop.Trainer._update = updated
 """
+CTRL_C_TWICE = "[(signal.raise_signal(signal.SIGINT), time.sleep(0.1)) for _ in range(2)]"
+KILL_WORKERS = "[os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children() if rank]"
 DISK_FULL = """
 import errno
 from cat.checkpoints import store
@@ -243,12 +243,16 @@ from pathlib import Path
 while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     time.sleep(0.02)
 """
+    twice, lost = AFTER_UPDATE_3.format(CTRL_C_TWICE), AFTER_UPDATE_3.format(KILL_WORKERS)
     groups = {
         "raises": group(data, 2, runs["raises"], before=process_1("raise RuntimeError('connection timed out')")),
         "SIGTERM": group(data, 2, runs["SIGTERM"], before=process_1(kill.format("SIGTERM"))),
         "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
         "Ctrl-C": group(data, 2, tmp_path / "Ctrl-C", before=AT_BOTH.format(kill.format("SIGINT"))),
-        "twice": group(data, 2, tmp_path / "twice", "run.checkpoint_every=2", before=CTRL_C_TWICE),
+        "twice": group(
+            data, 2, tmp_path / "twice", "run.checkpoint_every=2", before=AFTER_UPDATE_3.format(CTRL_C_TWICE)
+        ),
+        "worker": group(data, 2, tmp_path / "worker", "data.num_workers=1", before=lost),
         "full": group(data, 2, runs["full"], "run.checkpoint_every=2", before=DISK_FULL),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
         "left": group(data, 2, runs["left"], before=f"{LAUNCHED}{process_1('os.getppid = lambda: 1')}"),
@@ -282,6 +286,12 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     assert ended(ends["twice"], 130, 130)
     assert not (tmp_path / "twice" / ".lock").exists()
     assert checkpoints.newest(tmp_path / "twice").name == "step-00000002"
+
+    # A data worker is lost: its process says so, and the first saves what was trained.
+    assert ended(ends["worker"], 1, 1)
+    assert "was killed (SIGKILL)" in ends["worker"][1]["err"]
+    reached = re.fullmatch(r"step (\d+) is saved; go on with: .*", ends["worker"][0]["err"].splitlines()[-1])
+    assert checkpoints.newest(tmp_path / "worker").name == f"step-{int(reached[1]):08d}"
 
     # Where only the first has a disk, all end with it.
     assert ended(ends["full"], 1, 1)
