@@ -21,7 +21,6 @@ from cat.data.batch import Batch, Cut, Failure, gather
 from cat.data.embeddings import EmbeddingFiles, EmbeddingStore, open_embeddings
 from cat.data.features import FeatureConfig
 from cat.data.guides import Guides
-from cat.data.labels import balancing_weights
 from cat.data.manifest import Manifest
 from cat.data.masks import MaskConfig, inverse_block_masks
 from cat.data.reading import FetchAhead, check_reading, first_readable, order_of, read_cut, training_cut
@@ -80,8 +79,7 @@ class PretrainDataset(torch.utils.data.Dataset[Batch]):
         self.seed, self.waveforms = seed, waveforms
         self.embeddings, self.guides = open_embeddings(manifest), guides or Guides()
         self.share = share or Share(data.update_clips)
-        weights = balancing_weights(manifest) if data.sampler == "weighted" else None
-        self._order = order_of(manifest, data, seed=seed, weights=weights)
+        self._order = order_of(manifest, data, seed=seed)
         self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
     def __getitem__(self, key: int) -> Batch:

@@ -237,8 +237,7 @@ class FinetuneDataset(_Labelled, torch.utils.data.Dataset[Batch]):
         super().__init__(manifest, labels, features, padding=data.padding, patch_size=patch_size, waveforms=waveforms)
         self.data, self.augment, self.seed = data, augment, seed
         self.share = share or Share(data.update_clips)
-        weights = labels.weights(manifest) if data.sampler == "weighted" else None
-        self._order = order_of(manifest, data, seed=seed, weights=weights)
+        self._order = order_of(manifest, data, seed=seed)
         self._fetch_ahead = FetchAhead(manifest, data, self._order)
 
     def __getitem__(self, key: int) -> Batch:

@@ -89,11 +89,6 @@ class Labels:
         """(C,) int64: clips of every class."""
         return np.bincount(self.entries(manifest)[1], minlength=len(self.classes))
 
-    def weights(self, manifest: Manifest) -> np.ndarray:
-        """(n,) float64: of each clip to be drawn, the sum over its labels of 1000 / (n_c + 0.01), where n_c clips have
-        the label (the released AS-2M recipe)."""
-        return balancing_weights(manifest)
-
     def fingerprint(self, manifest: Manifest) -> str:
         """SHA-256 of what the clips are taught to be."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
@@ -181,7 +176,8 @@ def labels_of(manifest: Manifest, task: str = "auto", classes: Sequence[str] | N
 
 
 def balancing_weights(manifest: Manifest) -> np.ndarray:
-    """(n,) float64: as `Labels.weights`, of all labels that occur; 0 for a clip without any.
+    """(n,) float64: of each clip to be drawn, the sum over its labels of 1000 / (n_c + 0.01), where n_c clips have the
+    label (the released AS-2M recipe); 0 for a clip without any.
 
     Raises ManifestError where no clip has one.
     """

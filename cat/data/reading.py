@@ -118,11 +118,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"data.{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def order_of(manifest: Manifest, data: ReadingConfig, *, seed: int, weights: np.ndarray | None) -> Order:
+def order_of(manifest: Manifest, data: ReadingConfig, *, seed: int) -> Order:
     """The clips of all epochs in their order; with ``shard_window`` those of so many shards mixed at a time.
 
-    Raises: ManifestError where there are no shards.
+    Raises: ManifestError where there are no shards, or no labels to weight clips by; ValueError for an epoch of more
+    clips than there are.
     """
+    weights = balancing_weights(manifest) if data.sampler == "weighted" else None
     shards: dict[str, Any] = {}
     if data.shard_window is not None:
         if manifest.members is None:

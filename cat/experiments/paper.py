@@ -10,7 +10,7 @@ from typing import Any
 
 from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
-from cat.experiments.readings import MAIN, ends, of_bound, points
+from cat.experiments.readings import CURVES, MAIN, ends, of_bound, points
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, run_study
 from cat.experiments.trial import Task
@@ -76,22 +76,25 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
 def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
     tasks = list(record["tasks"])
     if curves:
-        lines = {
-            task: {arm: [points(run, task) for run in found["runs"]] for arm, found in record["arms"].items()}
-            for task in tasks
-        }
-        write_study_curves(path, lines, _levels(record, "valid"), metric=f"valid: {METRIC}")
+        lines, levels = {}, {}
+        for probe in CURVES:
+            for task in tasks:
+                lines[f"{task}, {probe}"] = {
+                    arm: [points(run, task, probe) for run in found["runs"]] for arm, found in record["arms"].items()
+                }
+                levels[f"{task}, {probe}"] = _levels(record, "valid", probe)[task]
+        write_study_curves(path, lines, levels, metric="valid, %", columns=len(tasks))
     else:
         dots = {task: {arm: ends(record, arm, task) for arm in record["arms"]} for task in tasks}
         write_study_ends(path, dots, _levels(record, "test"), metric=f"test: {METRIC}")
 
 
-def _levels(record: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
+def _levels(record: Mapping[str, Any], split: str, probe: str = MAIN) -> dict[str, dict[str, float]]:
     """task -> bound -> its score on a split."""
     levels: dict[str, dict[str, float]] = {task: {} for task in record["tasks"]}
     for name, scores in record["bounds"].items():
         for task in levels:
-            level = of_bound(scores[split][task], MAIN)
+            level = of_bound(scores[split][task], probe)
             if level is not None:
                 levels[task][name] = level
     return levels

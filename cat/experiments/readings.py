@@ -15,6 +15,7 @@ from cat.experiments.verdict import Verdict
 Record = Mapping[str, Any]  # what `cat.experiments.study.run_study` returns
 SHOWN = ("linear mean", "linear cls", "knn mean")  # probes in tables
 MAIN = SHOWN[0]
+CURVES = SHOWN[:2]  # probes whose curves are drawn, and steps counted: of the patches, and of the token that is guided
 NONE = "none"  # the arm without a guide
 
 
@@ -29,9 +30,9 @@ def curve(run: Mapping[str, Any], task: str, probe: str = MAIN) -> tuple[list[fl
     return [r["step"] for r in rows], [r["seconds"] for r in rows], [r["valid"][task][probe] for r in rows]
 
 
-def points(run: Mapping[str, Any], task: str) -> tuple[list[float], list[float]]:
+def points(run: Mapping[str, Any], task: str, probe: str) -> tuple[list[float], list[float]]:
     """Steps, valid scores."""
-    steps, _, scores = curve(run, task)
+    steps, _, scores = curve(run, task, probe)
     return steps, scores
 
 
@@ -109,19 +110,19 @@ def read_convergence(record: Record) -> Verdict:
     """Steps to the valid score that training without a guide ends at, as a ratio."""
     tasks = list(record["tasks"])
 
-    def level(task: str) -> float:
-        return statistics.mean(curve(run, task)[2][-1] for run in record["arms"][NONE]["runs"])
-
-    def faster(task: str, arm: str) -> str:
-        if record["bounds"]["untrained"]["valid"][task][MAIN] >= level(task):
+    def faster(task: str, probe: str, arm: str) -> str:
+        level = statistics.mean(curve(run, task, probe)[2][-1] for run in record["arms"][NONE]["runs"])
+        if record["bounds"]["untrained"]["valid"][task][probe] >= level:
             return "untrained is there"
-        found = [reached(*points(run, task), level(task)) for run in record["arms"][arm]["runs"]]
+        found = [reached(*points(run, task, probe), level) for run in record["arms"][arm]["runs"]]
         known = [record["steps"][-1] / steps for steps in found if steps]
         if len(known) < len(found):
             return f"{len(known)} of {len(found)} get there"
         return f"{statistics.mean(known):.1f}x" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
 
-    extra = {f"{task}, fewer steps": functools.partial(faster, task) for task in tasks}
+    extra = {
+        f"{task}, fewer steps ({probe})": functools.partial(faster, task, probe) for task in tasks for probe in CURVES
+    }
     header, rows = _table(record, extra)
     guided = [arm for arm in record["arms"] if arm != NONE]
     words = ". ".join(_in_words(record, arm, NONE) for arm in guided)

@@ -13,21 +13,22 @@ Lines = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]  # arm -
 
 
 def write_study_curves(
-    path: Path, panels: Mapping[str, Lines], bounds: Mapping[str, Mapping[str, float]], *, metric: str
+    path: Path, panels: Mapping[str, Lines], bounds: Mapping[str, Mapping[str, float]], *, metric: str, columns: int
 ) -> Path:
-    """A panel a task: the mean over seeds with their range, and `bounds` (task -> name -> score) as levels."""
-    drawing, axes = figure(4.9 * len(panels), 4.0, columns=len(panels), squeeze=False)
+    """Panels in rows of so many: mean over seeds and their range, and `bounds` (panel -> name -> score) as levels."""
+    rows = -(-len(panels) // columns)
+    drawing, axes = figure(4.9 * columns, 0.6 + 3.4 * rows, rows=rows, columns=columns, squeeze=False)
     styles = (":", "--", "-.", (0, (1, 3)), (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)))
-    for axis, (task, lines) in zip(axes[0], panels.items(), strict=True):
+    for axis, (panel, lines) in zip(axes.flat, panels.items(), strict=True):
         for n, (arm, runs) in enumerate(lines.items()):
             colour, steps = COLOURS[n % len(COLOURS)], runs[0][0]
             scores = 100 * np.array([scores for _, scores in runs])
             axis.plot(steps, scores.mean(0), color=colour, marker=MARKERS[n % len(MARKERS)], label=text_of(arm))
             axis.fill_between(steps, scores.min(0), scores.max(0), color=colour, alpha=0.15, linewidth=0)
-        for n, (name, score) in enumerate(bounds.get(task, {}).items()):
+        for n, (name, score) in enumerate(bounds.get(panel, {}).items()):
             label = f"{text_of(name)}, itself"
             axis.axhline(100 * score, color=COLOURS[7], linewidth=1.1, linestyle=styles[n % len(styles)], label=label)
-        axis.set_title(text_of(task), fontsize=10)
+        axis.set_title(text_of(panel), fontsize=10)
         axis.set_xlabel("step (updates)")
         axis.set_ylabel(metric)
         axis.grid(alpha=0.25)

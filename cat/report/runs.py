@@ -113,13 +113,13 @@ def _unreadable(path: Path) -> int:
 
 
 def data_report(run: Run) -> str | None:
-    """What `cat-audio prepare` wrote, for people, beside the manifest that the run was trained on."""
+    """What `cat-audio prepare` wrote, for people, beside the manifest or the shards that the run was trained on."""
     train = Path(str(run.config.get("data", {}).get("train") or ""))
-    folder = train if train.is_dir() else train.parent
-    try:
-        about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if not str(about.get("format", "")).startswith("cat-audio prepare"):
-            return None
-        return (folder / "report.md").read_text(encoding="utf-8")
-    except (OSError, ValueError, AttributeError):
-        return None
+    for folder in (train, train.parent):
+        try:
+            about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            if str(about.get("format", "")).startswith("cat-audio prepare"):
+                return (folder / "report.md").read_text(encoding="utf-8")
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None

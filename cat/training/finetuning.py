@@ -15,7 +15,7 @@ from cat.checkpoints import load_encoder
 from cat.data import Batch, Manifest, load_manifest
 from cat.data.finetuning import crop_to_score, finetune_batches, scoring_batches
 from cat.data.labels import Labels, labels_of
-from cat.data.reading import sampling_advice
+from cat.data.reading import order_of, sampling_advice
 from cat.data.share import share_out
 from cat.data.splits import fold_split, hold_out, shared_files
 from cat.distributed import current
@@ -105,6 +105,7 @@ class Finetuning:
             **data_identity(splits.train, splits.valid, None),
             "labels": self.labels.fingerprint(splits.train),
         }
+        order_of(splits.train, config.data, seed=run.seed)  # an error of it comes before anything is written
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed if run.weights_seed is None else run.weights_seed)
             self.model = Classifier(config.model, config.head, len(config.classes)).to(self.device)

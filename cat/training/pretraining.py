@@ -17,7 +17,7 @@ from cat.data.guides import Guides
 from cat.data.labels import balancing_weights
 from cat.data.loader import nothing_readable
 from cat.data.masks import inverse_block_masks
-from cat.data.reading import sampling_advice
+from cat.data.reading import order_of, sampling_advice
 from cat.data.share import largest_piece, share_out
 from cat.distributed import current
 from cat.model import CAT
@@ -63,6 +63,7 @@ class Pretraining:
         self.identity = data_identity(manifest, valid, self._embeddings)
         if config.guides:
             self.identity["guides"] = self.guides.identity
+        order_of(manifest, config.data, seed=run.seed)  # an error of it comes before anything is written
         if config.data.sampler == "weighted":
             self.identity["labels"] = hashlib.sha256(balancing_weights(manifest).tobytes()).hexdigest()
         self._losses = (*LOSSES, *(column("regularisation", name) for name in config.guides))

@@ -249,13 +249,14 @@ def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
     def run(*scores):
         ends = {f"{probe} {pooling}": scores[-1] for probe in ("linear", "knn") for pooling in ("mean", "cls")}
         rows = [
-            {"step": 100 * (i + 1), "seconds": 1.0, "valid": {"a": {readings.MAIN: s}}} for i, s in enumerate(scores)
+            {"step": 100 * (i + 1), "seconds": 1.0, "valid": {"a": dict.fromkeys(readings.CURVES, s)}}
+            for i, s in enumerate(scores)
         ]
         rows[-1]["test"] = {"a": ends}
         return {"runs": [{"rows": rows}]}
 
     record = {"tasks": {"a": {}}, "steps": [100, 200], "arms": {"none": run(0.3, 0.4), "guide": run(0.4, 0.5)}}
     for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
-        scores = {"a": {readings.MAIN: untrained}}
+        scores = {"a": dict.fromkeys(readings.CURVES, untrained)}
         found = readings.read_convergence({**record, "bounds": {"untrained": {"valid": scores, "test": scores}}})
         assert found.rows[1][-1] == told

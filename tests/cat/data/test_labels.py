@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cat.data import Clip, Manifest, ManifestError, load_manifest, write_manifest
-from cat.data.labels import Labels, clip_labels, intervals_of, labels_of, moved
+from cat.data.labels import Labels, balancing_weights, clip_labels, intervals_of, labels_of, moved
 
 PAIRS = Labels("multi-label", ("b", "a"), ("bee", "ay"))
 
@@ -139,7 +139,7 @@ def test_weights_are_the_released_recipe_s():
     manifest = manifest_of("a", "ab", "a", None)
     labels = labels_of(manifest)
     a, b = 1000 / 3.01, 1000 / 1.01
-    np.testing.assert_allclose(labels.weights(manifest), [a, a + b, a, 0])
+    np.testing.assert_allclose(balancing_weights(manifest), [a, a + b, a, 0])
     assert labels.counts(manifest).tolist() == [3, 1]
 
 

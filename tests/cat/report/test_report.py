@@ -117,6 +117,12 @@ def test_the_data_report_is_shown(runs, folder, tmp_path):
     assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
     assert "- rejected: 3 &lt;files&gt;" in (tmp_path / "r.html").read_text()
     assert len(data_of(tmp_path / "r.html")["samples"]) == 1  # there is no other clip
+    (tmp_path / "shards").mkdir()  # of `prepare --shards`
+    (tmp_path / "run" / "config.yaml").write_text(
+        re.sub(r"train: .*", f"train: {tmp_path / 'shards'}", config, count=1)
+    )
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html"), "--overwrite"]) == 0
+    assert "- rejected: 3 &lt;files&gt;" in (tmp_path / "r.html").read_text()
 
 
 def test_fine_tuning_runs_have_their_metrics(folder, tmp_path):

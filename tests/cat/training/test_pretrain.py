@@ -551,6 +551,9 @@ def test_a_weighted_run_goes_on_with_the_labels_that_it_began_with(tmp_path, rec
     with pytest.raises(ConfigError, match="have other labels than when"):
         pretrain(config, tmp_path / "run", resume=True, progress=False)
     label(5)
+    with pytest.raises(ValueError, match="there are 8 clips with a weight above 0"):
+        pretrain(load_recipe(recipe, [*weighted, "data.epoch_clips=9"]), tmp_path / "more", progress=False)
+    assert not (tmp_path / "more").exists()
     pretrain(load_recipe(recipe, [*weighted, "run.stop_at=1"]), tmp_path / "all", progress=False)
     assert "balances nothing" in read_rows(tmp_path / "all" / "metrics.jsonl", "warning")[0]["text"]
 
