@@ -350,7 +350,8 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_torchrun_stops_all_with_a_checkpoint(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(data, tmp_path, number):
     """It sends the signal on, and does not start its processes again."""
     argv = group(data, 2, tmp_path / "run", "optim.steps=100000")["argv"]
     process = torchrun(tmp_path, REPOSITORY / "cat" / "__main__.py", *argv)
@@ -359,9 +360,9 @@ def test_ctrl_c_at_torchrun_stops_all_with_a_checkpoint(data, tmp_path):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     told, said = process.communicate(timeout=100)
-    assert told.count("stopped by SIGINT after step") == 1, said
+    assert told.count(f"stopped by {number.name} after step") == 1, said
     assert checkpoints.newest(tmp_path / "run").name == f"step-{rows(tmp_path / 'run')[-1]['step']:08d}"
 
 
