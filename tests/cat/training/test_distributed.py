@@ -250,7 +250,7 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
         "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
         "Ctrl-C": group(data, 2, tmp_path / "Ctrl-C", before=AT_BOTH.format(kill.format("SIGINT"))),
         "twice": group(data, 2, tmp_path / "twice", "run.checkpoint_every=2", before=twice),
-        "worker": group(data, 2, tmp_path / "worker", "data.num_workers=1", "data.prefetch=1", before=lost),
+        "worker": group(data, 2, tmp_path / "worker", "data.num_workers=1", before=lost),
         "full": group(data, 2, runs["full"], "run.checkpoint_every=2", before=DISK_FULL),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
         "left": group(data, 2, runs["left"], before=f"{LAUNCHED}{process_1('os.getppid = lambda: 1')}"),
