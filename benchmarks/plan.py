@@ -37,6 +37,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
             Piece("kernels", "kernels", (*on, *tiny, "--only", "norm_linear")),
             Piece("finetune", "finetune", (*on, *tiny)),
             Piece("inference", "inference", (*on, "--preset", "tiny", "--frames", "64", "--batches", "1")),
+            Piece("training", "scaling", (*on, *tiny, "--clips", "2", "--updates", "4", "--processes", "1")),
             Piece("sweep", "stem", (*on, *tiny, *other)),
             Piece("operators", "operators", (*on, *few)),
         ]
@@ -56,6 +57,7 @@ def pieces(device: str, *, quick: bool) -> list[Piece]:
         Piece("fbank", "fbank", (*eager, "--dtypes", "fp32,bf16", "--budget", "2"), 60),
         Piece("finetune", "finetune", (*eager, *bf16, "--budget", "2"), 60),
         Piece("inference", "inference", (*eager, *bf16, "--budget", "2"), 60),
+        Piece("training", "scaling", (*on, *bf16), 100),
         Piece("memcheck", "sanitize", ("--tool", "memcheck"), 90),
         Piece("initcheck", "sanitize", ("--tool", "initcheck"), 90),
         Piece("racecheck", "sanitize", ("--tool", "racecheck"), 60),

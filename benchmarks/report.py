@@ -10,7 +10,7 @@ A document asks for a table with a pair of markers, what stands between them is 
     <!-- benchmark:end -->
 
 Names: headline (also where there is no name), stem, step, parts, starts, entries, loader, stem-sweep, kernels, fbank,
-features, operators, inference, finetune, checkpoints, multiply-adds. Of every machine the newest file in
+features, operators, inference, finetune, checkpoints, scaling, multiply-adds. Of every machine the newest file in
 benchmarks/results that has rows for it gives one table. "record NAME" is what `cat-audio experiment` found and kept in
 docs/evidence/records/NAME.
 """

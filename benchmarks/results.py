@@ -40,7 +40,7 @@ class Key:
     """What was measured: rows with equal keys but for the provider can be compared."""
 
     # "stem", "stem sweep", "stem resolutions", "kernels" (the stem's), "step", "fbank", "features" (in a step),
-    # "fine-tuning", "inference", "loader", "checkpoint" or an operator
+    # "fine-tuning", "inference", "loader", "checkpoint", "scaling" or an operator
     benchmark: str
     # "forward", "forward+backward", "dense forward", "step", "log-mel", "model input", "embedding", a format, a kernel
     mode: str

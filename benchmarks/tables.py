@@ -64,6 +64,12 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
+def _filled(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    """Without the columns that are empty."""
+    filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return Table(title, [header[i] for i in filled], [[row[i] for i in filled] for row in rows])
+
+
 def _speedups(data: Data) -> dict[str, dict[str, Any]]:
     return {_identity(c): c for c in data["comparisons"]}
 
@@ -128,8 +134,7 @@ def kernels_table(data: Data) -> Table:
             name, dtype, _ms(r["bytes"] / 1e6), _ms(2 * r["multiply_adds"] / 1e9), floor,
             times[0], _percent(r.get("share_of_floor")), *times[1:], fastest, *peaks,
         ])  # fmt: skip
-    filled = [i for i in range(len(header)) if any(row[i] for row in rows)]  # a CPU has no kernels of ours
-    return Table("The stem's kernels alone", [header[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    return _filled("The stem's kernels alone", header, rows)  # a CPU has no kernels of ours
 
 
 def step_table(data: Data) -> Table:
@@ -277,6 +282,25 @@ def loader_table(data: Data) -> Table:
     return Table(f"Reading clips, CPU time; an H200 takes {taken:.0f} clips/s (predicted step, base)", header, rows)
 
 
+def scaling_table(data: Data) -> Table:
+    header = ["trained by", "reads", "model", "precision", "clips an update", "ms an update", "20 to 80 %", "clips/s",
+              "of one process", "exchanging gradients", "waiting for data", "of matrix rate", "MiB a process",
+              "first update after, s"]  # fmt: skip
+    found = [r for r in data["rows"] if r["benchmark"] == "scaling"]
+    one = {(r["mode"], r["dtype"], r["shape"]["preset"]): r["clips_a_second"] for r in reversed(found)
+           if r["shape"]["processes"] == 1}  # fmt: skip
+    rows = []
+    for r in found:
+        base = one.get((r["mode"], r["dtype"], r["shape"]["preset"]))
+        rows.append([
+            r["provider"], r["mode"], r["shape"]["preset"], r["dtype"], str(r["shape"]["clips"]), _ms(r["median_ms"]),
+            f"{_ms(r['p20_ms'])} to {_ms(r['p80_ms'])}", f"{r['clips_a_second']:.3g}",
+            f"{r['clips_a_second'] / base:.2f}x" if base else "", _percent(r.get("exchange_share")),
+            _percent(r["data_wait"]), _percent(r.get("matrix_share")), f"{r['peak_MiB']:.0f}", f"{r['start_s']:.1f}",
+        ])  # fmt: skip
+    return _filled("Training in one process and in several", header, rows)
+
+
 def checkpoints_table(data: Data) -> Table:
     rows = []
     for r in (row for row in data["rows"] if row["benchmark"] == "checkpoint"):
@@ -345,6 +369,7 @@ TABLES: dict[str, Callable[[Data], Table]] = {
     "inference": inference_table,
     "finetune": finetune_table,
     "checkpoints": checkpoints_table,
+    "scaling": scaling_table,
     "multiply-adds": multiply_adds_table,
 }
 

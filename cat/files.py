@@ -17,7 +17,6 @@ import shutil
 import socket
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -236,11 +235,17 @@ def _is_abandoned(place: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.read(descriptor, 300) == os.fsencode(socket.gethostname()):
             return True
-        return time.time() - max(path.stat().st_mtime for path in (place, *place.rglob("*"))) > _SILENCE
+        return _now(place.parent) - max(path.stat().st_mtime for path in (place, *place.rglob("*"))) > _SILENCE
     except OSError:
         return False
     finally:
         os.close(descriptor)
+
+
+def _now(folder: Path) -> float:
+    """By the clock of its file system, which is the one that files' times are of: this machine's may be wrong."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

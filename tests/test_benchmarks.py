@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,13 @@ from benchmarks import (
     memory,
     operators,
     others,
+    pieces,
     plots,
     predicted_stem,
     report,
     runner,
     sanitize,
+    scaling,
     stem,
     tables,
     timing,
@@ -41,6 +44,7 @@ from benchmarks.results import Key, Parity, Results, load
 from benchmarks.runner import DTYPES, FLOOR, Case, Settings, distance, run_case
 from benchmarks.step_time import count
 from benchmarks.timing import Quantiles, interleaved, ratio
+from cat.training.parallel import gathering
 from cat_kernels.mel.reference import FbankSettings, fbank_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -844,6 +848,69 @@ def test_the_loader_reads_the_same_samples_from_files_and_shards(tmp_path, monke
     table = tables.loader_table({"rows": found.rows})
     assert [row[:3] for row in table.rows] == [["WAV, 16 kHz", row["provider"], "320"] for row in found.rows]
     assert 100 < loader.demand() < 10_000
+
+
+# ---------------------------------------------------------------- training in several processes
+
+
+def test_training_in_one_process_and_in_two_is_measured(tmp_path, monkeypatch):
+    """What torchrun would start, in this process: the same run whatever the processes, so that its losses agree."""
+    pytest.importorskip("soundfile")
+    pytest.importorskip("yaml")
+
+    def start(case, argv, said, *, every_other=False):
+        said.mkdir()
+        settings = {"argv": [*argv, "data.batch_size=2"], "said": said, "every_other": every_other, "began": 0.0}
+        assert scaling.child(settings) == 0
+        return [json.loads(path.read_text()) for path in said.iterdir()]
+
+    monkeypatch.setattr(scaling, "start", start)
+    monkeypatch.setattr("cat.training.step.gathering", gathering)  # which the child changes
+    s = settings(clips=2, frames=32, min_rounds=1)
+    wanted = [*scaling.cases(s, [1, 2]), scaling.Case(1, 1, "shards", 2, 0)]
+    monkeypatch.setattr(scaling, "cases", lambda *args: wanted)
+    found = scaling.run(s, [1, 2], 4)
+    assert [row["provider"] for row in found.rows] == ["1 process", "2 processes", "1 process, 2 threads", "1 process"]
+    assert not found.rejected
+    for row in found.rows:
+        assert row["rounds"] == 2  # of 4 updates
+        assert row["parity_error"] < 1e-4
+        assert 0 <= row["data_wait"] < 1
+        assert row["start_s"] > 1
+    assert "exchange_share" in found.rows[1]
+    table = tables.scaling_table({"rows": found.rows})
+    assert [row[:5] for row in table.rows] == [
+        [row["provider"], row["mode"], "tiny", "fp32", "2"] for row in found.rows
+    ]
+    assert "of matrix rate" not in table.header
+    assert table.rows[0][table.header.index("of one process")] == "1.00x"
+
+
+def test_losses_that_differ_or_are_none_give_no_row():
+    cpu, gpu = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
+    one = scaling.Found(losses=[1.0, 2.0])
+    assert scaling.parity(cpu, scaling.Found(losses=[1.0, 2.001]), one).passed
+    assert not scaling.parity(cpu, scaling.Found(losses=[1.0, 2.01]), one).passed
+    assert scaling.parity(gpu, scaling.Found(losses=[1.0, 3.0]), one).passed
+    assert not scaling.parity(gpu, scaling.Found(losses=[1.0, None]), one).passed
+    assert not scaling.parity(gpu, scaling.Found(losses=[1.0], failed=1), one).passed
+
+
+def test_every_gpu_has_a_batch_and_every_process_its_workers(monkeypatch):
+    monkeypatch.setattr(scaling.os, "sched_getaffinity", lambda pid: range(16))
+    s = SimpleNamespace(device=torch.device("cuda"), clips=96)
+    found = [(case.name, case.reads, case.clips, case.workers) for case in scaling.cases(s, [1, 4])]
+    assert found == [
+        ("1 process", "files", 96, 12), ("1 process", "shards", 96, 12),
+        ("4 processes", "files", 384, 4), ("4 processes", "shards", 384, 4),
+    ]  # fmt: skip
+
+
+def test_where_no_audio_can_be_read_the_suite_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "NEEDED", ("json", "no_such_soundfile"))
+    monkeypatch.setattr(scaling.sys, "argv", ["scaling", "--device", "cpu"])
+    assert scaling.main() == pieces.SKIPPED
+    assert capsys.readouterr().out.startswith("not run: no_such_soundfile not installed here")
 
 
 # ---------------------------------------------------------------- the start on a manifest

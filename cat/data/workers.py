@@ -38,6 +38,7 @@ _NEEDS = (
     "sharing memory needs room in /dev/shm (docker run --shm-size=8g), a TMPDIR that can be written and whose path is "
     "short (TMPDIR=/tmp), and file descriptors (ulimit -n 4096)"
 )
+_DYING = 1.0  # seconds: a process that is killed closes what it shares a moment before its end can be seen
 _COPIED = f"batches are copied, which is slower; {_NEEDS}"
 
 
@@ -84,7 +85,7 @@ def prefetched(
                 try:
                     packed.open()
                 except Exception as error:  # whatever it is, other workers can send the item another way
-                    workers.check()
+                    workers.check(_DYING)
                     warn(f"what data workers share cannot be opened ({_text(error)}): {_COPIED}")
                     share = False
                     break
@@ -146,7 +147,7 @@ class _Workers(Generic[T]):
             try:
                 packed = self._next()
             except Exception:
-                self.check()
+                self.check(_DYING)
                 raise
             yield packed
 
@@ -166,12 +167,17 @@ class _Workers(Generic[T]):
             self._waiting = False
             raise ChildProcessError
 
-    def check(self) -> None:
-        """Raises: `WorkerDied` if one did."""
-        dead = next((process for process in self._processes if process.exitcode), None)
+    def check(self, seconds: float = 0.0) -> None:
+        """Raises: `WorkerDied` if one did, or does within so many seconds."""
+        until = time.monotonic() + seconds
+        while (dead := self._dead()) is None and time.monotonic() < until:
+            time.sleep(0.02)
         if dead is not None:
             time.sleep(0.2)  # a signal to the whole group reaches this process too, and then tells more
             raise WorkerDied(_obituary(dead)) from None
+
+    def _dead(self) -> BaseProcess | None:
+        return next((process for process in self._processes if process.exitcode), None)
 
     def _terminate(self) -> None:
         for process in self._processes:

@@ -160,10 +160,13 @@ def test_another_machines_leftovers_go_when_they_have_been_silent_for_a_day(tmp_
     with process(write):
         pass
     monkeypatch.undo()
-    write_json(tmp_path / "a.json", 1)
-    assert len(names(tmp_path)) == 2
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    with monkeypatch.context() as patch:  # this machine's clock is wrong; the files' times are the server's
+        patch.setattr(time, "time", lambda: now + 25 * 3600)
+        write_json(tmp_path / "a.json", 1)
+    (left,) = set(names(tmp_path)) - {"a.json"}
+    for path in (*(tmp_path / left).rglob("*"), tmp_path / left):
+        os.utime(path, (now - 25 * 3600,) * 2)
     write_json(tmp_path / "a.json", 1)
     assert names(tmp_path) == ["a.json"]
 

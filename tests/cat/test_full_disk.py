@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 
 from cat.checkpoints import store
+from cat.checkpoints.encoder import chosen
 from cat.checkpoints.inspection import verify
 from cat.commands import main
 from cat.figures import write_run_figures
-from cat.training import loop
+from cat.training import finetune, loop
 from cat.training.records import read_rows
-from tests.lookalikes import RECIPES, SMALL, manifest, run_with_two_checkpoints
+from tests.cat.checkpoints.test_released import fairseq_file, small_model
+from tests.lookalikes import RECIPES, SMALL, esc50, manifest, run_with_two_checkpoints, tars
 
 for module in ("soundfile", "yaml", "sklearn", "matplotlib"):
     pytest.importorskip(module)
@@ -86,9 +88,12 @@ def full(mounted, tmp_path) -> Iterator[Disk]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A labelled manifest, a run, a classifier."""
+    """A labelled manifest, a run, and what others have made."""
     folder = tmp_path_factory.mktemp("made")
     manifest(folder / "train.jsonl")
+    esc50(folder / "esc50.zip")
+    tars(folder / "tars")
+    fairseq_file(folder / "released.pt", small_model())
     run_with_two_checkpoints(folder / "run")
     return folder
 
@@ -108,11 +113,15 @@ KINDS: dict[str, str] = {
     "picture": "predict {classifier} {made}/train/hum/0.wav --picture {disk}/heard.png",
     "prepare": f"prepare {TRAIN} -o {{disk}}/prepared",
     "shards": f"shards write {TRAIN} -o {{disk}}/shards",
+    "index": "shards index {made}/tars -o {disk}/index --labels tags",
+    "dataset": "dataset esc50 {made}/esc50.zip -o {disk}/esc50 --allow-missing 100000",
+    "convert": "convert {made}/released.pt {disk}/converted.safetensors --num-heads 2",
     "probe": f"probe logmel {SPLITS} --knn --no-cache --out {{disk}}/probe.json",
     "cache": f"probe {{made}}/run {SPLITS} --knn --cache {{disk}}/cache --out {{disk}}/probe.json",
     "similar": "similar {made}/train {made}/train/hum/0.wav --encoder {made}/run --index {disk}/index.npz",
     "export": "export {made}/run {disk}/encoder.pt2",
     "average": "checkpoints average {made}/run -o {disk}/average.safetensors",
+    "report": "report {made}/run -o {disk}/report.html",
     "hub folder": "checkpoints export {made}/run -o {disk}/published",
     "synth": "synth {disk}/sounds --classes rain wind --clips-per-class 1 --eval-clips-per-class 1",
     "profile": f"pretrain {RECIPES}/tiny.yaml {PRETRAIN} --profile",
@@ -215,6 +224,21 @@ def test_pictures_that_do_not_fit_come_after_all_was_trained(disk, made, monkeyp
     assert re.search(r"figures/\w+\.png: No space left on device .*make room", told.err), told.err
     assert not verify(store.newest(disk.path / "run"))
     assert not list((disk.path / "run" / "figures").glob("*"))
+
+
+def test_scores_that_do_not_fit_come_when_there_is_room_again(disk, made, monkeypatch, capsys):
+    own = (f"data.train={made}/train.jsonl", f"encoder={made}/run", f"run.dir={disk.path}", "run.name=tuned", "--quiet")
+    changes = [word for word in SMALL["finetune"] if word != "--overwrite"]
+    words = ["finetune", f"{RECIPES}/finetune.yaml", *changes, *own, "run.figures=false", "run.tensorboard=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "chosen", lambda run: disk.fill() or chosen(run))
+        assert main(words) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"tuned/scores\.json: No space left on device .*make room", told), told
+    assert not list((disk.path / "tuned").glob("*scores*"))
+    disk.empty()
+    assert main([*words, "--resume"]) == 0
+    assert (disk.path / "tuned" / "scores.json").is_file()
 
 
 def test_a_folder_that_loses_its_permission(tmp_path, made, undisturbed, monkeypatch, capsys):

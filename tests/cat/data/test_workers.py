@@ -177,6 +177,21 @@ def test_a_killed_worker_is_noticed_and_memory_is_named(soon):
     assert len(found) <= 3  # what a dead worker had shared is gone
 
 
+def test_a_dying_worker_is_not_taken_for_one_that_cannot_share(monkeypatch):
+    """What it shares is gone a moment before its end can be seen."""
+
+    def loads(content):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(workers, "_loads", loads)
+    said = []
+    with pytest.raises(WorkerDied, match=r"was killed \(SIGKILL\)"):
+        list(prefetched(Squares(), range(9), num_workers=2, warn=said.append))
+    assert not said
+
+
 def test_a_worker_killed_in_the_middle_of_a_message(monkeypatch):
     monkeypatch.setattr(workers, "ForkingPickler", None)
     monkeypatch.setattr(workers, "_plain", lambda item: Stopping())  # pickled by the thread that sends

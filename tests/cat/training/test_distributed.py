@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,29 @@ def reads(self, key):
 dataset.__getitem__ = reads
 """
 
+AT_BOTH = AT_A_PIECE.replace("key == 5", "key == 4 + rank")
+AFTER_UPDATE_3 = """
+import multiprocessing, os, signal, time
+from cat.training import loop
+update = loop.Trainer._update
+def updated(self, pieces):
+    update(self, pieces)
+    if self.step == 3:
+        {}
+loop.Trainer._update = updated
+"""
+CTRL_C_TWICE = "[(signal.raise_signal(signal.SIGINT), time.sleep(0.1)) for _ in range(2)]"
+KILL_WORKERS = "[os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children() if rank]"
+DISK_FULL = """
+import errno
+from cat.checkpoints import store
+save = store.save_tensors
+def saved(path, *arguments, **options):
+    if "step-00000004" in str(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    save(path, *arguments, **options)
+store.save_tensors = saved
+"""
 NOT_FINITE = "batch = read(self, key); batch.spec.fill_(float('nan')); return batch"
 LAUNCHED = "import os; os.environ['TORCHELASTIC_RUN_ID'] = 'none'"
 
@@ -211,7 +235,7 @@ def test_what_happens_to_one_process_ends_all_alike(data, tmp_path):
     def process_1(what: str) -> str:
         return AT_A_PIECE.format(what)
 
-    runs = {name: tmp_path / name for name in ("raises", "SIGTERM", "SIGUSR1", "killed", "left", "hangs")}
+    runs = {name: tmp_path / name for name in ("raises", "SIGTERM", "SIGUSR1", "killed", "left", "hangs", "full")}
     kill = "os.kill(os.getpid(), signal.{})"
     occupied = f"""
 import time
@@ -219,10 +243,15 @@ from pathlib import Path
 while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     time.sleep(0.02)
 """
+    twice, lost = AFTER_UPDATE_3.format(CTRL_C_TWICE), AFTER_UPDATE_3.format(KILL_WORKERS)
     groups = {
         "raises": group(data, 2, runs["raises"], before=process_1("raise RuntimeError('connection timed out')")),
         "SIGTERM": group(data, 2, runs["SIGTERM"], before=process_1(kill.format("SIGTERM"))),
         "SIGUSR1": group(data, 2, runs["SIGUSR1"], "run.stop_at=5", before=process_1(kill.format("SIGUSR1"))),
+        "Ctrl-C": group(data, 2, tmp_path / "Ctrl-C", before=AT_BOTH.format(kill.format("SIGINT"))),
+        "twice": group(data, 2, tmp_path / "twice", "run.checkpoint_every=2", before=twice),
+        "worker": group(data, 2, tmp_path / "worker", "data.num_workers=1", before=lost),
+        "full": group(data, 2, runs["full"], "run.checkpoint_every=2", before=DISK_FULL),
         "killed": group(data, 2, runs["killed"], before=process_1(kill.format("SIGKILL"))),
         "left": group(data, 2, runs["left"], before=f"{LAUNCHED}{process_1('os.getppid = lambda: 1')}"),
         "not finite": group(data, 2, tmp_path / "not-finite", "run.stop_at=5", before=process_1(NOT_FINITE)),
@@ -248,6 +277,26 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
 
     assert ended(ends["SIGUSR1"], 0, 0)
     assert "step 3: saved" in ends["SIGUSR1"][0]["err"]
+
+    # Ctrl-C goes to all of them, and torchrun sends it on.
+    assert ended(ends["Ctrl-C"], 130, 130)
+    assert checkpoints.newest(tmp_path / "Ctrl-C").name == "step-00000002"
+    assert ended(ends["twice"], 130, 130)
+    assert not (tmp_path / "twice" / ".lock").exists()
+    assert checkpoints.newest(tmp_path / "twice").name == "step-00000002"
+
+    # A data worker is lost: its process says so, and the first saves what was trained.
+    assert ended(ends["worker"], 1, 1)
+    assert "was killed (SIGKILL)" in ends["worker"][1]["err"]
+    reached = re.fullmatch(r"step (\d+) is saved; go on with: .*", ends["worker"][0]["err"].splitlines()[-1])
+    assert checkpoints.newest(tmp_path / "worker").name == f"step-{int(reached[1]):08d}"
+
+    # Where only the first has a disk, all end with it.
+    assert ended(ends["full"], 1, 1)
+    assert "No space left on device" in ends["full"][0]["err"]
+    assert f"the last good checkpoint: {runs['full']}/checkpoints/step-00000002" in ends["full"][0]["err"]
+    assert ends["full"][1]["err"] == ""
+    assert [path.name for path in (runs["full"] / "checkpoints").iterdir()] == ["step-00000002"]
 
     assert ended(ends["killed"], 1, -9)
     assert "process 1 (" in ends["killed"][0]["err"]
@@ -277,8 +326,9 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     assert "would not train the same: optim.lr is 1.0, and there 0.003. " in ends["other"][1]["err"]
 
     assert ended(ends["unfit"], 1, 1, 1)
-    said = [end["err"] for end in ends["unfit"] if end["err"]]
+    said = [end["err"] for end in ends["unfit"] if " error: " in end["err"]]
     assert len(said) == 1
+    assert {end["err"] for end in ends["unfit"]} - {*said} <= {"", "stopped: another process had an error\n"}
     assert "numbers of processes that fit: 1, 2, 4" in said[0]
 
     assert ended(ends["alone"], 1)
@@ -300,7 +350,9 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(data, tmp_path, number):
+    """It sends the signal on, and does not start its processes again."""
     argv = group(data, 2, tmp_path / "run", "optim.steps=100000")["argv"]
     process = torchrun(tmp_path, REPOSITORY / "cat" / "__main__.py", *argv)
     until = time.monotonic() + 200
@@ -308,9 +360,9 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(data, tmp_path):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     told, said = process.communicate(timeout=100)
-    assert "stopped by SIGTERM after step" in told, said
+    assert told.count(f"stopped by {number.name} after step") == 1, said
     assert checkpoints.newest(tmp_path / "run").name == f"step-{rows(tmp_path / 'run')[-1]['step']:08d}"
 
 

@@ -512,6 +512,29 @@ def test_other_data_does_not_resume(short, tmp_path):
         pretrain(dataclasses.replace(config, data=other), run_dir, resume=True, progress=False)
 
 
+def test_a_manifest_that_was_edited_does_not_resume(tmp_path, recipe, audio, uninterrupted, capsys):
+    """A clip less, a clip more, other clips, another order; put right again, the run goes on."""
+    manifest, run_dir = tmp_path / "list.jsonl", tmp_path / "run"
+
+    def lists(*names: str) -> None:
+        manifest.write_text("".join(f'{{"path": "{audio}/train/{name}.wav"}}\n' for name in names))
+
+    names = [f"{number:02d}" for number in range(8)]
+    lists(*names)
+    run = ["pretrain", str(recipe), f"data.train={manifest}", f"run.dir={tmp_path}", "run.name=run", "--quiet"]
+    assert main([*run, "run.stop_at=2"]) == 0
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    for edited in (names[:7], [*names, "../valid/00"], [*names[:7], "../valid/00"], names[::-1]):
+        lists(*edited)
+        assert main([*run, "--resume"]) == 1
+        assert re.search(rf"list.jsonl lists other clips .*\({len(edited)}.*\(8\)", capsys.readouterr().err), edited
+        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    lists(*names)
+    assert main([*run, "run.stop_at=4", "--resume"]) == 0
+    losses = [[row["loss"] for row in read_rows(path / "metrics.jsonl", "train")] for path in (run_dir, uninterrupted)]
+    assert losses[0] == losses[1][:4]
+
+
 def test_a_weighted_run_goes_on_with_the_labels_that_it_began_with(tmp_path, recipe, audio):
     manifest = tmp_path / "labelled.jsonl"
 
