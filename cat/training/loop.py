@@ -32,7 +32,7 @@ from cat.progress import Progress, say
 from cat.signals import StopSignals
 from cat.training.failures import FailureLog
 from cat.training.identity import check_same_data
-from cat.training.parallel import finished
+from cat.training.parallel import finished, is_sharded, joint, load_whole, whole
 from cat.training.recipe import check_same_run
 from cat.training.records import Metrics, NoMetrics, read_rows
 from cat.training.skipped import MOST, Skips, clear_after, finite, path_of, telling, was_skipped, write_batch
@@ -114,7 +114,7 @@ class Trainer:
             )
         self._data, notes = check_same_data(saved.state.get("data") or {}, self._data, self.config, self.run_dir)
         try:
-            checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
+            load_whole(self.task.model, saved.model, str(saved.path))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {checkpoints.remedy(saved.path)}") from None
         try:
@@ -259,6 +259,8 @@ class Trainer:
                 raise TrainingError(f"{self.device} waits for another process")
             if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
+            if is_sharded(self.task.model):
+                raise TrainingError("with run.parallel=fsdp its weights lie in all processes")
             self._save(hurried=True, prune=False)
             self._writer.wait()
         except Exception as second:
@@ -336,7 +338,8 @@ class Trainer:
     def _where(self) -> str:
         """ "cpu", or "4 processes (cpu), updates of 96 clips in 8 pieces"."""
         share, several = self.task.share, self.world.several
-        processes = f"{self.world.size} processes ({self.device.type})" if several else str(self.device)
+        how = f"{self.device.type}, FSDP" if is_sharded(self.task.model) else self.device.type
+        processes = f"{self.world.size} processes ({how})" if several else str(self.device)
         return processes if share.pieces == 1 else f"{processes}, updates of {share.clips} clips in {share.pieces}"
 
     def _update(self, pieces: list[Batch]) -> None:
@@ -420,8 +423,8 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
-        norms = torch.nn.utils.get_total_norm(self.task.parameters.values())
-        if not math.isfinite(norms.item()):
+        norm = joint(torch.nn.utils.get_total_norm(self.task.parameters.values()))
+        if not math.isfinite(norm.item()):
             raise TrainingError(f"the weights are not finite after step {self.step}; {self._remedy()}")
 
     def _remedy(self) -> str:
@@ -484,8 +487,11 @@ class Trainer:
                 return
             prune = False
         score = None if hurried else self._score()
+        model, optimizer = (
+            whole(part, self.world) for part in (self.task.model.state_dict(), self.task.optimizer_tensors())
+        )
         if self.world.main:
-            self._write_checkpoint(score, prune)
+            self._write_checkpoint(model, optimizer, score, prune)
         else:
             self._writer.newest = self.run_dir / "checkpoints" / checkpoints.step_name(self.step)
         self._saved = self.step
@@ -493,12 +499,15 @@ class Trainer:
             self._since_checkpoint = []
         self._watch.restart()
 
-    def _write_checkpoint(self, score: float | None, prune: bool) -> None:
+    def _write_checkpoint(
+        self, model: dict[str, Tensor], optimizer: dict[str, Tensor], score: float | None, prune: bool
+    ) -> None:
         self.metrics.sync()
         self._writer.save(
             step=self.step,
-            model=self.task.model.state_dict(),
-            optimizer=self.task.optimizer_tensors(),
+            model=model,
+            optimizer=optimizer,
+            copied=is_sharded(self.task.model),
             config=to_mapping(self.config),
             score=score,
             extra={"made_with": self.task.made_with, "data": self._data},
