@@ -118,9 +118,9 @@ def whole(tensors: Mapping[str, Tensor], world: Processes) -> dict[str, Tensor]:
     must call this too, get nothing. One after the other: a GPU needs no more memory than for the largest."""
     found = {}
     for name, tensor in tensors.items():
-        full = joint(tensor).cpu() if _is_shard(tensor) else tensor
+        full = joint(tensor)
         if world.main:
-            found[name] = full
+            found[name] = full.cpu() if _is_shard(tensor) else full
     return found
 
 

@@ -70,9 +70,9 @@ class RunConfig:
         if wrong := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(f"loggers has {wrong[0]!r}; expected of {', '.join(LOGGERS)}")
         if self.parallel == "fsdp" and (self.cuda_graph or self.compile == "step"):
-            wrong = "cuda_graph=true" if self.cuda_graph else "compile='step'"
+            other = "cuda_graph=true" if self.cuda_graph else "compile='step'"
             raise ValueError(
-                f"parallel is 'fsdp' with {wrong}; expected cuda_graph=false and compile 'none' or 'blocks': "
+                f"parallel is 'fsdp' with {other}; expected cuda_graph=false and compile 'none' or 'blocks': "
                 "weights are gathered block by block, which a graph of all of them cannot hold"
             )
         if not self.timeout > 0:
