@@ -63,7 +63,9 @@ def shard(module: nn.Module, world: Processes, *, blocks: Iterable[nn.Module], k
     assert world.data is not None  # there are several
     mesh = DeviceMesh.from_group(world.data, device)
     for part in (*blocks, *([] if kept is None else [kept]), module):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        sharded = fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        if device == "cpu":  # gloo's means in a reduce-scatter are sums in some versions (pytorch issue 162338)
+            sharded.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(module: nn.Module) -> bool:

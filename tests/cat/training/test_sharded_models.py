@@ -16,13 +16,14 @@ from tests.processes import together
 FSDP = "run.parallel=fsdp"
 COUNTED = """
 import torch.distributed as dist
-scatter = dist.reduce_scatter_tensor
+name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+scatter = getattr(dist, name)
 def counted(*args, **more):
     if rank == 0:
         with open({!r}, "a") as file:
             file.write(".")
     return scatter(*args, **more)
-dist.reduce_scatter_tensor = counted
+setattr(dist, name, counted)
 """
 
 
