@@ -373,6 +373,7 @@ class Trainer:
                 return
             prune = False
         score = None if hurried else self._score()
+        self._writer.wait()  # before there are copies of another one
         model, optimizer = (
             whole(part, self.world) for part in (self.task.model.state_dict(), self.task.optimizer_tensors())
         )

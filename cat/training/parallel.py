@@ -116,13 +116,16 @@ def _swap(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def whole(tensors: Mapping[str, Tensor], world: Processes) -> dict[str, Tensor]:
-    """The tensors as one process would have them, in process 0, on the CPU where they were sharded; the others, which
-    must call this too, get nothing. One after the other: a GPU needs no more memory than for the largest."""
+    """The tensors as one process would have them. Where any is sharded, process 0 gets copies of all on the CPU, and
+    the others, which must call this too, nothing. One after the other: a GPU needs no more memory than for the largest.
+    """
+    if not any(map(_is_shard, tensors.values())):
+        return dict(tensors)
     found = {}
     for name, tensor in tensors.items():
         full = joint(tensor)
         if world.main:
-            found[name] = full.cpu() if _is_shard(tensor) else full
+            found[name] = full.to("cpu", copy=full is tensor)
     return found
 
 

@@ -26,6 +26,17 @@ def counted(*args, **more):
 setattr(dist, name, counted)
 """
 
+# A checkpoint takes longer to write than the updates that follow it.
+SLOW = """
+import time
+from cat.checkpoints import store
+save = store.save_tensors
+def slow(*args, **more):
+    time.sleep(0.3)
+    save(*args, **more)
+store.save_tensors = slow
+"""
+
 
 def assert_same_checkpoints(run, other):
     ours, theirs = (checkpoints.load(checkpoints.newest(path)) for path in (run, other))
@@ -37,12 +48,13 @@ def assert_same_checkpoints(run, other):
 def test_pretraining_agrees_and_goes_on_in_any_way(data, tmp_path):
     """10 steps: one process, DDP, FSDP, FSDP in pieces; and FSDP, one process, DDP, FSDP in turn from checkpoints."""
     one, changed, count = tmp_path / "1", tmp_path / "changed", tmp_path / "count"
+    often = ["run.checkpoint_every=4", "run.keep_last=9"]
     pieces = ["data.global_batch=4", "data.batch_size=1"]
     ends = together(
         tmp_path,
         group(data, 1, one, "run.stop_at=10"),
         group(data, 2, tmp_path / "ddp", "run.stop_at=10"),
-        group(data, 2, tmp_path / "fsdp", "run.stop_at=10", FSDP, "run.eval_every=3"),
+        group(data, 2, tmp_path / "fsdp", "run.stop_at=10", FSDP, "run.eval_every=3", *often, before=SLOW),
         group(data, 2, tmp_path / "pieces", "run.stop_at=10", FSDP, *pieces, before=COUNTED.format(str(count))),
         group(data, 2, changed, "run.stop_at=3", FSDP),
         group(data, 1, changed, "run.stop_at=5", "--resume"),
@@ -59,7 +71,9 @@ def test_pretraining_agrees_and_goes_on_in_any_way(data, tmp_path):
         assert len(rows(tmp_path / name)) == 10
         assert_same_numbers(tmp_path / name, one)
         assert_same_checkpoints(tmp_path / name, one)
-    assert [row["step"] for row in rows(tmp_path / "fsdp", "valid")] == [3, 6, 9, 10]
+    assert [row["step"] for row in rows(tmp_path / "fsdp", "valid")] == [3, 4, 6, 8, 9, 10]
+    first = checkpoints.load(checkpoints.list_checkpoints(tmp_path / "fsdp" / "checkpoints")[0])
+    assert {value.item() for name, value in first.optimizer.items() if name.startswith("step.")} == {4}
     assert len(count.read_text()) == 10 * 2  # gradients of the block and of the rest, once an update
 
 
