@@ -27,7 +27,10 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).parents[1]
 SECONDS = 120  # then a group is killed
 # All that a run needs, once for all processes: DistributedDataParallel alone brings two seconds of torch._dynamo along.
-IMPORTED = ("cat.commands.finetune", "cat.commands.pretrain", "sklearn.metrics", "soundfile", "torch._dynamo")
+IMPORTED = (
+    *("cat.commands.finetune", "cat.commands.pretrain", "sklearn.metrics", "soundfile"),
+    *("torch._dynamo", "torch.distributed.fsdp"),
+)
 
 
 def together(folder: Path, *groups: dict[str, Any]) -> list[list[dict[str, Any]]]:

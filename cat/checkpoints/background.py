@@ -49,13 +49,16 @@ class BackgroundWriter:
         score: float | None = None,
         extra: Mapping[str, Any] | None = None,
         prune: bool = True,
+        copied: bool = False,
     ) -> None:
         """As `store.save`, then `store.prune`. Waits for the checkpoint before, and until the tensors are copied; where
-        there is no memory for copies, until all is done."""
+        there is no memory for copies, until all is done. ``copied``: the tensors are copies already."""
         self.wait()
         write = partial(self._write, prune=prune, step=step, config=config, score=score, extra=extra)
         try:
-            copies = self._copies("model", model), self._copies("optimizer", optimizer)
+            copies = (model, optimizer)
+            if not copied:
+                copies = self._copies("model", model), self._copies("optimizer", optimizer)
             thread = threading.Thread(target=write, args=(*copies, _arrival(model)), name="checkpoint")
             self._done.clear()
             thread.start()

@@ -32,6 +32,7 @@ from cat.progress import say
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.finetuning import Finetuning, Splits, read_splits
 from cat.training.loop import RunResult
+from cat.training.parallel import load_whole
 from cat.training.profiling import STEPS, StepProfile
 from cat.training.replay import Replay, read_replay
 from cat.training.replay import replay as replay_task
@@ -104,7 +105,7 @@ def _scores(task: Finetuning, run_dir: Path) -> dict[str, Any]:
         return before
     best = shared_checkpoint(world, checkpoints.load(cast(Path, chosen(run_dir))) if world.main else None)
     assert best is not None  # `_about` has looked
-    checkpoints.load_tensors(task.model, best.model, str(best.path))
+    load_whole(task.model, best.model, str(best.path))
     scores = {**about, "valid": _of(task, splits.valid), "test": splits.test and _of(task, splits.test)}
     if world.main:
         write_json(run_dir / SCORES, scores)

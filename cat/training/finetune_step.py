@@ -5,9 +5,10 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -22,7 +23,7 @@ from cat.training.descent import LOW, Descent
 from cat.training.layerwise import FinetuneOptimConfig, build_layerwise, set_layer_rates
 from cat.training.losses import LossConfig, binary_cross_entropy, counted, cross_entropy, of_frames, reduced
 from cat.training.optim import trainable
-from cat.training.parallel import gathering, replicated
+from cat.training.parallel import at_hand, gathering, is_sharded, local, replicated, shard, swapped
 from cat.training.step import COMPILER
 
 
@@ -46,6 +47,7 @@ class FinetuneStep:
             whole classifier.
         pieces: as how many pieces a batch is computed, by all processes together.
         world: the processes that train the model together.
+        parallel: how; with "fsdp" each is left a shard of the classifier and of its average alike.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class FinetuneStep:
         compile: Literal["none", "blocks", "step"] = "none",
         pieces: int = 1,
         world: Processes | None = None,
+        parallel: Literal["ddp", "fsdp"] = "ddp",
     ) -> None:
         self.model, self.optim, self.loss = model, optim, loss
         self._pieces, self._world = pieces, world or current()
@@ -66,15 +69,21 @@ class FinetuneStep:
         self._frozen = frozen_parts(model, freeze)
         for frozen in self._frozen:
             frozen.requires_grad_(False)
-        self.parameters = trainable(model)
-        self.optimizer = build_layerwise(self.parameters, len(model.encoder.blocks), optim)
-        self.descent = Descent(self.optimizer, self.parameters, optim.clip_norm, precision=precision)
         self.scored = model  # what is evaluated
         if optim.average:
             self.scored = model.average = copy.deepcopy(model).requires_grad_(False)
-            average = dict(self.scored.named_parameters())
-            self._averages: list[Tensor | nn.Parameter] = [average[name].data for name in self.parameters]
+        if parallel == "fsdp" and self._world.several:
+            average = None if self.scored is model else self.scored
+            shard(model, self._world, blocks=model.encoder.blocks, kept=average)
+        self.parameters = trainable(model)
+        self.optimizer = build_layerwise(self.parameters, len(model.encoder.blocks), optim)
+        self.descent = Descent(self.optimizer, self.parameters, optim.clip_norm, precision=precision)
+        if optim.average:
+            averages = dict(self.scored.named_parameters())
+            self._averages = [averages[name] for name in self.parameters]
             self._average = get_ema_multi_avg_fn(optim.average)
+        # A sharded model computes as a whole, and its average is a part of it: see `scoring`.
+        self._scored = model if is_sharded(model) else self.scored
         self._low = LOW.get(precision)
         self._forward = (
             cast(nn.Module, torch.compile(model, backend=COMPILER, dynamic=False)) if compile == "step" else model
@@ -95,11 +104,20 @@ class FinetuneStep:
         """Made at the first update, when the weights are those that the run begins or goes on with."""
         return replicated(self._forward, self._world)
 
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """For evaluations: each process may compute other batches, or none."""
+        with contextlib.ExitStack() as stack:
+            if self._scored is not self.scored:
+                stack.enter_context(swapped(self._averages, list(self.parameters.values())))
+            stack.enter_context(at_hand(self.model))
+            yield
+
     def outputs(
         self, batch: Batch, keep: Tensor | None = None, *, scored: bool = False, trained: bool = False
     ) -> ClassifierOutput:
         """``scored``: of the weights that are evaluated; ``trained``: for a backward that all processes do together."""
-        module = self.scored if scored else self._trained if trained else self._forward
+        module = self._scored if scored else self._trained if trained else self._forward
         with torch.autocast(self.device.type, self._low, enabled=self._low is not None), part("forward, rest"):
             return module(batch.spec, rows=batch.rows, keep=keep)
 
@@ -139,7 +157,7 @@ class FinetuneStep:
             numbers = self.descent.step()
         if self.optim.average:
             with part("EMA"):
-                self._average(self._averages, _data(list(self.parameters.values())), 0)
+                self._average(local(self._averages), local(self.parameters.values()), 0)
         self.whole = True
         return torch.stack([loss, *(value.float() for value in numbers)])
 
@@ -153,7 +171,3 @@ class FinetuneStep:
         if self.loss.over != "positives":  # pieces have as many of anything else
             return own
         return self._world.sum_(own).clamp(min=1) / self._world.size
-
-
-def _data(parameters: Sequence[nn.Parameter]) -> list[Tensor | nn.Parameter]:
-    return [parameter.data for parameter in parameters]

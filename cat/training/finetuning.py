@@ -29,6 +29,7 @@ from cat.training.finetune_step import FinetuneStep, frozen_parts
 from cat.training.flops import flops
 from cat.training.identity import data_identity
 from cat.training.layerwise import scaled_rate
+from cat.training.parallel import is_sharded, load_whole
 from cat.training.recipe import made_with, pick_features, pick_precision
 from cat.training.task import Warn
 
@@ -118,6 +119,7 @@ class Finetuning:
             compile=run.compile,
             pieces=self.share.pieces,
             world=self.world,
+            parallel=run.parallel,
         )
         self.parameters = self.step.parameters
         self.values = ("loss", *self.step.descent.numbers)
@@ -131,8 +133,11 @@ class Finetuning:
             return
         encoder, info = load_encoder(config.encoder, config.weights)
         check_model(config, info.model)
+        # Shards must be of the same weights, wherever a process has read them.
+        sharded = is_sharded(self.model)
+        weights = self.world.tensors_from_main(encoder.state_dict()) if sharded else encoder.state_dict()
         for model in (self.model, self.step.scored):  # one and the same, or the average
-            model.encoder.load_state_dict(encoder.state_dict())
+            load_whole(model.encoder, weights, config.encoder)
 
     @property
     def whole(self) -> bool:
@@ -257,6 +262,10 @@ class Finetuning:
         """Probabilities (n, C) and targets (n, C) of all clips, in whatever process's ``batches`` they are, the sum of
         their losses and what it is divided by."""
         self.model.eval()
+        with self.step.scoring():
+            return self._predictions(batches)
+
+    def _predictions(self, batches: Iterator[Batch]) -> tuple[np.ndarray, np.ndarray, float, float]:
         none = torch.empty(0, len(self.config.classes), device=self.device)
         scores, targets, clips = [none.double()], [none], []
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -16,6 +16,7 @@ from cat.config import to_mapping, write_yaml
 from cat.data import Failure
 from cat.progress import Progress
 from cat.training.failures import FailureLog
+from cat.training.parallel import is_sharded
 from cat.training.records import Metrics, NoMetrics, read_rows
 from cat.training.skipped import MOST, Skips, clear_after, path_of, telling, was_skipped, write_batch
 from cat.training.task import Task
@@ -87,7 +88,8 @@ class Journal:
     def _where(self) -> str:
         """ "cpu", or "4 processes (cpu), updates of 96 clips in 8 pieces"."""
         share, device = self._task.share, self._task.device
-        processes = f"{self._world.size} processes ({device.type})" if self._world.several else str(device)
+        how = f"{device.type}, FSDP" if is_sharded(self._task.model) else device.type
+        processes = f"{self._world.size} processes ({how})" if self._world.several else str(device)
         return processes if share.pieces == 1 else f"{processes}, updates of {share.clips} clips in {share.pieces}"
 
     # ------------------------------------------------------------ while it trains

@@ -30,7 +30,7 @@ from cat.parts import part
 from cat.progress import say
 from cat.training.identity import check_same_data
 from cat.training.journal import Journal
-from cat.training.parallel import finished
+from cat.training.parallel import finished, is_sharded, joint, load_whole, whole
 from cat.training.recipe import check_same_run
 from cat.training.skipped import finite, path_of
 from cat.training.stopping import Stop
@@ -110,7 +110,7 @@ class Trainer:
             )
         self._data, notes = check_same_data(saved.state.get("data") or {}, self._data, self.config, self.run_dir)
         try:
-            checkpoints.load_tensors(self.task.model, saved.model, str(saved.path))
+            load_whole(self.task.model, saved.model, str(saved.path))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {checkpoints.remedy(saved.path)}") from None
         try:
@@ -229,6 +229,8 @@ class Trainer:
                 raise TrainingError(f"{self.device} waits for another process")
             if not self.task.whole:
                 raise TrainingError("the error came in the middle of an update")
+            if is_sharded(self.task.model):
+                raise TrainingError("with run.parallel=fsdp its weights lie in all processes")
             self._save(hurried=True, prune=False)
             self._writer.wait()
         except Exception as second:
@@ -307,8 +309,8 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """An update can spoil the weights though its own loss was finite; that must not become a checkpoint."""
-        norms = torch.nn.utils.get_total_norm(self.task.parameters.values())
-        if not math.isfinite(norms.item()):
+        norm = joint(torch.nn.utils.get_total_norm(self.task.parameters.values()))
+        if not math.isfinite(norm.item()):
             raise TrainingError(f"the weights are not finite after step {self.step}; {self._remedy()}")
 
     def _remedy(self) -> str:
@@ -371,8 +373,12 @@ class Trainer:
                 return
             prune = False
         score = None if hurried else self._score()
+        self._writer.wait()  # before there are copies of another one
+        model, optimizer = (
+            whole(part, self.world) for part in (self.task.model.state_dict(), self.task.optimizer_tensors())
+        )
         if self.world.main:
-            self._write_checkpoint(score, prune)
+            self._write_checkpoint(model, optimizer, score, prune)
         else:
             self._writer.newest = self.run_dir / "checkpoints" / checkpoints.step_name(self.step)
         self._saved = self.step
@@ -380,17 +386,19 @@ class Trainer:
             self._since_checkpoint = []
         self._watch.restart()
 
-    def _write_checkpoint(self, score: float | None, prune: bool) -> None:
+    def _write_checkpoint(
+        self, model: dict[str, Tensor], optimizer: dict[str, Tensor], score: float | None, prune: bool
+    ) -> None:
         self.journal.metrics.sync()
-        extra = self._about()
-        config = extra.pop("config")
+        about = self._about()
         self._writer.save(
             step=self.step,
-            model=self.task.model.state_dict(),
-            optimizer=self.task.optimizer_tensors(),
-            config=config,
+            model=model,
+            optimizer=optimizer,
+            copied=is_sharded(self.task.model),
+            config=about.pop("config"),
             score=score,
-            extra=extra,
+            extra=about,
             prune=prune,
         )
 

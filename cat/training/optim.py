@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cat.model import SCHEDULES, Regularisation
+from cat.training.parallel import joint, share_of
 
 
 class AdamW(Protocol):
@@ -154,7 +155,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tens
 
     Returns the norm before, 0-dim, still on the device.
     """
-    return nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else math.inf)
+    return joint(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else math.inf))
 
 
 # ---------------------------------------------------------------- state by name
@@ -186,7 +187,9 @@ def restore_optimizer(
             raise ValueError(
                 f"optimiser state {key!r} has shape {tuple(value.shape)}; expected {tuple(parameters[name].shape)}"
             )
-        state.setdefault(index[id(parameters[name])], {})[kind] = value
+        state.setdefault(index[id(parameters[name])], {})[kind] = (
+            value if kind == "step" else share_of(value, parameters[name])
+        )
     missing = [
         name for name, p in parameters.items() if set(state.get(index[id(p)], {})) != {"step", "exp_avg", "exp_avg_sq"}
     ]

@@ -29,6 +29,7 @@ from cat.training.guidance import Guidance, Stored, column, unwired, warning_of_
 from cat.training.guides import OpenGuides
 from cat.training.identity import data_identity
 from cat.training.optim import ema_decay, learning_rate, regularisation_weight
+from cat.training.parallel import is_sharded
 from cat.training.recipe import PretrainConfig, made_with, pick_features, pick_precision
 from cat.training.records import CollapseCheck
 from cat.training.step import Inputs, PretrainStep
@@ -96,6 +97,7 @@ class Pretraining:
             cuda_graph=run.cuda_graph,
             pieces=self.share.pieces,
             world=self.world,
+            parallel=run.parallel,
         )
         self.parameters = self.step.parameters
         self.values = (*self._losses, *self.step.descent.numbers)
@@ -192,6 +194,8 @@ class Pretraining:
 
     def _look_for_unwired(self, inputs: Inputs) -> list[str]:
         """The guides that do not move the student, by two clips, before anything is compiled or recorded."""
+        # A sharded one computes in all processes or none, and this is the first update: it is as it was built.
+        model = self._build_model().to(self.device) if is_sharded(self.model) else self.model
         spec, visible, embedding, rng, guides = inputs
         clones = visible[: 2 * self.config.masks.num_masks]
 
@@ -199,10 +203,10 @@ class Pretraining:
             with torch.autocast(self.device.type, LOW.get(self.precision), enabled=self.precision in LOW):
                 few = None if embedding is None else embedding[:2]
                 others = {name: rows[:2] for name, rows in guides.items()}
-                return self.model(spec[:2], clones, few, rng=rng, guides=others, weights=weights).loss
+                return model(spec[:2], clones, few, rng=rng, guides=others, weights=weights).loss
 
         with torch.compiler.set_stance("force_eager"):
-            return unwired(self.model.student.cls, self.model.terms, loss)
+            return unwired(model.student.cls, model.terms, loss)
 
     def flops(self, batch: Batch) -> int:
         if self._flops is None:
@@ -252,9 +256,13 @@ class Pretraining:
         """The validation losses: centre crops, with masks and noise that are the same every time, and L_r with the
         whole weight, whatever its schedule: checkpoints of one run are compared. As in training, noise and sums are
         those of batches of `DataConfig.update_clips`, whatever the pieces."""
+        self.model.eval()
+        with self.step.scoring():
+            return self._evaluate(batches)
+
+    def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         config, valid, clips = self.config, cast(Manifest, self.valid), 0
         total = torch.zeros(len(self._losses), device=self.device)
-        self.model.eval()
         for batch in batches:
             if len(batch.clips) == 0:
                 continue

@@ -38,6 +38,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # "auto": bf16 autocast on a GPU, fp32 on the CPU
     compile: Literal["none", "blocks", "step"] = "none"  # torch.compile of every block, or of the whole loss
     cuda_graph: bool = False  # record the whole step as one CUDA graph and replay it; GPU only
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes each has a copy of the model, or a shard of it
     threads: int = 0  # CPU threads; 0: torch's choice
     timeout: float = 600.0  # seconds that processes which train together wait for one another
     stop_at: int | None = (
@@ -68,6 +69,12 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if wrong := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(f"loggers has {wrong[0]!r}; expected of {', '.join(LOGGERS)}")
+        if self.parallel == "fsdp" and (self.cuda_graph or self.compile == "step"):
+            other = "cuda_graph=true" if self.cuda_graph else "compile='step'"
+            raise ValueError(
+                f"parallel is 'fsdp' with {other}; expected cuda_graph=false and compile 'none' or 'blocks': "
+                "weights are gathered block by block, which a graph of all of them cannot hold"
+            )
         if not self.timeout > 0:
             raise ValueError(f"timeout is {self.timeout}; expected seconds, above 0")
         if not 0 <= self.guidance_share <= 1:
@@ -285,6 +292,7 @@ def made_with(
         "features": features,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "processes": share.pieces // share.own,
+        "parallel": run.parallel if share.pieces > share.own else None,
         "pieces": share.pieces,
     }
 

@@ -18,7 +18,8 @@ from cat.model import CAT, PretrainOutput
 from cat.parts import part
 from cat.training.descent import LOW, Descent
 from cat.training.optim import OptimConfig, build_optimizer, set_learning_rate, trainable
-from cat.training.parallel import gathering, replicated
+from cat.training.parallel import at_hand, gathering, is_sharded, local, replicated, shard
+from cat_kernels import ema_update_
 
 COMPILER = "inductor"  # torch.compile's backend
 # What the model takes of a piece of the batch: spectrograms, visible patches, embeddings, noise, rows of other guides.
@@ -36,6 +37,7 @@ class PretrainStep:
         cuda_graph: record the whole step at its fourth call and replay it from then on; batches must keep their shapes.
         pieces: as how many pieces a batch is computed, by all processes together.
         world: the processes that train the model together.
+        parallel: how; with "fsdp" each is left a shard of student and teacher alike.
     """
 
     def __init__(
@@ -48,17 +50,21 @@ class PretrainStep:
         cuda_graph: bool = False,
         pieces: int = 1,
         world: Processes | None = None,
+        parallel: Literal["ddp", "fsdp"] = "ddp",
     ) -> None:
         self.model = model
         self._pieces, self._world = pieces, world or current()
         self.device = model.student.cls.device
+        if parallel == "fsdp" and self._world.several:
+            shard(model, self._world, blocks=[*model.student.blocks, *model.teacher.blocks])
         self.parameters = trainable(model)
         self.optimizer = build_optimizer(self.parameters, optim, capturable=cuda_graph)
         self.descent = Descent(self.optimizer, self.parameters, optim.clip_norm, precision=precision)
         self._low = LOW.get(precision)
-        if self._low is not None:
-            model.lower_teacher(self._low)
-        model.ema()  # before anything is compiled for the tensors as they are
+        if not is_sharded(model):  # then a rounded copy would have to be gathered beside the average
+            if self._low is not None:
+                model.lower_teacher(self._low)
+            model.ema()  # before anything is compiled for the tensors as they are
         if compile == "blocks":
             compile_blocks(model)
         self._forward = cast(nn.Module, torch.compile(model, backend=COMPILER)) if compile == "step" else model
@@ -156,9 +162,21 @@ class PretrainStep:
             self.whole = False
             descended = self.descent.step()
         with part("EMA"):
-            self.model.update_teacher(self._decay)
+            self._update_teacher()
         self.whole = True
         return torch.stack([*numbers, *(value.float() for value in descended)])
+
+    def _update_teacher(self) -> None:
+        if not is_sharded(self.model):
+            self.model.update_teacher(self._decay)
+            return
+        # Sharded alike, the average is taken shard by shard. What else a teacher has is constant.
+        teacher, student = local(self.model.teacher.parameters()), local(self.model.student.parameters())
+        ema_update_(teacher, student, self._decay, backend=self.model.config.backend)
+
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
+        """For evaluations: each process may compute other batches, or none."""
+        return at_hand(self.model)
 
     def _of_all(self, pieces: list[list[Tensor]]) -> list[Tensor]:
         """The mean of the numbers of all pieces, in whatever process."""

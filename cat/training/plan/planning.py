@@ -62,6 +62,8 @@ def make_plan(
         problems.append("run.cuda_graph=true records a step of one process on one piece; use run.cuda_graph=false")
     if config.model.kernels not in ("auto", "triton"):
         notes.append(f"model.kernels={config.model.kernels} takes more memory and time than this plan, of auto, says")
+    if config.run.parallel == "fsdp" and machines.processes > 1:
+        notes.append("run.parallel=fsdp takes less memory and sends more than this plan, of ddp, says")
     precision = "bf16" if config.run.precision == "auto" else config.run.precision
     newest = checkpoints.newest(run_dir) if resume else None
     on_gpu = config.data.features != "cpu"

@@ -332,13 +332,15 @@ def test_what_would_stop_a_run_is_told(quick: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_worth_a_look_is_told(quick: Path) -> None:
-    notes = "\n".join(plan("gpus=4,step_ms=0.01,cores=2", data={"num_workers": 1}, model={"kernels": "dense"}).notes)
+    odd = {"data": {"num_workers": 1}, "model": {"kernels": "dense"}, "run": {"parallel": "fsdp"}}
+    notes = "\n".join(plan("gpus=4,step_ms=0.01,cores=2", **odd).notes)
     for note in (
         "a GPU computes 1 clips at once, of data.batch_size=4; data.global_batch=16 fills them",
         "cores of a node, of 2 (given): GPUs would wait for data",
         "4 data workers cannot feed the GPUs of a node; data.num_workers=",
         "data.train is not given",
         "model.kernels=dense takes more memory and time",
+        "run.parallel=fsdp takes less memory and sends more",
     ):
         assert note in notes
 
