@@ -275,7 +275,7 @@ while not Path({str(runs["hangs"] / ".lock")!r}).exists():
     assert "would not train the same: optim.lr is 1.0, and there 0.003. " in ends["other"][1]["err"]
 
     assert ended(ends["unfit"], 1, 1, 1)
-    said = [end["err"] for end in ends["unfit"] if end["err"]]
+    said = [end["err"] for end in ends["unfit"] if "error: " in end["err"]]
     assert len(said) == 1
     assert "numbers of processes that fit: 1, 2, 4" in said[0]
 
