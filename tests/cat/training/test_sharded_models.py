@@ -97,7 +97,8 @@ def assert_agrees_in_bf16(run, other):
 
 def test_low_precision_and_ends(data, tmp_path):
     """bf16 with a teacher that is rounded when it is used; fp16 with scaled losses; an update that all skip, because
-    the loss of one is not finite; an error in one, which costs the updates since the last checkpoint."""
+    the loss of one is not finite; an error in one or its death, which cost the updates since the last checkpoint; a
+    signal to one, which costs nothing."""
     low, runs = ["run.stop_at=4", "run.precision=bf16"], {}
     runs["ddp"] = group(data, 2, tmp_path / "ddp", *low)
     runs["bf16"] = group(data, 2, tmp_path / "bf16", *low, FSDP)
@@ -105,6 +106,9 @@ def test_low_precision_and_ends(data, tmp_path):
     runs["skips"] = group(data, 2, tmp_path / "skips", "run.stop_at=4", FSDP, before=AT_A_PIECE.format(NOT_FINITE))
     error = AT_A_PIECE.format("raise RuntimeError('a surprise')")
     runs["raises"] = group(data, 2, tmp_path / "raises", FSDP, before=error)
+    for name in ("SIGKILL", "SIGTERM"):
+        sent = AT_A_PIECE.format(f"os.kill(os.getpid(), signal.{name})")
+        runs[name] = group(data, 2, tmp_path / name, FSDP, before=sent)
     ends = dict(zip(runs, together(tmp_path, *runs.values()), strict=True))
     for name in ("ddp", "bf16", "fp16", "skips"):
         assert ended(ends[name], 0, 0)
@@ -115,6 +119,10 @@ def test_low_precision_and_ends(data, tmp_path):
     assert "error: a surprise" in ends["raises"][1]["err"]
     said = ends["raises"][0]["err"].splitlines()[-1]
     assert said.startswith("step 2 could not be saved (with run.parallel=fsdp its weights lie in all processes)")
+    assert ended(ends["SIGKILL"], 1, -9)
+    assert "of 2 (counted from 0) has ended without a word: killed" in ends["SIGKILL"][0]["err"]
+    assert ended(ends["SIGTERM"], 143, 143)
+    assert checkpoints.newest(tmp_path / "SIGTERM").name == "step-00000002"
 
 
 @pytest.mark.slow
