@@ -90,7 +90,8 @@ class Journal:
         share, device = self._task.share, self._task.device
         how = f"{device.type}, FSDP" if is_sharded(self._task.model) else device.type
         processes = f"{self._world.size} processes ({how})" if self._world.several else str(device)
-        return processes if share.pieces == 1 else f"{processes}, updates of {share.clips} clips in {share.pieces}"
+        updates = f", updates of {share.clips} clips in {share.pieces} pieces" if share.pieces > 1 else ""
+        return processes + updates
 
     # ------------------------------------------------------------ while it trains
 
