@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from cat.checkpoints import store as checkpoints
+from cat.checkpoints.background import BackgroundWriter
 from cat.commands import main
 from cat.config import ConfigError
 from cat.data import EmbeddingError, EmbeddingWriter, load_manifest, write_manifest
@@ -269,9 +270,11 @@ def test_a_signal_wherever_it_comes(tmp_path, recipe, undisturbed, monkeypatch, 
 
 
 def test_a_signal_while_saving_lets_it_finish(tmp_path, recipe, undisturbed, monkeypatch):
-    save = checkpoints.save
+    save = BackgroundWriter.save
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", lambda *args, **options: signal.raise_signal(15) or save(*args, **options))
+        patch.setattr(
+            BackgroundWriter, "save", lambda *args, **options: signal.raise_signal(15) or save(*args, **options)
+        )
         result = pretrain(load_recipe(recipe), tmp_path / "run", progress=False)
     assert (result.stopped_by, steps(tmp_path / "run")) == (signal.SIGTERM, [3])
     assert goes_on(tmp_path / "run", recipe, undisturbed)

@@ -9,9 +9,19 @@ import torch
 
 from cat.checkpoints import store as checkpoints
 from cat.training.recipe import RunConfig
-from tests.cat.training.test_distributed import AT_A_PIECE, NOT_FINITE, assert_same_numbers, ended, group, rows
-from tests.cat.training.test_distributed import data as data  # a fixture
 from tests.processes import together
+
+for needed in ("soundfile", "yaml", "sklearn"):  # before what is skipped without them is imported
+    pytest.importorskip(needed)
+from tests.cat.training.test_distributed import (  # noqa: E402
+    AT_A_PIECE,
+    NOT_FINITE,
+    assert_same_numbers,
+    ended,
+    group,
+    rows,
+)
+from tests.cat.training.test_distributed import data as data  # noqa: E402 (a fixture)
 
 FSDP = "run.parallel=fsdp"
 COUNTED = """
