@@ -13,6 +13,8 @@ SAVED := .benchmarks/baseline.json
 # Of fuzz.
 MINUTES ?= 60
 SEED ?=
+# Of the tests: SLOW=1 runs those marked slow as well, as CI does.
+SLOW ?= $(CI)
 # Of the GPU suite: PIECES="stem step" (default: all), TESTS=on, off or only, LIMIT in seconds.
 PIECES ?=
 TESTS ?= on
@@ -51,8 +53,8 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fin
 	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
 	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN) --whiten
 
-test: $(BUILT) ## run the tests; those marked gpu only where there is one
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+test: $(BUILT) ## run the tests; those marked gpu only where there is one, those marked slow with SLOW=1
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 fuzz: $(BUILT) ## odd manifests, audio files and recipes, for MINUTES=60, from seeds that are new (or SEED=N)
 	CAT_FUZZ_SECONDS=$$(($(MINUTES) * 60)) CAT_FUZZ_SEED=$(or $(SEED),$$(date +%s)) \
