@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cat.config import differences
 from cat.data.audio import Source
 from cat.data.manifest import Manifest
 from cat.data.shards.members import Member
@@ -202,10 +203,15 @@ def digest_of_job(job: dict[str, Any], unseen: tuple[str, ...] = ()) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def other_clips(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """How two lists of clips, each a ``count`` and a ``fingerprint``, differ."""
-    was, now = (f"{clips.get('count')}" for clips in (old, new))
-    return f"the data set had {was} clips, now {now}" + (", other ones or in another order" * (was == now))
+def changes(old: dict[str, Any], new: dict[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
+    """In which ways two jobs differ: their ``clips``, each a ``count`` and a ``fingerprint``, and then their other
+    fields but these."""
+    found = []
+    if old["clips"] != new["clips"]:
+        was, now = (f"{job['clips'].get('count')}" for job in (old, new))
+        found.append(f"the data set had {was} clips, now {now}" + (", other ones or in another order" * (was == now)))
+    rest = ({key: value for key, value in job.items() if key not in ("clips", *but)} for job in (old, new))
+    return found + [f"{key} was {was}, now {now}" for key, (was, now) in differences(*rest).items()]
 
 
 def stamp(path: Source) -> str:

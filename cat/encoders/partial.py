@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from cat.config import differences
 from cat.data import partial
 from cat.data.manifest import Manifest
 from cat.data.partial import DamagedBlock, Piece, Work, digest_of_stamps
@@ -82,12 +81,7 @@ def _reasons(old: dict[str, Any], new: dict[str, Any]) -> str:
         was, now = (f"{job['encoder']} ({job['identity'][:12]})" for job in (old, new))
         also = ", with other weights or settings" if old["encoder"] == new["encoder"] else ""
         found.append(f"the encoder was {was}, now {now}{also}")
-    if old["clips"] != new["clips"]:
-        found.append(partial.other_clips(old["clips"], new["clips"]))
-    known = ("encoder", "identity", "clips")
-    rest = ({key: value for key, value in job.items() if key not in known} for job in (old, new))
-    found += [f"{key} was {was}, now {now}" for key, (was, now) in differences(*rest).items()]
-    return "; ".join(found)
+    return "; ".join(found + partial.changes(old, new, but=("encoder", "identity")))
 
 
 _EMBED = Work(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cat.data.workers import cores
 from cat.training.flops import peak_rate
 
 # The share of the time that a GPU may wait for batches before it is said, once, and the seconds that are looked at.
@@ -83,10 +83,9 @@ class Watch:
         if share < STARVED:
             return []
         self._told = True
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return [
             f"the {self._device.type} device waits for data: {100 * share:.0f} % of the last {looked_at:.0f} s. Try "
-            f"more data workers (data.num_workers={self._workers} now, and this process may use {cores} cores), "
+            f"more data workers (data.num_workers={self._workers} now, and this process may use {cores()} cores), "
             "data.features=gpu, and audio that is 16 kHz int16 already, as WAV or FLAC"
         ]
 

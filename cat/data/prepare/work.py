@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from cat.config import differences
 from cat.data.audio import AudioError
 from cat.data.decoding import import_library
 from cat.data.manifest import Manifest, write_manifest
-from cat.data.partial import Partial, Piece, Work, digest_of_stamps, other_clips, stamp
+from cat.data.partial import Partial, Piece, Work, changes, digest_of_stamps, stamp
 from cat.data.prepare.check import RECORD, PrepareConfig, check_file
 from cat.data.prepare.clips import AUDIO, described, kept_clips, same_content
 from cat.data.prepare.convert import Names
@@ -191,9 +190,7 @@ def _job(source: Source, config: PrepareConfig) -> dict[str, Any]:
 
 
 def _reasons(old: dict[str, Any], new: dict[str, Any]) -> str:
-    found = [other_clips(old["clips"], new["clips"])] if old["clips"] != new["clips"] else []
-    rest = ({key: value for key, value in job.items() if key != "clips"} for job in (old, new))
-    return "; ".join(found + [f"{key} was {was}, now {now}" for key, (was, now) in differences(*rest).items()])
+    return "; ".join(changes(old, new))
 
 
 _PREPARE = Work(
