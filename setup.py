@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import setuptools
 from setuptools import Extension, setup
@@ -281,7 +282,11 @@ def replace(files: dict[Path, bytes]) -> None:
 class Build(build):
     """The extension first, so that what stops it is not below a hundred lines about copied files."""
 
-    sub_commands = (("build_ext", None), *(command for command in build.sub_commands if command[0] != "build_ext"))
+    # A list, as setuptools has it: other packages' plugins append to it.
+    sub_commands: ClassVar = [
+        ("build_ext", None),
+        *(command for command in build.sub_commands if command[0] != "build_ext"),
+    ]
 
 
 class BuildExtension(build_ext):

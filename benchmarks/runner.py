@@ -63,7 +63,7 @@ def setup(device: torch.device, threads: int | None) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # "cuda" alone is an error there
         torch.backends.cudnn.benchmark = True
 
 

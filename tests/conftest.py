@@ -18,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# float32 means float32: PyTorch's default for convolutions on a GPU is TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 # Triton reads it when it is imported: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

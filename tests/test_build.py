@@ -167,6 +167,13 @@ def tool(path: Path, script: str) -> str:
     return str(path)
 
 
+def test_plugins_may_add_commands_to_a_build() -> None:
+    """scikit-build-core's, which setuptools loads wherever that is installed, appends one."""
+    code = "import setup; assert type(setup.Build.sub_commands) is list; print(setup.Build.sub_commands[0][0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "build_ext"
+
+
 def test_source_distribution_is_complete(source: Path) -> None:
     """Every tracked file is in it, and nothing that was built."""
     try:

@@ -62,6 +62,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensor,
     FakeTensorMode,
 )
+from torch.cuda._utils import _get_device_index  # noqa: E402
 from torch.utils import _foreach_utils  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
@@ -179,6 +180,10 @@ class _Nothing:
     def __exit__(self, *args: Any) -> None: ...
 
 
+def _set_device(device: Any) -> None:
+    _get_device_index(device)  # raises as CUDA's does: of a device without a number, say
+
+
 def _fake_cuda(architecture: int) -> None:
     """`torch.cuda`, as far as this project asks it."""
     memory = 80 << 30
@@ -189,7 +194,7 @@ def _fake_cuda(architecture: int) -> None:
     answers = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "stand-in",
         "get_device_capability": (architecture // 10, architecture % 10), "get_device_properties": properties,
-        "is_initialized": False, "_lazy_init": None, "init": None, "synchronize": None, "set_device": None,
+        "is_initialized": False, "_lazy_init": None, "init": None, "synchronize": None,
         "empty_cache": None, "mem_get_info": (memory, memory), "is_current_stream_capturing": False,
         "is_bf16_supported": True, "get_sync_debug_mode": 0, "set_sync_debug_mode": None, "memory_allocated": 0,
         "max_memory_allocated": 0, "reset_peak_memory_stats": None, "memory_reserved": 0, "manual_seed_all": None,
@@ -197,6 +202,7 @@ def _fake_cuda(architecture: int) -> None:
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    torch.cuda.set_device = _set_device
     for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "device"):
         setattr(torch.cuda, name, _Nothing)
     torch.Tensor.pin_memory = lambda self, *args: self

@@ -98,8 +98,28 @@ def _check_decay(decay: float | Tensor, template: Tensor) -> Tensor:
 
 
 def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
-    if not teacher:
-        return
+    for once in _apart(teacher):
+        chosen = [[tensors[i] for i in once] if tensors else [] for tensors in (teacher, student, copies)]
+        _average(chosen[0], chosen[1], chosen[2], decay)
+    # On a GPU the operations on lists do not count them, below autograd.
+    torch.autograd.graph.increment_version([*teacher, *copies])
+
+
+def _apart(teacher: list[Tensor]) -> list[list[int]]:
+    """Their numbers, in lists that none is in twice: an operation on a list may take its tensors at the same time."""
+    lists: list[list[int]] = []
+    times: dict[int, int] = {}
+    for number, tensor in enumerate(teacher):
+        if tensor.numel() == 0:
+            continue
+        time = times[tensor.data_ptr()] = times.get(tensor.data_ptr(), -1) + 1
+        if time == len(lists):
+            lists.append([])
+        lists[time].append(number)
+    return lists
+
+
+def _average(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], decay: Tensor) -> None:
     student = [s if s.dtype == t.dtype else s.to(t.dtype) for t, s in zip(teacher, student, strict=True)]
     if decay.device.type == "cpu":
         torch._foreach_lerp_(teacher, student, 1.0 - float(decay))

@@ -19,7 +19,7 @@ SHAPES = {
     "odd": (3, 5, 17),
     "wide": (2, 3, 130),
     "many rows": (90, 5),
-    "one row": (1, 1, 8),
+    "one row": (1, 1, 64),
     "empty batch": (0, 7, 24),
 }
 # What the interpreter runs, at a tenth of a second a sample; compiled, the kernels run on all.

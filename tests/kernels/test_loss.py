@@ -134,7 +134,7 @@ def test_deviations_of_channels_far_from_zero(backend):
     shifted = prediction.detach() + 1e4 * torch.arange(20, device=DEVICE)
     exact = SPEC.reference(shifted.double(), target.double(), visible)
     result = masked_regression_loss(shifted, target, visible, backend=backend)
-    torch.testing.assert_close(result.prediction_std.double(), exact.prediction_std, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.prediction_std.double(), exact.prediction_std, rtol=1e-4, atol=0)
 
 
 @every_backend

@@ -91,7 +91,8 @@ def test_a_residual_in_low_precision_is_not(monkeypatch):
         return (found - exact).norm()
 
     twice = {make: error(make, LOW) for make in (blocks, decoder)}
-    assert error(decoder, None) > 1.1 * twice[decoder]
+    if DEVICE.type == "cpu":  # on a GPU autocast's LayerNorm gives float32, and so its residual is
+        assert error(decoder, None) > 1.1 * twice[decoder]
     norm = torch.nn.functional.layer_norm
 
     def rounded(x, *args):

@@ -44,7 +44,8 @@ def batch(number, device=CPU, clips=2, frames=32):
 
 def run(update, steps=3, device=CPU):
     """Losses and gradient norm of every update, (steps, 7)."""
-    rows = [update(*batch(i, device), lr=1e-3 * (i + 1) / steps, decay=0.9 + 0.01 * i).clone() for i in range(steps)]
+    decays = [min(0.9 + 0.01 * i, 0.999) for i in range(steps)]
+    rows = [update(*batch(i, device), lr=1e-3 * (i + 1) / steps, decay=decays[i]).clone() for i in range(steps)]
     return torch.stack(rows).cpu()
 
 
