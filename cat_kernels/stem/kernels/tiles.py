@@ -108,21 +108,9 @@ def mlp(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
     return {"BLOCK_R": rows, "BLOCK_H": min(hidden, padded(h)), "num_warps": 8, "num_stages": 2}
 
 
-def mlp_hidden(c: int, h: int, dtype: torch.dtype, chip: Chip) -> Tiles | None:
-    """Two accumulators, of 128 x 64 each; on Hopper of 128 x 128 and 16 warps, which read a third less through the L2
-    cache. (Elsewhere that spills.)"""
-    if dtype == torch.float32:
-        return None
-    hidden, warps = (128, 16) if chip.hopper and min(c, h) >= 128 else (64, 8)
-    sizes = {"BLOCK_R": 128, "BLOCK_H": min(hidden, padded(h)), "BLOCK_K": min(32, padded(c))}
-    return {**sizes, "num_warps": warps, "num_stages": 3}
-
-
-def mlp_hidden_kept(c: int, h: int, chip: Chip) -> Tiles:
-    """For what `mlp` takes: so many rows that a multiprocessor holds two programs, and one's GELU is computed beside
-    the other's product."""
-    rows = 128 if chip.hopper and c <= 256 else 64
-    return {"BLOCK_R": rows, "BLOCK_H": min(32, padded(h)), "num_warps": rows // 16, "num_stages": 2}
+def gelu_backward(h: int) -> Tiles:
+    """4096 elements: 32 for each thread of 4 warps. (Twice as many take an H100 a fifth longer.)"""
+    return {"BLOCK_R": 64, "BLOCK_H": min(64, padded(h)), "num_warps": 4, "num_stages": 1}
 
 
 WHOLE = 512  # columns of a row that one tile of `pixels` holds
