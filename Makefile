@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything but gpu-suite runs in a virtual environment that it makes and keeps up to date.
+# `make help` lists the targets. All but gpu-suite and kernel-hub run in a virtual environment that they make and keep up to date.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,8 @@ LIMIT ?= 570
 CACHE ?= gpu-cache.tar.xz
 ARCH ?= 90
 JOBS ?= 2
+# Of the kernel hub: the repository that the written files name.
+REPO_ID ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -38,7 +40,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs clean
+.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +84,11 @@ gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR; also PIECES="..." 
 
 gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for ARCH=90; needs no GPU
 	$(BIN)/python -m benchmarks.cache make $(CACHE) --arch $(ARCH) --processes $(JOBS)
+
+# Installs nothing, compiles nothing.
+kernel-hub: OUT = kernel-hub
+kernel-hub: ## the operators for Hugging Face's kernel hub, into OUT=DIR; REPO_ID=me/cat-kernels names the repository
+	$(PYTHON) packaging/kernel-hub/build.py $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
