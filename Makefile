@@ -86,7 +86,7 @@ gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for 
 	$(BIN)/python -m benchmarks.cache make $(CACHE) --arch $(ARCH) --processes $(JOBS)
 
 # Installs nothing, compiles nothing.
-kernel-hub: OUT = kernel-hub
+kernel-hub: OUT := $(if $(filter file,$(origin OUT)),kernel-hub,$(OUT))
 kernel-hub: ## the operators for Hugging Face's kernel hub, into OUT=DIR; REPO_ID=me/cat-kernels names the repository
 	$(PYTHON) packaging/kernel-hub/build.py $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
 
@@ -102,7 +102,8 @@ clean: ## remove the virtual environment, build leftovers and what quickstart ma
 
 # The stamp is younger than all that decides what is installed, so a second run costs nothing. torchaudio has a folder of
 # its own: the tests read one of its files, and where PyTorch has no CUDA it breaks those that import it (transformers).
-# Of the harnesses the tests run the checkers, which need little of what the packages ask for (tensorflow, torchaudio).
+# Of the harnesses the tests run the checkers, and of the kernel hub the loader: they need little of what the packages ask for
+# (tensorflow, torchaudio, sigstore).
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "cat-kernels needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -114,7 +115,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps --upgrade \
 	    --target $(VENV)/others torchaudio
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps \
-	    xares hearvalidator loguru || echo "without the harnesses' checkers; the tests that run them are skipped" >&2
+	    xares hearvalidator loguru kernels || echo "without harnesses' checkers and kernels; tests that run them are skipped" >&2
 	@touch $@
 
 # The installation has built the extension; a source that changed since then builds it again, in place.
