@@ -25,4 +25,4 @@ def _told(numbers: Sequence[int]) -> str:
     return ".".join(map(str, numbers))
 
 
-check(sys.version_info, torch.__version__)
+check(sys.version_info[:2], torch.__version__)
