@@ -340,10 +340,10 @@ def to_float64(sample: Sample) -> Sample:
 
 def incoming_gradients(outputs: list[Tensor], seed: int = 0) -> list[Tensor]:
     """Random incoming gradients for floating-point outputs, the same for every run and dtype up to rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype) for out in outputs
-    ]
+    device = outputs[0].device if outputs else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.float64, "device": device}
+    return [torch.randn(out.shape, **options).to(out.dtype) for out in outputs]
 
 
 def error_bound(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:

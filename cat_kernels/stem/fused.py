@@ -428,6 +428,7 @@ def _conv_block_backward_triton(
 def _conv_block_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, halo, places, weights, ctx.eps, ctx.keep = inputs
     _, *kept = output
+    ctx.set_materialize_grads(False)  # no zeros of the size of what is kept
     ctx.mark_non_differentiable(*kept)
     ctx.save_for_backward(x, *kept, halo, places, *weights)
 
