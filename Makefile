@@ -88,7 +88,7 @@ gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for 
 # Installs nothing, compiles nothing.
 kernel-hub: OUT := $(if $(filter file,$(origin OUT)),kernel-hub,$(OUT))
 kernel-hub: ## the operators for Hugging Face's kernel hub, into OUT=DIR; REPO_ID=me/cat-kernels names the repository
-	$(PYTHON) packaging/kernel-hub/build.py $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
+	$(PYTHON) -m release.kernel_hub $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build

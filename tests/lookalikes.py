@@ -188,5 +188,5 @@ def clap(path: Path) -> None:
 
 
 def kernel_hub(path: Path, *options: str) -> None:
-    build = ROOT / "packaging" / "kernel-hub" / "build.py"
-    subprocess.run([sys.executable, build, path, *options], check=True, timeout=60)
+    command = [sys.executable, "-m", "release.kernel_hub", path, *options]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)

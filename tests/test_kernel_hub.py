@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,31 +16,21 @@ import pytest
 import cat_kernels
 from cat_kernels import _requires
 from cat_kernels.spec import specs
-from tests.documented import _blocks
-from tests.lookalikes import kernel_hub
+from release import kernel_hub
+from tests.lookalikes import kernel_hub as write
 
 ROOT = Path(__file__).parents[1]
-HERE = ROOT / "packaging" / "kernel-hub"
+HERE = ROOT / "release" / "kernel-hub"
 VARIANTS = ("torch-cpu", "torch-cuda")
 GENERATED = {"_ops.py", "metadata.json"}
-
-
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_kernel_hub", HERE / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two builds of the same files, under two ids."""
     folder = tmp_path_factory.mktemp("kernel-hub")
-    kernel_hub(folder / "first")
-    kernel_hub(folder / "second", "--id", "second", "--repo-id", "me/my-cats")
+    write(folder / "first")
+    write(folder / "second", "--id", "second", "--repo-id", "me/my-cats")
     return folder / "first", folder / "second"
 
 
@@ -78,17 +66,17 @@ def test_the_repository_is_named_everywhere(folders: tuple[Path, Path]) -> None:
             assert other not in text
 
 
-def test_the_id_says_what_is_in_the_files(build: ModuleType) -> None:
+def test_the_id_says_what_is_in_the_files() -> None:
     files = {"a.py": b"x = 1\n", "b.py": b""}
-    same = build.unique_id(files)
-    assert same == build.unique_id(dict(reversed(files.items())))
+    same = kernel_hub.unique_id(files)
+    assert same == kernel_hub.unique_id(dict(reversed(files.items())))
     others = [{**files, "b.py": b"\n"}, {"a.py": b"x = 1\n", "c.py": b""}, {"a.py": b"x = 1\n"}]
-    assert len({same, *(build.unique_id(other) for other in others)}) == 4
-    assert build.UNIQUE_ID.fullmatch(same)
+    assert len({same, *(kernel_hub.unique_id(other) for other in others)}) == 4
+    assert kernel_hub.UNIQUE_ID.fullmatch(same)
 
 
-def test_the_two_templates_of_kernel_builder_have_no_braces() -> None:
-    """It fills in card and tests as templates: ours must come out as they are."""
+def test_the_card_comes_out_of_kernel_builder_as_it_is() -> None:
+    """Which takes it for a template, of Jinja's kind."""
     assert not re.search(r"\{\{|\{%|\{#", (HERE / "CARD.md").read_text())
 
 
@@ -109,31 +97,31 @@ def test_the_benchmark_names_every_operator() -> None:
 # ---------------------------------------------------------------- how it is written
 
 
-def test_nothing_is_overwritten(build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note.txt").write_text("keep me")
     (tmp_path / "file").write_text("keep me")
     for name in ("mine", "file"):
-        assert build.main([str(tmp_path / name)]) == 1
+        assert kernel_hub.main([str(tmp_path / name)]) == 1
         assert f"{name} exists and is not empty; delete it or name another folder" in capsys.readouterr().err
     assert contents(tmp_path) == {"mine/note.txt": b"keep me", "file": b"keep me"}
     (tmp_path / "empty").mkdir()
-    assert build.main([str(tmp_path / "empty")]) == 0
+    assert kernel_hub.main([str(tmp_path / "empty")]) == 0
 
 
 def test_a_folder_appears_whole_or_not_at_all(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, written = Path.write_bytes, []
+    real, written = Path.write_bytes, []
 
     def full_disk(path: Path, content: bytes) -> int:
         written.append(path)
         if len(written) > 20:
             raise OSError(28, "No space left on device", str(path))
-        return write(path, content)
+        return real(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    assert build.main([str(tmp_path / "out")]) == 1
+    assert kernel_hub.main([str(tmp_path / "out")]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -146,9 +134,9 @@ def test_a_folder_appears_whole_or_not_at_all(
         (["--repo-id", "cat-kernels"], "'cat-kernels' is no repository of the hub, such as me/cat-kernels"),
     ],
 )
-def test_bad_options(build: ModuleType, options: list[str], told: str, capsys: Any, tmp_path: Path) -> None:
+def test_bad_options(options: list[str], told: str, capsys: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        build.main([str(tmp_path / "out"), *options])
+        kernel_hub.main([str(tmp_path / "out"), *options])
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -187,6 +175,9 @@ assert len({id(k.MultiResConv) for k in (installed, first, second)}) == 3
 assert first.__all__ == second.__all__ == installed.__all__
 assert "the kernel hub's build is Python only" in first.explain().versions["extension"]
 
+cuda = get_local_kernel(Path(sys.argv[1]) / "build" / "torch-cuda")  # the same files for a PyTorch with CUDA
+assert cuda.__name__.startswith("_cat_kernels_cuda_")
+
 cpu = torch.device("cpu")
 for kernel in (first, second):
     own = importlib.import_module(".spec", kernel.__name__)
@@ -199,7 +190,8 @@ for kernel in (first, second):
             own.check_parity(triton, next(iter(triton.samples(cpu, torch.float32))))
 
 x, visible = torch.randn(2, 4, 8), torch.tensor([[0, 3], [2, 1]])
-for package, name in ((installed, "cat_kernels"), (first, first.__name__), (second, second.__name__)):
+for package in (installed, first, second, cuda):
+    name = package.__name__
     namespace, called = getattr(torch.ops, name), []
     real = namespace.gather_tokens
     namespace.gather_tokens = lambda *args, **options: called.append(name) or real(*args, **options)
@@ -241,7 +233,7 @@ def run(folders: tuple[Path, Path], *arguments: str | Path) -> str:
 def test_loads_beside_the_installed_package_twice(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Two builds under two ids and the installed package in one process: parity of every operator, the card's example,
     the benchmark."""
-    example = next(body for _, language, body in _blocks((folders[0] / "CARD.md").read_text()) if language == "python")
+    (example,) = re.findall(r"^```python\n(.*?)^```", (folders[0] / "CARD.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "example.py").write_text(example)
     told = run(folders, "-c", BESIDE, *folders, tmp_path / "example.py")
     assert re.search(r"_cat_kernels_\w+_[a-z0-9]{10} _cat_kernels_\w+_second$", told.strip())

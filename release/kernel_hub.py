@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Write `cat_kernels` in the layout of Hugging Face's kernel hub: a source for `kernel-builder`, and builds of it.
 
-    python packaging/kernel-hub/build.py OUT [--repo-id OWNER/cat-kernels] [--id 1a2b3c]
+    python -m release.kernel_hub OUT [--repo-id OWNER/cat-kernels] [--id 1a2b3c]
 
 Nothing is compiled and only the standard library is needed: the hub's kernels of this kind ([torch-noarch]) are Python
 files, operators in plain PyTorch and in Triton, under a namespace that only this build has. OUT then holds
@@ -25,9 +24,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-PLACEHOLDER = "OWNER/cat-kernels"  # the repository's name in the files beside this one
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "release" / "kernel-hub"
+PLACEHOLDER = "OWNER/cat-kernels"  # the repository's name in the files of HERE
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UNIQUE_ID = re.compile(r"[a-z0-9]+")  # a part of a Python name; kernels looks for it behind the last underscore
 # The file that says why there is no extension: `cat_kernels.explain()` tells it.
@@ -93,7 +92,7 @@ def layout(repo_id: str, unique: str | None) -> dict[str, bytes]:
     package = sources(ROOT / module, suffixes)
     unique = unique or unique_id(package)
     written = {"LICENSE": (ROOT / "LICENSE").read_bytes()}
-    for name in ("build.toml", "CARD.md", "flake.nix", "tests/__init__.py", "tests/test_cat_kernels.py"):
+    for name in ("build.toml", "CARD.md", "flake.nix", "tests/test_cat_kernels.py"):
         written[name] = (HERE / name).read_bytes()
     written["benchmarks/benchmark.py"] = (HERE / "benchmarks" / "benchmark.py").read_bytes()
     for name, content in written.items():
@@ -137,7 +136,9 @@ def _matching(pattern: re.Pattern[str], wanted: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m release.kernel_hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
     parser.add_argument(
         "--repo-id",
