@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything but gpu-suite runs in a virtual environment that it makes and keeps up to date.
+# `make help` lists the targets. All but gpu-suite and kernel-hub run in a virtual environment that they make and keep up to date.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,8 @@ LIMIT ?= 570
 CACHE ?= gpu-cache.tar.xz
 ARCH ?= 90
 JOBS ?= 2
+# Of the kernel hub: the repository that the written files name.
+REPO_ID ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -38,7 +40,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs clean
+.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +85,11 @@ gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR; also PIECES="..." 
 gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for ARCH=90; needs no GPU
 	$(BIN)/python -m benchmarks.cache make $(CACHE) --arch $(ARCH) --processes $(JOBS)
 
+# Installs nothing, compiles nothing.
+kernel-hub: OUT := $(if $(filter file,$(origin OUT)),kernel-hub,$(OUT))
+kernel-hub: ## the operators for Hugging Face's kernel hub, into OUT=DIR; REPO_ID=me/cat-kernels names the repository
+	$(PYTHON) -m release.kernel_hub $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
+
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
 	@echo "docs/build/index.html"
@@ -95,7 +102,8 @@ clean: ## remove the virtual environment, build leftovers and what quickstart ma
 
 # The stamp is younger than all that decides what is installed, so a second run costs nothing. torchaudio has a folder of
 # its own: the tests read one of its files, and where PyTorch has no CUDA it breaks those that import it (transformers).
-# Of the harnesses the tests run the checkers, which need little of what the packages ask for (tensorflow, torchaudio).
+# Of the harnesses the tests run the checkers, and of the kernel hub the loader: they need little of what the packages ask for
+# (tensorflow, torchaudio, sigstore).
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "cat-kernels needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -107,7 +115,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps --upgrade \
 	    --target $(VENV)/others torchaudio
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps \
-	    xares hearvalidator loguru || echo "without the harnesses' checkers; the tests that run them are skipped" >&2
+	    xares hearvalidator loguru kernels || echo "without harnesses' checkers and kernels; tests that run them are skipped" >&2
 	@touch $@
 
 # The installation has built the extension; a source that changed since then builds it again, in place.

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -16,7 +18,8 @@ import numpy as np
 
 from cat.commands import main
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
 _MODEL = "channels=[8,8] embed_dim=16 depth=2 num_heads=2 decoder_dim=16 decoder_layers=1 decoder_groups=2"
 _DATA = ("features.frames=64", "data.batch_size=4", "data.num_workers=0")
 _TWO_STEPS = ("optim.steps=2", "optim.warmup_steps=1", "run.checkpoint_every=2", "run.threads=1")
@@ -182,3 +185,8 @@ def clap(path: Path) -> None:
     from tests.cat.encoders.test_clap import save_clap
 
     save_clap(path, mel_bins=16, truncation="rand_trunc")
+
+
+def kernel_hub(path: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "release.kernel_hub", path, *options]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)

@@ -43,6 +43,7 @@ from tests.lookalikes import (
     events,
     folder_of_folders,
     folds,
+    kernel_hub,
     manifest,
     run,
     run_with_two_checkpoints,
@@ -94,6 +95,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/sounds": classifier,
         "runs/events": event_finder,
     },
+    "docs/kernel-hub.md": {"kernel-hub": kernel_hub},
     "docs/scale.md": {"audioset.jsonl": embedded},
     "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
@@ -162,6 +164,7 @@ NOT_RUN: dict[str, str] = {
     r"\. \.venv/bin/activate": "the tests' own Python is the one",
     r"torchrun ": "starts several processes; tests/cat/training/test_distributed.py does",
     r"sbatch ": "needs Slurm; tests/test_launch.py runs the script with stand-ins",
+    r"LOCAL_KERNELS=.* python -m pytest": "tests/test_kernel_hub.py runs it",
     r"tensorboard ": "a server, which does not end",
     r"WANDB_MODE=offline |wandb sync ": "needs a package; tests/cat/training/test_sinks.py has it",
     r"python -m heareval|.*python -m xares": "downloads data sets; "
@@ -176,6 +179,7 @@ NOT_RUN: dict[str, str] = {
 NEEDS: dict[str, str] = {
     r"CAT_CHECKPOINT=runs/mine python -c .*xares": "xares",
     r"import mteb": "mteb",
+    r"from pathlib import Path\n\nimport torch\nfrom kernels": "kernels",
     r"cat-audio export .*\.onnx": "onnx",
     r"import torch\nfrom transformers": "transformers",
 }
