@@ -29,7 +29,7 @@ from benchmarks.kernels import converted, kernels
 from benchmarks.operators import OperatorProvider, spec_named
 from benchmarks.report import write_between
 from benchmarks.runner import say
-from benchmarks.stem import StemProvider
+from benchmarks.stem import StemProvider, inputs
 from benchmarks.tables import Table
 from benchmarks.trace import Trace
 from benchmarks.usual import USUAL
@@ -52,9 +52,10 @@ class Cost:
 class Row:
     name: str
     passes: str
-    times: int
     before: Cost
     after: Cost
+    size: str = ""  # of the largest tensor that goes in
+    times: int = 1
 
 
 _tracing: list[Trace] = []
@@ -93,7 +94,7 @@ def repeat_and_index(prediction: Tensor, target: Tensor, visible: Tensor) -> tup
 def stem(shape: dict[str, Any]) -> Iterator[Row]:
     for mode, passes in (("forward", "forward"), ("forward+backward", "both")):
         found = [cost(StemProvider(name, shape, "bf16", mode, GPU).call) for name in ("dense", "triton")]
-        yield Row("`MultiResConv`", passes, 1, *found)
+        yield Row("`MultiResConv`", passes, *found, " x ".join(map(str, inputs(shape, torch.device("cpu"))[0].shape)))
 
 
 def operators(clips: int) -> Iterator[Row]:
@@ -105,14 +106,19 @@ def operators(clips: int) -> Iterator[Row]:
         sample = spec.benchmark(GPU, DTYPE, clips)
         for mode in ("forward", "both") if sample.differentiable else ("forward",):
             found = [cost(OperatorProvider(spec, sample, name, mode).call) for name in (usual, "operator")]
-            yield Row(f"`{spec.name}`", mode, 1, *found)
+            yield Row(f"`{spec.name}`", mode, *found, largest(sample.inputs))
 
 
 def features(clips: int) -> Row:
     spec = spec_named("fbank")
     sample = spec.benchmark(GPU, torch.float32, clips)
     before = cost(OperatorProvider(spec, sample, "reference", "forward").call)
-    return Row("`fbank`", "forward", 1, before, Cost(1, spec.bytes_forward(sample.inputs)))
+    return Row("`fbank`", "forward", before, Cost(1, spec.bytes_forward(sample.inputs)), largest(sample.inputs))
+
+
+def largest(given: Any) -> str:
+    found = max(specification.floats(given), key=torch.Tensor.numel)
+    return " x ".join(map(str, found.shape))
 
 
 def stem_kernels(shape: dict[str, Any]) -> Iterator[Row]:
@@ -126,19 +132,18 @@ def stem_kernels(shape: dict[str, Any]) -> Iterator[Row]:
         with torch.no_grad():
             before = cost(lambda kernel=kernel, given=given: kernel.pytorch(*given))
             after = cost(lambda kernel=kernel: kernel.triton(*kernel.inputs))
-        yield Row(f"`{kernel.name}`", passes, times, before, after)
+        yield Row(f"`{kernel.name}`", passes, before, after, times=times)
 
 
-def table(title: str, rows: list[Row], *, times: bool = False) -> Table:
-    """GB and launches of all calls of a step, before and after."""
-    header = ["", "pass", *(["times"] if times else []), "launches before", "after", "GB before", "after", "saved"]
+def table(title: str, rows: list[Row], second: str) -> Table:
+    """GB and launches of all of a row's calls, before and after. ``second``: the column "largest input" or "calls"."""
+    header = ["", "pass", second, "launches before", "after", "GB before", "after", "saved"]
     lines = []
     for r in rows:
         before, after = (r.times * c.bytes / 1e9 for c in (r.before, r.after))
         lines.append([
-            r.name, r.passes, *([str(r.times)] if times else []),
-            str(r.times * r.before.launches), str(r.times * r.after.launches),
-            f"{before:.2f}", f"{after:.2f}", f"{before / after:.1f}x",
+            r.name, r.passes, r.size or str(r.times), str(r.times * r.before.launches),
+            str(r.times * r.after.launches), f"{before:.2f}", f"{after:.2f}", f"{before / after:.1f}x",
         ])  # fmt: skip
     return Table(title, header, lines)
 
@@ -149,8 +154,8 @@ def counted(shape: dict[str, Any]) -> list[Table]:
         ops = [*stem(shape), *operators(shape["clips"]), features(shape["clips"])]
         inside = list(stem_kernels(shape))
     return [
-        table(f"Operators, one call, counted; {where}", ops),
-        table(f"Kernels of the stem, all calls of a step, counted; {where}", inside, times=True),
+        table(f"Operators, one call at the size of their benchmark, counted; {where}", ops, "largest input"),
+        table(f"Kernels of the stem, all calls of a step, counted; {where}", inside, "calls"),
     ]
 
 
