@@ -73,6 +73,11 @@ def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
     write_manifest(dataclasses.replace(found, clips=tuple(clips)), path)
 
 
+def quickstart(path: Path) -> None:
+    """The folder that `make quickstart` synthesises."""
+    assert main(["synth", str(path), *SMALL["synth"], "--quiet"]) == 0
+
+
 def embedded(path: Path) -> None:
     """With an embedding of every clip."""
     clips = path.with_name(f".{path.name}")

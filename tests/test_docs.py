@@ -47,6 +47,7 @@ from tests.lookalikes import (
     folds,
     manifest,
     metadata,
+    quickstart,
     released,
     run,
     run_with_two_checkpoints,
@@ -101,12 +102,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/mine": run,
     },
     "docs/from-eat.md": {"train.tsv": eat_list, "eval.tsv": eat_list, "checkpoint10.pt": released},
-    "docs/gallery.md": {
-        "data/quickstart/train.jsonl": manifest,
-        "data/quickstart/valid.jsonl": manifest,
-        "data/quickstart/test.jsonl": manifest,
-        "data/quickstart/test/bird/bird-00000.wav": clip,
-    },
+    "docs/gallery.md": {"data/quickstart": quickstart},
     "docs/harnesses.md": {"runs/mine": run},
     "docs/inference.md": {
         "clip.flac": clip,
@@ -118,7 +114,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "docs/scale.md": {"audioset.jsonl": embedded},
     "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
-    "docs/visible-only.md": {"data/quickstart/train.jsonl": manifest},
+    "docs/visible-only.md": {"data/quickstart": quickstart},
     "docs/watching.md": {
         "my/audio": folder_of_folders,
         "runs/broken/skipped/step-00000123.json": skipped_batch,

@@ -39,7 +39,7 @@ def ours(page: str) -> list[str]:
     for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
         row = ROW.match(line)
         if row is None:
-            inside = False
+            inside = inside and line.startswith("|---")
         elif "here" in row["ours"]:
             inside = True
         elif inside:
