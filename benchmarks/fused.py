@@ -94,7 +94,7 @@ def repeat_and_index(prediction: Tensor, target: Tensor, visible: Tensor) -> tup
 def stem(shape: dict[str, Any]) -> Iterator[Row]:
     for mode, passes in (("forward", "forward"), ("forward+backward", "both")):
         found = [cost(StemProvider(name, shape, "bf16", mode, GPU).call) for name in ("dense", "triton")]
-        yield Row("`MultiResConv`", passes, *found, " x ".join(map(str, inputs(shape, torch.device("cpu"))[0].shape)))
+        yield Row("`MultiResConv`", passes, *found, "x".join(map(str, inputs(shape, torch.device("cpu"))[0].shape)))
 
 
 def operators(clips: int) -> Iterator[Row]:
@@ -118,7 +118,7 @@ def features(clips: int) -> Row:
 
 def largest(given: Any) -> str:
     found = max(specification.floats(given), key=torch.Tensor.numel)
-    return " x ".join(map(str, found.shape))
+    return "x".join(map(str, found.shape))
 
 
 def stem_kernels(shape: dict[str, Any]) -> Iterator[Row]:
