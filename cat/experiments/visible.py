@@ -40,14 +40,15 @@ def visible(config: PretrainConfig, out: Path) -> Verdict:
             f"model.stem is {model.stem!r}; expected 'multires': a plain patch embedding has no neighbours"
         )
     title, spec_11TF, visible_MK = _clip(config)
+    (T, F), (M, K) = spec_11TF.shape[2:], visible_MK.shape
     stems = {name: _stem(model, config.run.seed, name) for name in ("dense", "visible")}
     noise = torch.Generator().manual_seed(config.run.seed)
-    incoming_MKD = torch.randn(*visible_MK.shape, model.embed_dim, generator=noise, dtype=torch.float64)
+    incoming_MKD = torch.randn(M, K, model.embed_dim, generator=noise, dtype=torch.float64)
     dense, ours = (_passes(stem, spec_11TF, visible_MK, incoming_MKD) for stem in stems.values())
     rows = {what: _difference(dense[what], ours[what]) for what in dense}
 
     one_1K = visible_MK[:1]
-    inside_TF = torch.from_numpy(visible_grid(one_1K[0].numpy(), *spec_11TF.shape[2:], P))
+    inside_TF = torch.from_numpy(visible_grid(one_1K[0].numpy(), T, F, P))
     noisy = torch.where(inside_TF, spec_11TF, torch.randn(spec_11TF.shape, generator=noise, dtype=spec_11TF.dtype))
     with torch.no_grad():
         before, after = (stems["dense"](spec, one_1K) for spec in (spec_11TF, noisy))
@@ -55,14 +56,13 @@ def visible(config: PretrainConfig, out: Path) -> Verdict:
     reach_TF = _passes(stems["dense"], spec_11TF, one_1K, incoming_MKD[:1])[SPECTROGRAM][0][0, 0].abs()
     outside, inside = (int((reach_TF[where] != 0).sum()) for where in (~inside_TF, inside_TF))
 
-    positions = _positions(model, *visible_MK.shape, inside_TF.numel())
+    positions = _positions(model, M, K, T * F)
     work = {name: _multiply_adds(stem, spec_11TF, visible_MK) for name, stem in stems.items()}
     pixels = (spec_11TF[0, 0].numpy(), one_1K[0].numpy(), reach_TF.numpy())
     shift = config.features.frame_shift_ms
     write_reach(out / "figures" / "reach.png", *pixels, patch_size=P, frame_shift_ms=shift, title=title)
-    write_halo(out / "figures" / "halo.png", _halos(model, one_1K, spec_11TF.shape[2:]), positions, work)
+    write_halo(out / "figures" / "halo.png", _halos(model, one_1K, (T, F)), positions, work)
     worst = max(largest / scale for largest, scale in rows.values())
-    (M, K), L = visible_MK.shape, inside_TF.numel() // P**2
     return Verdict(
         passed=worst <= LIMIT and outside == 0,
         text=f"visible patches alone give the dense formula's tokens and gradients to {worst:.1e} of the largest value "
@@ -70,7 +70,7 @@ def visible(config: PretrainConfig, out: Path) -> Verdict:
         columns=("", "largest difference", "largest value"),
         rows=[(what, f"{largest:.2e}", f"{scale:.2e}") for what, (largest, scale) in rows.items()],
         notes=[
-            f"{M} masks, {K} of {L} patches visible, float64. Of the {int(inside_TF.sum())} pixels in visible patches "
+            f"{M} masks, {K} of {T * F // P**2} patches visible, float64. Of the {int(inside_TF.sum())} pixels in visible patches "
             f"{inside} have a gradient.",
             *(
                 f"positions of {r} x {r} pixels: {every:,} on all clones, {few:,} in visible patches"
