@@ -62,6 +62,19 @@ def visible(config: PretrainConfig, out: Path) -> Verdict:
     shift = config.features.frame_shift_ms
     write_reach(out / "figures" / "reach.png", *pixels, patch_size=P, frame_shift_ms=shift, title=title)
     write_halo(out / "figures" / "halo.png", _halos(model, one_1K, (T, F)), positions, work)
+    seen = (
+        f"{M} masks, {K} of {T * F // P**2} patches visible, float64. Of the {int(inside_TF.sum())} pixels in visible "
+    )
+    return _verdict(rows, outside, f"{seen}patches {inside} have a gradient.", positions, work)
+
+
+def _verdict(
+    rows: dict[str, tuple[float, float]],
+    outside: int,
+    seen: str,
+    positions: dict[int, tuple[int, int]],
+    work: dict[str, int],
+) -> Verdict:
     worst = max(largest / scale for largest, scale in rows.values())
     return Verdict(
         passed=worst <= LIMIT and outside == 0,
@@ -70,8 +83,7 @@ def visible(config: PretrainConfig, out: Path) -> Verdict:
         columns=("", "largest difference", "largest value"),
         rows=[(what, f"{largest:.2e}", f"{scale:.2e}") for what, (largest, scale) in rows.items()],
         notes=[
-            f"{M} masks, {K} of {T * F // P**2} patches visible, float64. Of the {int(inside_TF.sum())} pixels in visible patches "
-            f"{inside} have a gradient.",
+            seen,
             *(
                 f"positions of {r} x {r} pixels: {every:,} on all clones, {few:,} in visible patches"
                 for r, (every, few) in positions.items()
