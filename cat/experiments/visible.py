@@ -62,10 +62,9 @@ def visible(config: PretrainConfig, out: Path) -> Verdict:
     shift = config.features.frame_shift_ms
     write_reach(out / "figures" / "reach.png", *pixels, patch_size=P, frame_shift_ms=shift, title=title)
     write_halo(out / "figures" / "halo.png", _halos(model, one_1K, (T, F)), positions, work)
-    seen = (
-        f"{M} masks, {K} of {T * F // P**2} patches visible, float64. Of the {int(inside_TF.sum())} pixels in visible "
-    )
-    return _verdict(rows, outside, f"{seen}patches {inside} have a gradient.", positions, work)
+    seen = f"{M} masks, {K} of {T * F // P**2} patches visible, float64"
+    reached = f"{inside} of the {int(inside_TF.sum())} pixels in visible patches have a gradient"
+    return _verdict(rows, outside, f"{seen}; {reached}", positions, work)
 
 
 def _verdict(

@@ -105,7 +105,8 @@ def write_halo(
     last.set_title("computed a clip, all masks, forward", fontsize=10)
     last.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=kind) for colour, kind in zip(colours, KINDS, strict=True)]
-    drawing.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    if halos:
+        drawing.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return save(drawing, path)
 
 
