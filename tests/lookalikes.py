@@ -183,12 +183,6 @@ def _finetuned(path: Path, recipe: str, data: Callable[[Path], None]) -> None:
     assert main(["finetune", str(RECIPES / recipe), *SMALL["finetune"], *own]) == 0
 
 
-def clap(path: Path) -> None:
-    from tests.cat.encoders.test_clap import save_clap
-
-    save_clap(path, mel_bins=16, truncation="rand_trunc")
-
-
 def eat_list(path: Path) -> None:
     """As EAT and fairseq have them: ``.tsv``, ``.lbl`` of the same name, ``label_descriptors.csv``."""
     folder_of_folders(path.parent / ".eat")
@@ -220,7 +214,7 @@ def metadata(path: Path) -> None:
     path.write_text("\n".join(["file_name,label", *rows]) + "\n")
 
 
-def released(path: Path) -> None:
+def eat_checkpoint(path: Path) -> None:
     """A pre-training checkpoint of fairseq's, with EAT's plain patches."""
     import torch
 
@@ -230,3 +224,9 @@ def released(path: Path) -> None:
     small = {"embed_dim": 64, "depth": 2, "num_heads": 1, "decoder_dim": 32, "decoder_layers": 1, "decoder_groups": 2}
     student, teacher = to_released(CAT(ModelConfig(stem="patch", resolutions=(16,), channels=(), **small)))
     torch.save({"model": student | {"_ema": teacher}}, path)
+
+
+def clap(path: Path) -> None:
+    from tests.cat.encoders.test_clap import save_clap
+
+    save_clap(path, mel_bins=16, truncation="rand_trunc")
