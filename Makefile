@@ -36,11 +36,12 @@ SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/fbank/*)
 DATA := data/quickstart
 RUN := runs/quickstart
 CLASSIFIER := runs/quickstart-classifier
+GALLERY := runs/gallery
 SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs clean
+.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +55,16 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fin
 	$(BIN)/cat-audio finetune recipes/quickstart-classifier.yaml --overwrite
 	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
 	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN) --whiten
+
+gallery: quickstart ## draw the pictures of docs/gallery.md and docs/visible-only.md anew
+	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
+	    --probe linear,gated --layers all --figures --no-cache --out $(GALLERY)/probe.json
+	$(BIN)/cat-audio evaluate $(CLASSIFIER) $(DATA)/test.jsonl --figures -o $(GALLERY)/evaluation --overwrite
+	$(BIN)/cat-audio experiment visible --data $(DATA) --out $(GALLERY) --overwrite
+	cp $(RUN)/figures/patches.png $(RUN)/figures/loss.png $(RUN)/figures/embeddings.png docs/figures/gallery
+	cp $(GALLERY)/figures/layers.png $(GALLERY)/evaluation/figures/confusion.png docs/figures/gallery
+	cp $(CLASSIFIER)/figures/prediction.png docs/figures/gallery
+	cp $(GALLERY)/visible/figures/reach.png $(GALLERY)/visible/figures/halo.png docs/figures
 
 test: $(BUILT) ## run the tests; those marked gpu only where there is one, those marked slow with SLOW=1
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
@@ -95,7 +106,7 @@ docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	@echo "docs/build/index.html"
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
-	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)
+	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)
 	rm -f cat_kernels/_C*.so cat_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

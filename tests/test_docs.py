@@ -33,10 +33,13 @@ from tests.documented import (
 )
 from tests.lookalikes import (
     SMALL,
+    ast_list,
     audioset,
     clap,
     classifier,
     clip,
+    eat_checkpoint,
+    eat_list,
     embedded,
     esc50,
     event_finder,
@@ -45,6 +48,8 @@ from tests.lookalikes import (
     folds,
     kernel_hub,
     manifest,
+    metadata,
+    quickstart,
     run,
     run_with_two_checkpoints,
     skipped_batch,
@@ -87,6 +92,18 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/mine": run,
         "runs/finetuned": classifier,
     },
+    "docs/from-ast.md": {
+        "balanced_train_data.json": ast_list,
+        "eval_data.json": ast_list,
+        "my/sounds/metadata.csv": metadata,
+        "train.jsonl": manifest,
+        "valid.jsonl": manifest,
+        "test.jsonl": manifest,
+        "runs/base": run,
+        "runs/mine": run,
+    },
+    "docs/from-eat.md": {"train.tsv": eat_list, "eval.tsv": eat_list, "checkpoint10.pt": eat_checkpoint},
+    "docs/gallery.md": {"data/quickstart": quickstart},
     "docs/harnesses.md": {"runs/mine": run},
     "docs/inference.md": {
         "clip.flac": clip,
@@ -99,6 +116,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "docs/scale.md": {"audioset.jsonl": embedded},
     "docs/shards.md": {"my/audio": folder_of_folders, "my/tars": tars},
     "docs/training.md": {"my/audio": folder_of_folders},
+    "docs/visible-only.md": {"data/quickstart": quickstart},
     "docs/watching.md": {
         "my/audio": folder_of_folders,
         "runs/broken/skipped/step-00000123.json": skipped_batch,
@@ -171,6 +189,8 @@ NOT_RUN: dict[str, str] = {
     "tests/cat/harnesses has the interfaces and the checkers",
     r"cat-audio pretrain .*https://": "needs a network; tests/cat/training/test_sharded.py runs it from another URL",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
+    r"cat-audio probe ast:": "needs a network; tests/cat/encoders/test_ast.py has it",
+    r"python -m benchmarks.fused": "needs a GPU's stand-in; tests/test_fused.py runs it",
     r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
     "tests/cat/test_experiments.py runs the experiment",
