@@ -127,7 +127,7 @@ def predict(kernel: Kernel, compiled: dict[str, tuple[Resources, dict[str, Any]]
     if kernel.triton is not None:
         resources, tile = compiled[kernel.name]
         share, blocks = a.triton_share, resident(resources, a)
-        cached = cache_bytes(kernel.name, tile, rows(kernel, tile.get("c", 0)))
+        cached = cache_bytes(kernel.name, tile, rows(kernel, tile["c"] if "c" in tile else tile["h"]))
     found = needs(moved, products, instructions, share, a, cached=cached, alone=blocks == 1)
     floor = floor_ms(moved, 2 * macs, a)
     gaps = slices(kernel) * a.launch_us / 1e3

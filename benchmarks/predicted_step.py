@@ -111,12 +111,13 @@ class Model:
             listed = self._listed(o)
             if listed is not None:
                 kernel, resources, tile = listed
-                part = self._rows(o, tile["c"]) / self._rows_of(kernel, tile["c"])
+                width = tile["c"] if "c" in tile else tile["h"]
+                part = self._rows(o, width) / self._rows_of(kernel, width)
                 flops = int(2 * kernel.work()[1] * part)
                 products = flops - int(50 * kernel.scalar.get("depthwise", 0) * part)
                 instructions = int(part * sum(a.instructions[name] * n for name, n in kernel.scalar.items()))
                 alone = predicted_stem.resident(resources, a) == 1
-                cached = predicted_stem.cache_bytes(kernel.name, tile, self._rows(o, tile["c"]))
+                cached = predicted_stem.cache_bytes(kernel.name, tile, self._rows(o, width))
         found = needs(o["bytes"], products, instructions, share, a, cached=cached, alone=alone)
         ms = max(found.values()) + o["launches"] * a.launch_us / 1e3
         floor = floor_ms(o["bytes"], flops, a)
