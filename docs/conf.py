@@ -1,14 +1,18 @@
 """Sphinx configuration: `make docs`."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import cat_kernels
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "cat-kernels"
 author = "The cat-kernels authors"
 version = release = cat_kernels.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "command_help"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}

@@ -33,6 +33,7 @@ SMALL: dict[str, list[str]] = {
         "ema.steps=2",
     ],
     # --overwrite: the examples of one list are alternatives, and their runs have one name.
+    "convert": ["--num-heads", "2"],
     "finetune": [*_DATA, *_TWO_STEPS, "data.epoch_clips=null", "--overwrite"],
 }
 
@@ -182,3 +183,10 @@ def clap(path: Path) -> None:
     from tests.cat.encoders.test_clap import save_clap
 
     save_clap(path, mel_bins=16, truncation="rand_trunc")
+
+
+def released(path: Path) -> None:
+    """A checkpoint as the research code writes it."""
+    from tests.cat.checkpoints.test_released import fairseq_file, small_model
+
+    fairseq_file(path, small_model())
