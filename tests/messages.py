@@ -57,9 +57,8 @@ def own_errors() -> dict[str, str]:
 def messages() -> tuple[Message, ...]:
     """Of every exception that is made, whether raised at once or given back by a helper. One that only passes another's
     words on is left out."""
-    return tuple(
-        message for file, tree in trees().items() for message in _made_in(file, tree) if re.search("[a-z]{2}", message.text)
-    )
+    made = (message for file, tree in trees().items() for message in _made_in(file, tree))
+    return tuple(message for message in made if re.search("[a-z]{2}", message.text))
 
 
 def _made_in(file: str, tree: ast.Module) -> Iterator[Message]:

@@ -1,4 +1,4 @@
-"""The directive ``{cat-audio} NAME``: what ``cat-audio NAME --help`` says, taken from the parser when pages are built."""
+"""The directive ``{cat-audio} NAME``: what ``cat-audio NAME --help`` says, from the parser when pages are built."""
 
 from __future__ import annotations
 
