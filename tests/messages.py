@@ -61,21 +61,35 @@ def messages() -> tuple[Message, ...]:
     return tuple(message for message in made if re.search("[a-z]{2}", message.text))
 
 
-def _made_in(file: str, tree: ast.Module) -> Iterator[Message]:
-    constants = {
-        target.id: _text(node.value, {})
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        name = _name(node.func)
-        if name in BUILTIN or name in own_errors() or ast.unparse(node.func) == "parser.error":
-            text = " ".join(_text(argument, constants) for argument in node.args)
-            yield Message(f"{file}:{node.lineno}", name if name != "error" else "SystemExit", text)
+def _made_in(file: str, scope: ast.Module | ast.FunctionDef, known: dict[str, str] | None = None) -> Iterator[Message]:
+    """In a module or a function. `known`: the names around it that stand for a text."""
+    inside = list(_own(scope))
+    known = {**(known or {}), **_named(inside)}
+    for node in inside:
+        if isinstance(node, ast.FunctionDef):
+            yield from _made_in(file, node, known)
+        elif isinstance(node, ast.Call):
+            name = _name(node.func)
+            if name in BUILTIN or name in own_errors() or ast.unparse(node.func) == "parser.error":
+                text = " ".join(_text(argument, known) for argument in node.args)
+                yield Message(f"{file}:{node.lineno}", name if name != "error" else "SystemExit", text)
+
+
+def _own(scope: ast.AST) -> Iterator[ast.AST]:
+    """What is in a scope, but not what is in its functions."""
+    for node in ast.iter_child_nodes(scope):
+        yield node
+        if not isinstance(node, ast.FunctionDef):
+            yield from _own(node)
+
+
+def _named(nodes: list[ast.AST]) -> dict[str, str]:
+    """{name: the first text that it is given}"""
+    found: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, _text(node.value, {}))
+    return {name: text for name, text in found.items() if text != VALUE}
 
 
 @cache
