@@ -91,7 +91,7 @@ linkcheck: $(INSTALLED_DOCS) ## ask every address that the documentation links t
 	$(BIN)/sphinx-build -q -b linkcheck docs docs/build/linkcheck
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
-	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)
+	rm -rf $(VENV) build dist *.egg-info docs/build docs/api docs/repository $(DATA) $(RUN) $(CLASSIFIER)
 	rm -f cat_kernels/_C*.so cat_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

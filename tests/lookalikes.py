@@ -33,7 +33,6 @@ SMALL: dict[str, list[str]] = {
         "ema.steps=2",
     ],
     # --overwrite: the examples of one list are alternatives, and their runs have one name.
-    "convert": ["--num-heads", "2"],
     "finetune": [*_DATA, *_TWO_STEPS, "data.epoch_clips=null", "--overwrite"],
 }
 
@@ -186,7 +185,12 @@ def clap(path: Path) -> None:
 
 
 def released(path: Path) -> None:
-    """A checkpoint as the research code writes it."""
-    from tests.cat.checkpoints.test_released import fairseq_file, small_model
+    """A pre-training checkpoint of fairseq's, with EAT's plain patches."""
+    import torch
 
-    fairseq_file(path, small_model())
+    from cat.checkpoints.released import to_released
+    from cat.model import CAT, ModelConfig
+
+    small = {"embed_dim": 64, "depth": 2, "num_heads": 1, "decoder_dim": 32, "decoder_layers": 1, "decoder_groups": 2}
+    student, teacher = to_released(CAT(ModelConfig(stem="patch", resolutions=(16,), channels=(), **small)))
+    torch.save({"model": student | {"_ema": teacher}}, path)
