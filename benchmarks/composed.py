@@ -118,21 +118,12 @@ def norm_mlp_backward(
     return dx, dln_weight, dln_bias, weight_gradient(dpre, xn), db1, weight_gradient(grad, hidden), db2
 
 
-def norm_mlp_residual_kept(
-    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor, b2: Tensor
-) -> tuple[Tensor, Tensor]:
-    pre = norm_linear(x, ln_weight, ln_bias, fc1, b1)
-    return x + F.linear(F.gelu(pre), fc2, b2), pre
-
-
-def mlp_hidden_kept(pre: Tensor, grad: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dpre = aten.gelu_backward(grad @ fc2, pre)
-    return F.gelu(pre), dpre, dpre.sum(0)
-
-
 def mlp_hidden(xn: Tensor, grad: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    pre = F.linear(xn, fc1, b1)
-    dpre = aten.gelu_backward(grad @ fc2, pre)
+    return gelu_backward(F.linear(xn, fc1, b1), grad @ fc2)
+
+
+def gelu_backward(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dpre = aten.gelu_backward(grad, pre)
     return F.gelu(pre), dpre, dpre.sum(0)
 
 
