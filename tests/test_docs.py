@@ -207,7 +207,8 @@ PROGRAMS: dict[str, str] = {
 
 
 # Blocks that are neither run nor read as data: what a program printed, and directives of Sphinx.
-SHOWN = {"", "text", "{toctree}", "{eval-rst}", "{cat-audio}"}
+DIRECTIVES = ("toctree", "eval-rst", "cat-audio", "only", "figure", "image", "math", "note", "warning")
+SHOWN = {"", "text", *(f"{{{name}}}" for name in DIRECTIVES)}
 
 
 # ---------------------------------------------------------------- what it promises
