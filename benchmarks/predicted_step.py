@@ -262,7 +262,6 @@ KEPT = {
     "stem_conv_block.0": "a conv block's output",
     "stem_conv_block.1": "rows in front of the depthwise convolution",
     "stem_conv_block.2": "rows in front of the MLP",
-    "stem_conv_block.3": "rows in front of GELU",
     "stem_halo_rows.0": "a table of neighbours",
     "stem_add_product.0": "an embedding in front of its LayerNorm, or the tokens",
     "clone": "weights in the order of the rows",

@@ -69,11 +69,10 @@ def kernels(name: str) -> str:
 
 
 def build_model(preset: str, kernels: str, device: torch.device | None = None) -> CAT:
-    """device: where its weights are drawn, for a large model on a GPU in seconds less (default: PyTorch's default)."""
+    """device: where its weights are made, for a large model on a GPU in seconds less (default: PyTorch's default)."""
     with torch.random.fork_rng(devices=[]), device or contextlib.nullcontext():
         torch.manual_seed(0)
-        model = CAT(dataclasses.replace(PRESETS[preset], kernels=kernels), OBJECTIVE).train()
-    return model if device is None else model.to(device)
+        return CAT(dataclasses.replace(PRESETS[preset], kernels=kernels), OBJECTIVE).train()
 
 
 def gradients(model: CAT) -> list[Tensor]:
