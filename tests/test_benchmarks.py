@@ -483,6 +483,22 @@ def test_other_batches_and_resolutions_are_rows_with_their_shape():
     assert tables.headline_table(results.as_dict(CPU)).rows == []
 
 
+def test_the_front_page_shows_the_largest_batch_of_each_comparison(tmp_path):
+    results = Results()
+    for clips, times in ((4, (10.0, 8.0, 5.0)), (48, (100.0, 20.0, 7.0))):
+        key = Key(benchmark="stem", mode="forward", dtype="bf16", shape={**BASE, "clips": clips})
+        found = dict(zip(("dense", "visible", "triton"), ([ms] * 3 for ms in times), strict=True))
+        for name, ms in found.items():
+            results.add(key, name, ms, Parity(0.0, 1.0), peak_MiB=512.0)
+        for name in ("visible", "triton"):
+            results.compare(key, "dense", name, found, dict.fromkeys(found))
+    data = results.as_dict(CPU)
+    (row,) = tables.headline_table(data).rows
+    assert row == ["stem, forward, base, bf16, clips: 48", "100", "20", "7", "14.3x", "0.50 to 0.50"]
+    plots.plot_headline([data], tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("resolutions", stem.RESOLUTIONS)
 def test_every_resolution_set_has_its_width(resolutions):
     shape = {**BASE, "resolutions": resolutions}

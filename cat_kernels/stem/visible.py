@@ -62,7 +62,7 @@ def _pieces(rows: Tensor, grad: Tensor, kernel: int, halo: Tensor, order: Tensor
     """For the gradient of the taps (`taps.Pieces`): patches, and the gradients in their halos."""
     patches, side = halo.shape[0], round(halo.shape[1] ** 0.5) - kernel + 1
     rows_nSc, grad, places = rows.unflatten(0, (patches, side * side)), _with_zero(grad), order.argsort()
-    size = piece_size(side * side * rows.shape[1])
+    size = piece_size(side * side * rows.shape[1], rows.device)
     for some, around in zip(rows_nSc.split(size), halo.split(size), strict=True):
         yield some[:, places].unflatten(1, (side, side)), _windows(grad, around)
 
