@@ -41,7 +41,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs clean
+.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs linkcheck clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,8 +105,11 @@ docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
 	@echo "docs/build/index.html"
 
+linkcheck: $(INSTALLED_DOCS) ## ask every address that the documentation links to; needs a network
+	$(BIN)/sphinx-build -q -b linkcheck docs docs/build/linkcheck
+
 clean: ## remove the virtual environment, build leftovers and what quickstart made
-	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)
+	rm -rf $(VENV) build dist *.egg-info docs/build docs/api docs/repository $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)
 	rm -f cat_kernels/_C*.so cat_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

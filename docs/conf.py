@@ -1,19 +1,23 @@
 """Sphinx configuration: `make docs`."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import cat_kernels
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "cat-kernels"
 author = "The cat-kernels authors"
 version = release = cat_kernels.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "command_help", "repository_pages"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["build"]
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository outside docs/
+suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -73,6 +73,7 @@ class Step:
 def pages() -> list[str]:
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
     files += sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "evidence").glob("*.md"))
+    files += sorted((ROOT / "cat_kernels").glob("*/README.md"))
     return [str(path.relative_to(ROOT)) for path in files]
 
 
@@ -86,6 +87,11 @@ def steps_of(page: str) -> list[Step]:
     if page.endswith(".yaml"):
         return list(_indented(page, text, "#   "))
     return list(_fenced(page, text))
+
+
+def blocks_of(page: str) -> list[tuple[int, str, str]]:
+    """(line, language, text) of every fenced block of a page."""
+    return list(_blocks((ROOT / page).read_text(encoding="utf-8")))
 
 
 def _fenced(page: str, text: str) -> Iterator[Step]:

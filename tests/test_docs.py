@@ -9,7 +9,10 @@ no earlier command made, or takes long.
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -23,7 +26,9 @@ import torch
 from cat.commands import COMMANDS, main
 from tests.documented import (
     ROOT,
+    SHELL,
     Step,
+    blocks_of,
     check_names,
     inline_commands,
     make_targets,
@@ -75,6 +80,17 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "PATH_OR_HUB_NAME": clap,
     },
     "docs/checkpoints.md": {"runs/tiny": run_with_two_checkpoints},
+    "docs/commands.md": {
+        "clip.flac": clip,
+        "my/sounds": folder_of_folders,
+        "ESC-50-master.zip": esc50,
+        "train.jsonl": manifest,
+        "valid.jsonl": manifest,
+        "test.jsonl": manifest,
+        "released.pt": eat_checkpoint,
+        "runs/mine": run,
+        "runs/sounds": classifier,
+    },
     "docs/data.md": {
         "my/recordings": folder_of_folders,
         "audioset": audioset,
@@ -213,6 +229,11 @@ PROGRAMS: dict[str, str] = {
 }
 
 
+# Blocks that are neither run nor read as data: what a program printed, and directives of Sphinx.
+DIRECTIVES = ("toctree", "eval-rst", "cat-audio", "only", "figure", "image", "math", "note", "warning")
+SHOWN = {"", "text", *(f"{{{name}}}" for name in DIRECTIVES)}
+
+
 # ---------------------------------------------------------------- what it promises
 
 
@@ -253,6 +274,29 @@ def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
                 check_names(step)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_at_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fewer updates: the broken file is found, and what comes out hears more than chance would."""
+    for module in ("soundfile", "yaml", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    prepare("docs/tutorial.md", tmp_path, monkeypatch)
+    shorter = {
+        "pretrain": ["optim.steps=10", "optim.warmup_steps=5", "run.figures=false"],
+        "finetune": ["optim.steps=100", "optim.warmup_steps=10", "run.eval_every=100", "run.checkpoint_every=100"],
+    }
+    monkeypatch.setattr("tests.test_docs.SMALL", shorter)
+    for step in steps_of("docs/tutorial.md"):
+        if begins(step, r"head |cat-audio (synth|prepare|pretrain|finetune) "):
+            run_step(step, tmp_path, {})
+    (rejected,) = (tmp_path / "prepared" / "rejected.jsonl").read_text().splitlines()
+    assert "broken.wav" in rejected
+    assert "cut off" in rejected
+    scores = json.loads((tmp_path / "runs" / "classifier" / "scores.json").read_text())
+    assert scores["classes"] == ["bird", "drums", "rain", "siren"]
+    assert scores["clips"]["test"] == 40
+    assert scores["test"]["accuracy"] > 0.5, "chance is 0.25"
 
 
 def prepare(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +347,38 @@ def is_here(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs_or_can_be_read(page: str) -> None:
+    for line, language, text in blocks_of(page):
+        check_block(f"{page}:{line}", language, text)
+
+
+def check_block(place: str, language: str, text: str) -> None:
+    if language == "json":
+        for row in text.splitlines():
+            json.loads(row)
+    elif language == "yaml":
+        yaml = pytest.importorskip("yaml")
+        assert yaml.safe_load(text), f"{place}: nothing in it"
+    elif language.split(" ")[0] not in {*SHOWN, *SHELL, "python"}:
+        raise AssertionError(f"{place}: nothing reads a block of {language!r}")
+
+
+EXAMPLES = [
+    path.relative_to(ROOT).with_suffix("")
+    for package in ("cat", "cat_kernels")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("module", [".".join(path.parts) for path in EXAMPLES])
+def test_examples_in_docstrings_hold(module: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried
+    assert not failed
+
+
 def test_the_tables_hold_nothing_that_no_page_needs() -> None:
     steps = [step for page in PAGES + OTHERS + HELPS for step in steps_of(page)]
     assert len(steps) > 30
@@ -323,6 +399,15 @@ def test_commands_in_running_text_exist(page: str) -> None:
         assert step.text.split()[1] in targets, f"{step}: the Makefile has no such target"
     for module in re.findall(r"python -m ((?:cat|benchmarks)\b[\w.]*)", (ROOT / page).read_text(encoding="utf-8")):
         assert importlib.util.find_spec(module), f"{page}: python -m {module}: there is no such module"
+
+
+def test_every_command_has_a_section() -> None:
+    sections = re.split(r"^## ", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    assert {section.split("\n")[0] for section in sections} == set(COMMANDS)
+    for section in sections:
+        name = section.split("\n")[0]
+        assert f"```{{cat-audio}} {name}\n```" in section, f"no help of {name}"
+        assert "](" in section, f"{name}: no page that says more"
 
 
 def test_the_readme_lists_every_command() -> None:
@@ -351,6 +436,15 @@ def test_what_is_found_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check_names(other)
     page.write_text("- in a list\n  ```sh\n  cat-audio synth x\n  ```\n")
     assert [step.text for step in steps_of("page.md")] == ["cat-audio synth x"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), [("json", "{'a': 1}"), ("yaml", "a: b: c"), ("yaml", "# none"), ("cpp", "int x;")]
+)
+def test_a_block_that_nothing_reads_is_told(language: str, text: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    with pytest.raises((AssertionError, ValueError, yaml.YAMLError)):
+        check_block("page.md:1", language, text)
 
 
 @pytest.mark.parametrize(
