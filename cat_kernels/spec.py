@@ -338,13 +338,17 @@ def to_float64(sample: Sample) -> Sample:
     return replace(sample, inputs=map_floats(lambda t: t.to(torch.float64), dict(sample.inputs)))
 
 
+LARGE = 1 << 24  # numbers that a CPU takes a tenth of a second or more to draw
+
+
 def incoming_gradients(outputs: list[Tensor], seed: int = 0) -> list[Tensor]:
-    """Random incoming gradients for floating-point outputs, the same for every run and dtype up to rounding."""
-    device = outputs[0].device if outputs else torch.device("cpu")
+    """Random incoming gradients for floating-point outputs, the same for every run and dtype up to rounding; for small
+    outputs also on every device."""
+    large = sum(out.numel() for out in outputs) > LARGE
+    device = outputs[0].device if large else torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seed)
-    return [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64, device=device).to(out.dtype) for out in outputs
-    ]
+    drawn = (torch.randn(out.shape, generator=generator, dtype=torch.float64, device=device) for out in outputs)
+    return [numbers.to(out.device, out.dtype) for numbers, out in zip(drawn, outputs, strict=True)]
 
 
 def error_bound(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
