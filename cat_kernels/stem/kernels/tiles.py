@@ -120,7 +120,7 @@ def pixels(c: int, inner: int, dtype: torch.dtype) -> dict[str, Tiles]:
     """Of the four kernels: BLOCK_R rows, BLOCK_C channels, BLOCK_K inner indices at a time, and BLOCK_J of them in a
     tile of a gradient.
 
-    Rows of up to 512 channels are held whole: 32 numbers a thread in the forward, 64 in the gradient of the weight.
+    Rows of up to 512 channels are held whole: 32 numbers a thread in the forward and in the gradient of the weight.
     Float32 products are not for matrix units, and take operands into registers: smaller tiles.
     """
     half = dtype != torch.float32
@@ -132,8 +132,9 @@ def pixels(c: int, inner: int, dtype: torch.dtype) -> dict[str, Tiles]:
         embed = {"BLOCK_R": 64 if half else 32, "BLOCK_C": 128, "BLOCK_K": min(32 if half else 16, depth)}
         statistics = {"BLOCK_R": 64 if half else 32, "BLOCK_C": 128}
     if columns <= WHOLE and columns * depth <= (8192 if half else 4096):
-        rows = _between(16, (16384 if half else 4096) // columns, 64)  # of 64 rows, c = 256: 0.42 of the time of 16
-        weight = {"BLOCK_R": rows, "BLOCK_C": columns, "BLOCK_J": depth}
+        # c = 256 on an H100: 0.56 of the time of twice the warps; 64 rows and twice the warps take 0.42, but spill.
+        rows = _between(16, 4096 // columns, 64)
+        weight = {"BLOCK_R": rows, "BLOCK_C": columns, "BLOCK_J": depth, "num_warps": max(4, columns // 64)}
     else:
         weight = {
             "BLOCK_R": 64 if half else 32,
