@@ -23,14 +23,19 @@ LIMIT ?= 570
 CACHE ?= gpu-cache.tar.xz
 ARCH ?= 90
 JOBS ?= 2
+# Of the wheels: for which Pythons (commands or paths), with GPU code or without (CUDA=off), tried beside what (torch==...).
+PYTHONS ?= python3.11 python3.12 python3.13
+CUDA ?= on
+TRY_WITH ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_RELEASE := $(VENV)/.installed-release
 # The extension, and what decides what is in it.
 BUILT := $(VENV)/.built
-SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/fbank/*)
+SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*.map csrc/fbank/*)
 DATA := data/quickstart
 RUN := runs/quickstart
 CLASSIFIER := runs/quickstart-classifier
@@ -38,7 +43,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs clean
+.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,7 +58,7 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fin
 	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
 	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN) --whiten
 
-test: $(BUILT) ## run the tests; those marked gpu only where there is one, those marked slow with SLOW=1
+test: $(BUILT) $(if $(SLOW),$(INSTALLED_RELEASE)) ## run the tests; those marked gpu only where there is one, those marked slow with SLOW=1
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 fuzz: $(BUILT) ## odd manifests, audio files and recipes, for MINUTES=60, from seeds that are new (or SEED=N)
@@ -86,6 +91,9 @@ gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
 	@echo "docs/build/index.html"
+
+wheel: $(INSTALLED_RELEASE) ## wheels for any Linux with glibc 2.28 and the source distribution into dist/; PYTHONS="..." CUDA=off
+	$(BIN)/python -m release.wheels --out dist --pythons $(PYTHONS) --cuda $(CUDA) $(if $(TRY_WITH),--try-with $(TRY_WITH))
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)
@@ -121,4 +129,8 @@ $(INSTALLED_BENCH): $(INSTALLED)
 
 $(INSTALLED_DOCS): $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(INSTALLED_RELEASE): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[release]'
 	@touch $@
