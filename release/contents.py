@@ -49,12 +49,13 @@ class Module:
         needed = frozenset(tag.needed for tag in dynamic.iter_tags() if tag.entry.d_tag == "DT_NEEDED")
         return cls(needed, undefined, frozenset(weak), frozenset(exported))
 
-    def strangers(self) -> list[str]:
-        """Symbols that neither glibc nor Python has: those of libcudart, libtorch or another library."""
+    def strangers(self, also: tuple[str, ...] = ()) -> list[str]:
+        """Symbols that neither glibc nor Python has: those of libcudart, libtorch or another library. `also`: how the
+        versions of what else is allowed begin."""
         return sorted(
             name
             for name, version in self.undefined.items()
-            if not version.startswith("GLIBC_") and not re.match(r"_?Py", name) and name not in self.weak
+            if not version.startswith(("GLIBC_", *also)) and not re.match(r"_?Py", name) and name not in self.weak
         )
 
     def too_new(self, glibc: tuple[int, int] = GLIBC) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -123,11 +124,13 @@ def verdict(report: dict[str, Any], digests: dict[str, str]) -> None:
 
 
 def make(out: Path, pythons: list[str], cuda: str, packages: list[str]) -> list[Path]:
+    if platform.machine() != "x86_64":
+        raise Failed(f"wheels are for x86_64, and this machine is {platform.machine()}; pip install . builds for it")
     versions = {python: version(python) for python in pythons}
     for python, found in versions.items():
         if found is None:
             print(f"no wheel for {python}, which is not here; name another: make wheel PYTHONS=...", file=sys.stderr)
-    here = {python: found for python, found in versions.items() if found}
+    here = {found: python for python, found in versions.items() if found}
     if not here:
         raise Failed(f"none of {', '.join(pythons)} is here; name one: make wheel PYTHONS=/path/to/python3")
     out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def make(out: Path, pythons: list[str], cuda: str, packages: list[str]) -> list[
         run([sys.executable, "-m", "build", "--sdist", "-o", str(folder)], "building the source distribution")
         (sources,) = folder.glob("*.tar.gz")
         cxx = zig(folder)
-        for python, found in here.items():
+        for found, python in here.items():
             own = folder / found
             own.mkdir()
             wheel = build(python, sources, own, cxx, cuda)
