@@ -13,16 +13,18 @@ import sysconfig
 from array import array
 from pathlib import Path
 
+NAME = "cat_kernels._C"
 SAMPLES, FRAMES, BINS = 16000, 98, 128
 
 
 def module():
-    """cat_kernels._C by its path: importing the package would import PyTorch."""
+    """cat_kernels._C by its path: importing the package, which then takes this one, would import PyTorch."""
     folder = Path(sysconfig.get_path("platlib"), "cat_kernels")
     (path,) = folder.glob("_C*.so")
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
+    found = importlib.util.module_from_spec(importlib.util.spec_from_loader(NAME, loader))
     loader.exec_module(found)
+    sys.modules[NAME] = found  # loaded once only
     return found
 
 
@@ -45,6 +47,7 @@ def features(_C) -> dict[str, str]:
         )  # fmt: skip
         _C.fbank_cpu(tables, call, 2)
         digests[name] = hashlib.sha256(out.tobytes()).hexdigest()[:16]
+    _C.use_cpu_instruction_set(next(iter(digests)))  # the best again
     return digests
 
 

@@ -66,6 +66,27 @@ def test_the_extension_here_needs_only_the_system_and_shows_only_its_entry() -> 
     assert module.exported == {"PyInit__C"}
 
 
+TWICE = """
+import importlib.util, sys
+from importlib.machinery import ExtensionFileLoader
+for name, path in zip(("one._C", "two._C"), sys.argv[1:]):
+    loader = ExtensionFileLoader(name, path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    assert module.about()["cpu"], name
+"""
+
+
+def test_two_copies_of_the_extension_run_in_one_process(tmp_path: Path) -> None:
+    """As when a kernel hub's copy of the package is loaded beside the installed one."""
+    path = next(iter(Path(cat_kernels.__path__[0]).glob("_C*.so")), None)
+    if path is None:
+        pytest.skip("the extension was not built")
+    copies = [str(shutil.copy(path, tmp_path / name)) for name in ("one.so", "two.so")]
+    done = subprocess.run([sys.executable, "-c", TWICE, *copies], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @compiler
 def test_symbols_of_other_libraries_and_of_a_new_glibc_are_found(tmp_path: Path) -> None:
     source = """
