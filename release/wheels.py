@@ -137,7 +137,9 @@ def make(out: Path, pythons: list[str], cuda: str, packages: list[str]) -> list[
     made, digests = [], {}
     with tempfile.TemporaryDirectory(prefix="cat-kernels-") as name:
         folder = Path(name)
-        run([sys.executable, "-m", "build", "--sdist", "-o", str(folder)], "building the source distribution")
+        # Not where the sources are: they may hold a folder called build.
+        sdist = [sys.executable, "-m", "build", "--sdist", "-o", str(folder), str(ROOT)]
+        run(sdist, "building the source distribution", cwd=folder)
         (sources,) = folder.glob("*.tar.gz")
         cxx = zig(folder)
         for found, python in here.items():
