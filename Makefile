@@ -25,14 +25,19 @@ ARCH ?= 90
 JOBS ?= 2
 # Of the kernel hub: the repository that the written files name.
 REPO_ID ?=
+# Of the wheels: for which Pythons (commands or paths), with GPU code or without (CUDA=off), tried beside what (torch==...).
+PYTHONS ?= python3.11 python3.12 python3.13
+CUDA ?= on
+TRY_WITH ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_RELEASE := $(VENV)/.installed-release
 # The extension, and what decides what is in it.
 BUILT := $(VENV)/.built
-SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/fbank/*)
+SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*.map csrc/fbank/*)
 DATA := data/quickstart
 RUN := runs/quickstart
 CLASSIFIER := runs/quickstart-classifier
@@ -41,7 +46,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs linkcheck clean
+.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs linkcheck wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,7 +71,7 @@ gallery: quickstart ## draw the pictures of docs/gallery.md and docs/visible-onl
 	cp $(CLASSIFIER)/figures/prediction.png docs/figures/gallery
 	cp $(GALLERY)/visible/figures/reach.png $(GALLERY)/visible/figures/halo.png docs/figures
 
-test: $(BUILT) ## run the tests; those marked gpu only where there is one, those marked slow with SLOW=1
+test: $(BUILT) $(if $(SLOW),$(INSTALLED_RELEASE)) ## run the tests; those marked gpu where there is one, those marked slow with SLOW=1
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 fuzz: $(BUILT) ## odd manifests, audio files and recipes, for MINUTES=60, from seeds that are new (or SEED=N)
@@ -107,6 +112,8 @@ docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 
 linkcheck: $(INSTALLED_DOCS) ## ask every address that the documentation links to; needs a network
 	$(BIN)/sphinx-build -q -b linkcheck docs docs/build/linkcheck
+wheel: $(INSTALLED_RELEASE) ## wheels for any Linux with glibc 2.28 and the source distribution into dist/; PYTHONS="..." CUDA=off
+	$(BIN)/python -m release.wheels --out dist --pythons $(PYTHONS) --cuda $(CUDA) $(if $(TRY_WITH),--try-with $(TRY_WITH))
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api docs/repository $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)
@@ -143,4 +150,8 @@ $(INSTALLED_BENCH): $(INSTALLED)
 
 $(INSTALLED_DOCS): $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(INSTALLED_RELEASE): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[release]'
 	@touch $@

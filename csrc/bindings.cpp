@@ -69,13 +69,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("about", &about, "What was built, by what, and the CPU instruction sets that can run here.");
   module.def("use_cpu_instruction_set", &cat::use_cpu_instruction_set, py::arg("name"), "For tests and benchmarks.");
 
-  py::class_<cat::FbankCall>(module, "FbankCall", "One call: addresses, sizes and options (csrc/fbank/fbank.h).")
+  // Local to the module: pybind11 refuses a type that another copy of the package has entered in the same process.
+  py::class_<cat::FbankCall>(module, "FbankCall", py::module_local(),
+                             "One call: addresses, sizes and options (csrc/fbank/fbank.h).")
       .def(py::init(&make_call), py::kw_only(), py::arg("waveform"), py::arg("input"), py::arg("clips"),
            py::arg("samples"), py::arg("row_stride"), py::arg("lengths"), py::arg("output"), py::arg("dtype"),
            py::arg("frames"), py::arg("preemphasis"), py::arg("remove_dc"), py::arg("scale"), py::arg("mean"),
            py::arg("factor"));
 
-  py::class_<cat::FbankTables>(module, "FbankTables", "Window, twiddle factors and mel weights of one setting.")
+  py::class_<cat::FbankTables>(module, "FbankTables", py::module_local(),
+                               "Window, twiddle factors and mel weights of one setting.")
       .def(py::init([](int frame_length, int frame_shift, int fft_length, int num_mel_bins, double sample_rate,
                        double low_freq, double high_freq, const std::string& window) {
              return cat::fbank_tables({frame_length, frame_shift, fft_length, num_mel_bins}, sample_rate, low_freq,

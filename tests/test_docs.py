@@ -194,6 +194,8 @@ NOT_RUN: dict[str, str] = {
     r"make ": "installs; that the target exists is tested below",
     r"pip install ": "installs; tests/test_build.py builds and installs",
     r"CMAKE_CUDA_ARCHITECTURES=\w+ pip install ": "installs, and needs nvcc",
+    r"docker ": "needs Docker; tests/test_release.py has the file linted",
+    r"rattler-build ": "needs conda-forge; tests/test_release.py has the recipe parsed",
     r"cmake ": "tests/test_build.py configures, builds and runs the C++ tests",
     r"\. \.venv/bin/activate": "the tests' own Python is the one",
     r"torchrun ": "starts several processes; tests/cat/training/test_distributed.py does",

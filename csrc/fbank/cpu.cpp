@@ -11,6 +11,9 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+#ifdef CAT_X86_ISAS
+#include <cpuid.h>
+#endif
 
 namespace cat {
 
@@ -26,17 +29,33 @@ namespace {
 // 512 on threads wait for the last one.
 constexpr int64_t kRowsAtATime = 128;
 
-// The instruction sets of this processor, the best first, null at the end.
+#ifdef CAT_X86_ISAS
+struct Processor {
+  bool avx2 = false, avx512 = false;
+};
+
+// What the processor has, and the operating system keeps when threads take turns. Not by __builtin_cpu_supports, which is
+// false for everything in the compiler that builds the wheels (zig's runtime library only pretends to have it).
+Processor processor() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned first = bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first) return {};
+  unsigned kept = 0, upper = 0;
+  __asm__("xgetbv" : "=a"(kept), "=d"(upper) : "c"(0));
+  constexpr unsigned ymm = 0x06, zmm = 0xe6;  // bits of XCR0
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2) || (kept & ymm) != ymm) return {};
+  constexpr unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  return {true, (b & wide) == wide && (kept & zmm) == zmm};
+}
+#endif
+
+// The instruction sets of this processor, the best first.
 std::vector<const CpuFrames*> supported() {
   std::vector<const CpuFrames*> found;
 #ifdef CAT_X86_ISAS
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back(&cpu_frames_avx512);
-  }
-  if (avx2) found.push_back(&cpu_frames_avx2);
+  const Processor here = processor();
+  if (here.avx512) found.push_back(&cpu_frames_avx512);
+  if (here.avx2) found.push_back(&cpu_frames_avx2);
 #endif
   found.push_back(&cpu_frames_baseline);
   return found;

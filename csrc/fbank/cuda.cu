@@ -1,10 +1,9 @@
+// The kernels and their launches. Nothing here calls the C++ library: nvcc's host compiler may have another one than the
+// compiler of all the rest, as in wheels (docs/release.md). Words and exceptions are cuda.cpp's.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "block.h"
-#include "cuda.h"
+#include "launch.h"
 
 namespace cat {
 namespace {
@@ -38,60 +37,48 @@ __global__ void __launch_bounds__(kBlockThreads)
   general_block<Out>(tables, call, thread);
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("fbank: ") + what + " failed: " + cudaGetErrorString(error));
+template <class Out>
+cudaError_t start(const FbankView& tables, const FbankCall& call, unsigned blocks, cudaStream_t stream) {
+  if (Block400::takes(tables)) {
+    fbank_400<Out><<<blocks, kBlockThreads, Block400::bytes(tables), stream>>>(tables, call);
+  } else {
+    fbank_general<Out><<<blocks, kBlockThreads, GeneralBlock::bytes(tables.shape), stream>>>(tables, call);
   }
+  return cudaGetLastError();
 }
 
-template <class Out>
-void launch(const FbankView& tables, const FbankCall& call, cudaStream_t stream) {
-  const FbankShape& shape = tables.shape;
-  const bool fast = Block400::takes(tables);
-  const int64_t blocks = call.clips * (fast ? Block400::blocks_per_clip(call.frames) : call.frames);
-  if (blocks == 0) return;
-  if (blocks > 0x7fffffff) {
-    throw std::invalid_argument("fbank: " + std::to_string(call.clips) + " clips of " + std::to_string(call.frames) +
-                                " frames are more than one launch computes; split the batch");
-  }
-  if (fast) {
-    fbank_400<Out><<<unsigned(blocks), kBlockThreads, Block400::bytes(tables), stream>>>(tables, call);
-  } else {
-    fbank_general<Out><<<unsigned(blocks), kBlockThreads, GeneralBlock::bytes(shape), stream>>>(tables, call);
-  }
-  check(cudaGetLastError(), "the launch");
+Failure failure(cudaError_t error, const char* what) {
+  return error == cudaSuccess ? Failure{} : Failure{what, cudaGetErrorString(error)};
 }
 
 }  // namespace
 
-void fbank_cuda(const FbankTables& tables, const void* device_tables, const FbankCall& call, int device, void* stream) {
-  if (tables.shape.fft_length > GeneralBlock::kLargestFft) {
-    throw std::invalid_argument("fbank: an FFT of " + std::to_string(tables.shape.fft_length) +
-                                " points; the CUDA kernel computes up to " + std::to_string(GeneralBlock::kLargestFft));
-  }
+Failure launch(const FbankView& tables, const FbankCall& call, unsigned blocks, int device, void* stream) {
   // This library's CUDA runtime is its own, linked in statically: it must be told the device.
-  check(cudaSetDevice(device), "cudaSetDevice");
-  const FbankView view = tables.view(device_tables);
+  if (const Failure failed = failure(cudaSetDevice(device), "cudaSetDevice"); failed.what) return failed;
+  cudaError_t error = cudaErrorInvalidValue;
   switch (call.dtype) {
-    case Dtype::float32: return launch<float>(view, call, static_cast<cudaStream_t>(stream));
-    case Dtype::float16: return launch<Half>(view, call, static_cast<cudaStream_t>(stream));
-    case Dtype::bfloat16: return launch<BFloat16>(view, call, static_cast<cudaStream_t>(stream));
-    case Dtype::int16: throw std::invalid_argument("fbank: the result cannot be int16");
+    case Dtype::float32: error = start<float>(tables, call, blocks, static_cast<cudaStream_t>(stream)); break;
+    case Dtype::float16: error = start<Half>(tables, call, blocks, static_cast<cudaStream_t>(stream)); break;
+    case Dtype::bfloat16: error = start<BFloat16>(tables, call, blocks, static_cast<cudaStream_t>(stream)); break;
+    case Dtype::int16: break;
   }
+  return failure(error, "the launch");
 }
 
-std::string cuda_problem(int device) {
-  int driver = 0;
+int cuda_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+Failure try_kernel(int device) {
   cudaFuncAttributes attributes;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver / 1000 < CUDART_VERSION / 1000) {
-    return "the GPU's driver is for CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
-           ", too old for this build of the extension";
-  }
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, fbank_400<float>);
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();  // so that PyTorch does not find it
-  return std::string("the extension's kernels cannot run on this GPU: ") + cudaGetErrorString(error);
+  if (error != cudaSuccess) cudaGetLastError();  // so that PyTorch does not find it
+  return failure(error, "the first kernel");
 }
 
 }  // namespace cat

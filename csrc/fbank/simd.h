@@ -2,6 +2,8 @@
 // compiler's, and it translates them to whatever instruction set it is told to use.
 #pragma once
 
+#include <utility>
+
 #include "arithmetic.h"
 
 namespace cat {
@@ -28,18 +30,24 @@ CAT_HD void store(float* to, Vector v) { memcpy(to, &v, sizeof v); }
 CAT_HD Vector broadcast(float value) { return Vector{} + value; }
 
 // The elements of a and b, numbered through, at the places that `place(0) .. place(W - 1)` names.
+#if defined(__clang__)
+template <class Place, int... I>
+CAT_HD Vector shuffle(Vector a, Vector b, Place place, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, place(I)...);
+}
+
+template <class Place>
+CAT_HD Vector shuffle(Vector a, Vector b, Place place) {
+  return shuffle(a, b, place, std::make_integer_sequence<int, kWidth>());
+}
+#else
 template <class Place>
 CAT_HD Vector shuffle(Vector a, Vector b, Place place) {
   IntVector places{};
   for (int i = 0; i < kWidth; ++i) places[i] = place(i);
-#if defined(__clang__)
-  Vector both[2] = {a, b}, out;
-  for (int i = 0; i < kWidth; ++i) out[i] = both[places[i] / kWidth][places[i] % kWidth];
-  return out;
-#else
   return __builtin_shuffle(a, b, places);
-#endif
 }
+#endif
 
 // Exchanges bit kBit of the row number with that of the column number, and so on with the higher bits.
 template <int kBit>

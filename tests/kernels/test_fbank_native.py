@@ -1,6 +1,7 @@
 """What is particular to the extension's fbank: processes, threads, devices, what it leaves to PyTorch."""
 
 import math
+import platform
 import subprocess
 import sys
 import threading
@@ -89,6 +90,15 @@ def test_every_instruction_set_of_this_processor():
             module.use_cpu_instruction_set("sse9")
     finally:
         module.use_cpu_instruction_set(before)
+
+
+@needs_extension
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="asks Linux on x86")
+def test_no_instruction_set_is_overlooked():
+    """The compiler's own way of asking finds none under zig."""
+    from release.trial import instruction_sets
+
+    assert extension.load().about()["cpus"] == instruction_sets()
 
 
 # --- threads and processes -------------------------------------------------------------------------------------------

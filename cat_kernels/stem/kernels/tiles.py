@@ -134,7 +134,8 @@ def pixels(c: int, inner: int, dtype: torch.dtype) -> dict[str, Tiles]:
     if columns <= WHOLE and columns * depth <= (8192 if half else 4096):
         # c = 256 on an H100: 0.56 of the time of twice the warps; 64 rows and twice the warps take 0.42, but spill.
         rows = _between(16, 4096 // columns, 64)
-        weight = {"BLOCK_R": rows, "BLOCK_C": columns, "BLOCK_J": depth, "num_warps": max(4, columns // 64)}
+        warps = max(4, columns // 64) if half else 8
+        weight = {"BLOCK_R": rows, "BLOCK_C": columns, "BLOCK_J": depth, "num_warps": warps}
     else:
         weight = {
             "BLOCK_R": 64 if half else 32,

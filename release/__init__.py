@@ -1,0 +1,4 @@
+"""What makes a release: wheels (`make wheel`), the container images (Dockerfile), the conda package (recipe.yaml).
+
+docs/release.md is the way to it. Nothing of this is installed.
+"""
