@@ -22,6 +22,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         "matplotlib": "matplotlib",
         "scikit-learn": "sklearn",
         "scipy": "scipy",
+        "shtab": "shtab",
     },
     "hub": {"huggingface-hub": "huggingface_hub"},
     "files": {"pyarrow": "pyarrow", "h5py": "h5py"},

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"sounds", *BASE},
     "model": BASE,
     "sounds": set(),
-    "distributed": {"config", "device", "progress"},
+    "distributed": {"config", "device", "ending", "progress"},
     "device": {"config"},
     "config": {"files"},
     "doctor": set(),
