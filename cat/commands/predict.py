@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("files", metavar="FILES", nargs="+", help="audio files, folders of them, shards, manifests")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to tell (default 5; 0: all)")
-    parser.add_argument("--json", metavar="FILE", help="JSON Lines, a file a line; - for stdout")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="JSON Lines, a file a line; without FILE to stdout"
+    )
     parser.add_argument("--csv", metavar="FILE", help="a line a class, or an event; - for stdout")
     parser.add_argument("--windows", action="store_true", help="in --json also the classes of each window")
     parser.add_argument("--aggregate", choices=("auto", "mean", "max"), default="auto", help="of windows' scores")
@@ -127,12 +129,13 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
+    on_stdout = "-" in (args.json, args.csv)  # where there is nothing else then
     for out in written:
-        print(f"written: {out}")
+        say(f"written: {out}") if on_stdout else print(f"written: {out}")
     if args.picture is not None and not failed:
         shown = plan if classifier.has_frames or args.window or args.hop else None
         write_prediction(args.picture, classifier, files[0], plan=shown, events=settings, top=args.top or 20)
-        print(f"written: {args.picture}")
+        say(f"written: {args.picture}") if on_stdout else print(f"written: {args.picture}")
     if failed:
         say(f"{len(failed)} of {len(files)} files failed. The first: {failed[0].path}: {failed[0].error}")
     return 1 if failed else 0

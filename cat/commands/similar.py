@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import io
-import json
 from pathlib import Path
 
+from cat.commands._json import as_json
 from cat.data.listing import listed
 from cat.device import pick_device
 from cat.encoders import CATEncoder
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whiten", action="store_true", help="of some hundreds of sounds: tell apart those that all look alike"
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     form.add_argument("--csv", action="store_true", help="print CSV")
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         num_workers=args.num_workers,
         progress=not args.quiet,
     )
-    print(_json(found) if args.json else _csv(found) if args.csv else _table(found))
+    print(as_json(found.hits) if args.json else _csv(found) if args.csv else _table(found))
     for one in found.skipped[:5]:
         say(f"left out: {one.path}: {one.reason}")
     if len(found.skipped) > 5:
@@ -66,10 +65,6 @@ def run(args: argparse.Namespace) -> int:
     if found.missing:
         say(f"{len(found.missing)} files are not in {args.index}, the first: {found.missing[0]}; encode them again")
     return 0
-
-
-def _json(found: Found) -> str:
-    return json.dumps([dataclasses.asdict(hit) for hit in found.hits], indent=2)
 
 
 def _csv(found: Found) -> str:
