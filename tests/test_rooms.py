@@ -19,6 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "experiments": {"figures", "training", "evaluation", "encoders", "data", "model", *BASE},
     "figures": {"training", "prediction", "data", *BASE},
     "report": {"training", "data", *BASE},
+    "bugreport": {"training", "doctor", *BASE},
     "training": {"evaluation", "encoders", "checkpoints", "data", "model", *BASE},
     "export": {"checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},
