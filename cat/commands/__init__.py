@@ -151,7 +151,8 @@ def _run(argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         name = f"cat-audio {command}" if command in COMMANDS else "cat-audio"
-        say("\n".join([f"{name}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]))
+        lines = [f"{name}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]
+        say("\n".join(" ".join(line.splitlines()) for line in lines))  # a file's name may have a line break
         return 1
 
 
@@ -174,6 +175,8 @@ def _sentence(error: Exception) -> str:
         named = " and ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{named}: {error.strerror}"
     if isinstance(error, ValueError | OSError | ImportError) and text:
+        return text
+    if isinstance(error, RuntimeError) and text and type(error).__module__.partition(".")[0] in ("cat", "cat_kernels"):
         return text
     if isinstance(error, RuntimeError) and text:
         return f"{text} {where}"

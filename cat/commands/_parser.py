@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 from typing import Any, NoReturn
 
 
@@ -11,6 +13,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def finite(text: str) -> float:
+    """The type of an option that is a number: Python's ``float`` takes "nan" and "inf" too."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number; expected one such as 0.5")
+
+
+def natural(text: str) -> int:
+    """The type of an option that counts, and may be 0."""
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
 
 
 class Version(argparse.Action):

@@ -12,6 +12,7 @@ from typing import Any
 from cat.checkpoints.average import AVERAGED, average
 from cat.checkpoints.inspection import Contents, Row, TensorInfo, contents, listed, members, verify
 from cat.commands._json import add_json, as_json, tell
+from cat.commands._parser import finite
 from cat.encoders import POOLINGS, CATEncoder
 from cat.files import format_bytes
 from cat.outputs import Output, claim
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="average: a .safetensors file; export: a folder")
     parser.add_argument("--last", type=int, metavar="N", help="average: of each run the newest N")
-    parser.add_argument("--ema", type=float, metavar="D", help="average: a moving average of this decay, as 0.9")
+    parser.add_argument("--ema", type=finite, metavar="D", help="average: a moving average of this decay, as 0.9")
     parser.add_argument("--overwrite", action="store_true", help="average: replace a file that it did not write")
     parser.add_argument("--weights", choices=("student", "teacher"), help="export: of a pre-trained one")
     parser.add_argument("--encoder", action="store_true", help="export: of a fine-tuned one the encoder alone")

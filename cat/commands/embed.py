@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cat.commands._json import add_json, left_out, tell
+from cat.commands._parser import finite, natural
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, build_encoder
@@ -61,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that embed, on the CPU (default: one a core, 8 at the most; 1 for MODULE:FUNCTION)",
     )
     parser.add_argument(
-        "--num-workers", type=int, default=0, help="processes that read for one that embeds alone (default 0)"
+        "--num-workers", type=natural, default=0, help="processes that read for one that embeds alone (default 0)"
     )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--max-failed-share",
-        type=float,
+        type=finite,
         default=0.5,
         help="write nothing and fail when more of the clips get no embedding (default 0.5)",
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cat.commands._json import add_json, left_out, tell
+from cat.commands._parser import finite, natural
 from cat.data.listing import listed
 from cat.device import pick_device
 from cat.encoders import POOLINGS, CATEncoder
@@ -39,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", action="store_true", help="also embeddings of the frames (160 ms) and their times")
     parser.add_argument("--layer", type=int, default=None, help="0 (what the first block sees), 1, ... (default: last)")
     parser.add_argument(
-        "--window", type=float, default=None, metavar="S", help="seconds heard at once (default: training's)"
+        "--window", type=finite, default=None, metavar="S", help="seconds heard at once (default: training's)"
     )
-    parser.add_argument("--overlap", type=float, default=None, metavar="S", help="of windows (default: a quarter)")
+    parser.add_argument("--overlap", type=finite, default=None, metavar="S", help="of windows (default: a quarter)")
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="of the tokens, to one embedding a file")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a pre-training")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace files not written by encode; begin afresh")
     add_json(parser)

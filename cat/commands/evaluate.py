@@ -12,6 +12,7 @@ import numpy as np
 from cat.checkpoints import ClassifierInfo
 from cat.checkpoints.store import step_name
 from cat.commands._json import add_json, as_json
+from cat.commands._parser import finite, natural
 from cat.data.manifest import Manifest, load_manifest
 from cat.device import pick_device
 from cat.evaluation.evaluate import Evaluation, evaluate, spectrograms
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument(
         "--resamples",
         type=int,
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument(
         "--max-failed-share",
-        type=float,
+        type=finite,
         default=0.5,
         help="write nothing and fail when more of the clips cannot be read (default 0.5)",
     )

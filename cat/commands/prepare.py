@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cat.commands._json import add_json, as_json, left_out
+from cat.commands._parser import finite
 from cat.config import from_mapping, read_yaml
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.manifest import load_manifest
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--convert", choices=("wav", "flac"), help="write every file anew: mono, 16 bits, at the recipe's sample rate"
     )
     parser.add_argument(
-        "--min-seconds", type=float, default=0.0, metavar="S", help="reject shorter files (default: a frame)"
+        "--min-seconds", type=finite, default=0.0, metavar="S", help="reject shorter files (default: a frame)"
     )
     parser.add_argument(
         "--silence",
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-rejected-share",
-        type=float,
+        type=finite,
         default=0.5,
         metavar="SHARE",
         help="fail, without a manifest, when more files are rejected (0.5)",

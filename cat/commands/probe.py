@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cat.commands._json import add_json, as_json
+from cat.commands._parser import natural
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder, twin_of
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="of a checkpoint's tokens (default mean)")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a checkpoint")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--cache",

@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 
 from cat.commands._json import as_json
+from cat.commands._parser import finite, natural
 from cat.data.listing import listed
 from cat.device import pick_device
 from cat.encoders import CATEncoder
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder", required=True, metavar="CHECKPOINT", help="a run, a checkpoint, a .safetensors, or a hub name"
     )
     parser.add_argument("-k", type=int, default=5, help="how many (default 5)")
-    parser.add_argument("--piece", type=float, default=10.0, metavar="S", help="seconds of a piece (default 10)")
+    parser.add_argument("--piece", type=finite, default=10.0, metavar="S", help="seconds of a piece (default 10)")
     parser.add_argument("--index", type=Path, default=None, metavar="FILE", help="embeddings: .npz, .parquet or .h5")
     parser.add_argument(
         "--whiten", action="store_true", help="of some hundreds of sounds: tell apart those that all look alike"
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     form.add_argument("--csv", action="store_true", help="print CSV")
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cat.commands._json import add_json, tell
+from cat.commands._parser import finite
 from cat.data.synth import SPLITS, SynthConfig, synthesise
 from cat.sounds import CLASSES
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=default.seed, help="another seed gives other sounds (%(default)s)")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=finite,
         nargs=2,
         default=default.seconds,
         metavar=("MIN", "MAX"),
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--snr-db",
-        type=float,
+        type=finite,
         nargs=2,
         default=default.snr_db,
         metavar=("MIN", "MAX"),
