@@ -6,6 +6,7 @@ Everything is drawn with matplotlib's Agg canvas, without a display, and written
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,30 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 
 def figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     """A matplotlib figure of that many inches with its axes, on the Agg canvas."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(EXTRA) from error
+    _import()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawing)
     return drawing, drawing.subplots(rows, columns, **options)
+
+
+def _import() -> None:
+    """matplotlib cannot be imported where MPLBACKEND names what this Python does not have: a notebook's own backend, in
+    a command that the notebook starts. Here no backend is used."""
+    try:
+        try:
+            import matplotlib
+        except ValueError:
+            asked = os.environ.pop("MPLBACKEND", None)
+            try:
+                import matplotlib  # noqa: F401
+            finally:
+                if asked is not None:
+                    os.environ["MPLBACKEND"] = asked
+    except ImportError as error:
+        raise ImportError(EXTRA) from error
 
 
 def save(drawing: Any, path: Path) -> Path:
@@ -79,6 +96,7 @@ def legend_below(drawing: Any, axis: Any, columns: int = 6) -> None:
 @functools.cache
 def _font_with(character: str) -> str | None:
     """The family of an installed font that can draw it; None where the default font can, "" where none can."""
+    _import()
     from matplotlib.font_manager import FontProperties, findfont, fontManager
 
     if ord(character) in _characters(findfont(FontProperties())) or character == "\n":
