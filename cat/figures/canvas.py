@@ -5,8 +5,10 @@ Everything is drawn with matplotlib's Agg canvas, without a display, and written
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +34,21 @@ def figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **op
 
 def _import() -> None:
     """matplotlib cannot be imported where MPLBACKEND names what this Python does not have: a notebook's own backend, in
-    a command that the notebook starts. Here no backend is used."""
+    a command that the notebook starts. Here no backend is used; what can be had stays set for others."""
+    if "matplotlib" in sys.modules:
+        return
+    asked = os.environ.pop("MPLBACKEND", None)
     try:
-        try:
-            import matplotlib
-        except ValueError:
-            asked = os.environ.pop("MPLBACKEND", None)
-            try:
-                import matplotlib  # noqa: F401
-            finally:
-                if asked is not None:
-                    os.environ["MPLBACKEND"] = asked
+        import matplotlib
+
+        if asked is not None:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = asked
     except ImportError as error:
         raise ImportError(EXTRA) from error
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
 
 
 def save(drawing: Any, path: Path) -> Path:
