@@ -38,7 +38,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs clean
+.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs notebook clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,12 @@ gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
 	@echo "docs/build/index.html"
+
+# In a folder of its own, and back only when all cells have run.
+notebook: $(INSTALLED_DOCS) ## run docs/notebook.ipynb, and keep what it prints in it (minutes)
+	@folder=$$(mktemp -d) && cp docs/notebook.ipynb $$folder && \
+	    PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace --timeout=3600 $$folder/notebook.ipynb && \
+	    cp $$folder/notebook.ipynb docs/notebook.ipynb && rm -r $$folder
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)

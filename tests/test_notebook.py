@@ -76,10 +76,11 @@ def test_it_runs_in_jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_its_commands_exist_and_it_is_whole() -> None:
-    """It begins with an installation, all its code has been run in order, and nothing of a machine is in it."""
+    """It begins with an installation; outputs, if any (`make notebook`), are of one run in order and of no machine."""
     code = [cell for cell in cells() if cell["cell_type"] == "code"]
     assert INSTALLS.match(source(code[0]))
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    counts = [cell["execution_count"] for cell in code]
+    assert counts in ([None] * len(code), list(range(1, len(code) + 1)))
     for cell in code:
         for line in source(cell).splitlines():
             if line.startswith("!"):
