@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything but gpu-suite runs in a virtual environment that it makes and keeps up to date.
+# `make help` lists the targets. All but gpu-suite and kernel-hub run in a virtual environment that they make and keep up to date.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,8 @@ LIMIT ?= 570
 CACHE ?= gpu-cache.tar.xz
 ARCH ?= 90
 JOBS ?= 2
+# Of the kernel hub: the repository that the written files name.
+REPO_ID ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -34,11 +36,12 @@ SOURCES := CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/fbank/*)
 DATA := data/quickstart
 RUN := runs/quickstart
 CLASSIFIER := runs/quickstart-classifier
+GALLERY := runs/gallery
 SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs notebook clean
+.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs notebook clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +55,16 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fin
 	$(BIN)/cat-audio finetune recipes/quickstart-classifier.yaml --overwrite
 	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
 	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN) --whiten
+
+gallery: quickstart ## draw the pictures of docs/gallery.md and docs/visible-only.md anew
+	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
+	    --probe linear,gated --layers all --figures --no-cache --out $(GALLERY)/probe.json
+	$(BIN)/cat-audio evaluate $(CLASSIFIER) $(DATA)/test.jsonl --figures -o $(GALLERY)/evaluation --overwrite
+	$(BIN)/cat-audio experiment visible --data $(DATA) --out $(GALLERY) --overwrite
+	cp $(RUN)/figures/patches.png $(RUN)/figures/loss.png $(RUN)/figures/embeddings.png docs/figures/gallery
+	cp $(GALLERY)/figures/layers.png $(GALLERY)/evaluation/figures/confusion.png docs/figures/gallery
+	cp $(CLASSIFIER)/figures/prediction.png docs/figures/gallery
+	cp $(GALLERY)/visible/figures/reach.png $(GALLERY)/visible/figures/halo.png docs/figures
 
 test: $(BUILT) ## run the tests; those marked gpu only where there is one, those marked slow with SLOW=1
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
@@ -83,6 +96,11 @@ gpu-suite: ## GPU tests and benchmarks, results into OUT=DIR; also PIECES="..." 
 gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for ARCH=90; needs no GPU
 	$(BIN)/python -m benchmarks.cache make $(CACHE) --arch $(ARCH) --processes $(JOBS)
 
+# Installs nothing, compiles nothing.
+kernel-hub: OUT := $(if $(filter file,$(origin OUT)),kernel-hub,$(OUT))
+kernel-hub: ## the operators for Hugging Face's kernel hub, into OUT=DIR; REPO_ID=me/cat-kernels names the repository
+	$(PYTHON) -m release.kernel_hub $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
+
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
 	@echo "docs/build/index.html"
@@ -94,14 +112,15 @@ notebook: $(INSTALLED_DOCS) ## run docs/notebook.ipynb, and keep what it prints 
 	    cp $$folder/notebook.ipynb docs/notebook.ipynb && rm -r $$folder
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
-	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)
+	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)
 	rm -f cat_kernels/_C*.so cat_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is younger than all that decides what is installed, so a second run costs nothing. torchaudio has a folder of
 # its own: the tests read one of its files, and where PyTorch has no CUDA it breaks those that import it (transformers).
-# Of the harnesses the tests run the checkers, which need little of what the packages ask for (tensorflow, torchaudio).
+# Of the harnesses the tests run the checkers, and of the kernel hub the loader: they need little of what the packages ask for
+# (tensorflow, torchaudio, sigstore).
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "cat-kernels needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -113,7 +132,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps --upgrade \
 	    --target $(VENV)/others torchaudio
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps \
-	    xares hearvalidator loguru || echo "without the harnesses' checkers; the tests that run them are skipped" >&2
+	    xares hearvalidator loguru kernels || echo "without harnesses' checkers and kernels; tests that run them are skipped" >&2
 	@touch $@
 
 # The installation has built the extension; a source that changed since then builds it again, in place.

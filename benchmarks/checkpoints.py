@@ -51,7 +51,7 @@ class OnTheSpot:
 
 def state_of(preset: str, device: torch.device) -> dict[str, dict[str, Tensor]]:
     """A model, and moments as AdamW has them."""
-    model = build_model(preset, "auto").to(device)
+    model = build_model(preset, "auto", device)
     moments = {}
     for name, parameter in trainable(model).items():
         moments |= {f"{kind}.{name}": torch.randn_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}

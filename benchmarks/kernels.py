@@ -4,10 +4,8 @@
 
 Candidates: "triton" is the kernel that the stem runs. "pytorch" is the same result by PyTorch's operations, that is by
 the vendor's libraries. "triton, cublas" is a chain that holds a matrix product with the product left to the library and
-the rest in kernels. "pytorch" alone: plain products and sums, which the stem leaves to the library too. Gradients of
-weights have a candidate "split rows": the library's products of slices of the rows, added (`_triton.product`); for
-comparison, those of the transformer's and the decoder's linear layers too. Which is faster decides which the stem
-should use.
+the rest in kernels. "pytorch" alone: plain products and sums, which the stem leaves to the library too. Which is faster
+decides which the stem should use.
 
 A kernel's least bytes are its arguments and its results, each once; its multiply-adds are PyTorch's. ``forward`` and
 ``backward`` say how often the stem's passes run it: `benchmarks.predict` adds them up.
@@ -38,10 +36,10 @@ from benchmarks.runner import DTYPES, Case, Groups, Settings, arguments, finish,
 from benchmarks.stem import sizes, stem_inputs
 from cat_kernels.stem.layout import block_places, halo_rows, strides
 
+CHECKED_CLIPS = 4  # in float64, of which a GPU has few units
 RADIUS, BLOCKS = 2, 2  # of the 5x5, conv blocks a stage
 MIXED = "triton, cublas"
-SPLIT = "split rows"
-PROVIDERS = ("pytorch", "triton", MIXED, SPLIT)
+PROVIDERS = ("pytorch", "triton", MIXED)
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,13 @@ class Kernel:
     pytorch: Callable[..., Any]
     triton: Callable[..., Any] | None = None
     mixed: Callable[..., Any] | None = None
-    split: Callable[..., Any] | None = None
     forward: int = 0  # times in a stem's forward,
     backward: int = 0  # and in its backward
     scalar: dict[str, int] = field(default_factory=dict)  # elements that go through "gelu", "depthwise", ...
     scratch: int = 0  # bytes of hidden layer a row, where the stem takes a slice of rows at a time
 
     def providers(self) -> dict[str, Callable[..., Any]]:
-        found = dict(zip(PROVIDERS, (self.pytorch, self.triton, self.mixed, self.split), strict=True))
+        found = dict(zip(PROVIDERS, (self.pytorch, self.triton, self.mixed), strict=True))
         return {name: function for name, function in found.items() if function is not None}
 
     def work(self) -> tuple[int, int]:
@@ -100,23 +97,11 @@ def conv_linear_mixed(
     return torch.addmm(x + bias.to(x.dtype), ours("conv.depthwise")(y, halo, places, taps, taps_bias), weight.t())
 
 
-def norm_mlp_kept(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-    fc1 = parameters[2]
-    pre = fc1.new_empty(x.shape[0], fc1.shape[0])
-    return ours("mlp.norm_mlp_residual")(x, *parameters, EPS, pre), pre
-
-
 def norm_mlp_mixed(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor, b2: Tensor
 ) -> Tensor:
-    hidden = ours("linear.norm_linear")(x, ln_weight, ln_bias, fc1, b1, EPS, activation=True)
-    return torch.addmm(x + b2.to(x.dtype), hidden, fc2.t())
-
-
-def split_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    from cat_kernels._triton import product
-
-    return product(grad.t(), x)
+    pre = F.linear(ours("rows.layer_norm")(x, ln_weight, ln_bias, EPS), fc1, b1.to(x.dtype))
+    return torch.addmm(x + b2.to(x.dtype), F.gelu(pre), fc2.t())
 
 
 # ---------------------------------------------------------------- the list
@@ -167,7 +152,7 @@ def kernels(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         coarser = factors[:i:-1]
         halo = halo_rows(visible, grid, coarser, RADIUS)
         halo = torch.where(halo == patches * p * p, -1, halo).int()
-        yield from block_kernels(halo, block_places(coarser, device).int(), c, make, train=shape["masks"] > 0)
+        yield from block_kernels(halo, block_places(coarser, device).int(), c, make)
         yield from products(f"side {i}", patches, p * p * c, config.embed_dim, make, passes=(1, 1, 1))
         yield Kernel(  # what the next embedding and the side output send back
             f"sum of gradients c={c} p={p}",
@@ -176,8 +161,6 @@ def kernels(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
             backward=1,
         )
     yield from products("last Linear", patches, config.embed_dim, config.embed_dim, make, passes=(1, 1, 1))
-    clones = visible.shape[0]
-    yield from linear_gradients(patches + clones, clones * grid[0] * grid[1], config.embed_dim, make)
 
 
 def pixel_kernels(spec: Tensor, visible: Tensor, resolutions: Any, c: int, make: Maker) -> Iterator[Kernel]:
@@ -231,8 +214,8 @@ def norm_kernels(R: int, c: int, make: Maker, *, embedding: bool, blocks: bool) 
     )
 
 
-def block_kernels(halo: Tensor, places: Tensor, c: int, make: Maker, *, train: bool) -> Iterator[Kernel]:
-    """The conv blocks of one stage; ``train``: of a forward that keeps the rows in front of GELU for its backward."""
+def block_kernels(halo: Tensor, places: Tensor, c: int, make: Maker) -> Iterator[Kernel]:
+    """The conv blocks of one stage."""
     S, h = places.numel(), 4 * c
     R, p = halo.shape[0] * S, math.isqrt(places.numel())
     norm = lambda: (make.vector(c), make.vector(c))  # noqa: E731
@@ -262,15 +245,7 @@ def block_kernels(halo: Tensor, places: Tensor, c: int, make: Maker, *, train: b
         pytorch=composed.norm_mlp_residual,
         triton=functools.partial(ours("mlp.norm_mlp_residual"), eps=EPS),
         mixed=norm_mlp_mixed,
-        forward=0 if train else BLOCKS,
-        scalar={"norm": R * c, "gelu": R * h},
-    )
-    yield Kernel(
-        f"norm_mlp_residual kept c={c}",
-        (make.rows(R, c), *mlp, make.vector(c)),
-        pytorch=composed.norm_mlp_residual_kept,
-        triton=norm_mlp_kept,
-        forward=BLOCKS if train else 0,
+        forward=BLOCKS,
         scalar={"norm": R * c, "gelu": R * h},
     )
     yield Kernel(  # the whole of it; its parts are those that follow
@@ -280,25 +255,19 @@ def block_kernels(halo: Tensor, places: Tensor, c: int, make: Maker, *, train: b
         triton=functools.partial(ours("mlp.norm_mlp_backward"), eps=EPS),
     )
     scratch = 2 * h * make.dtype.itemsize
-    yield Kernel(  # where the rows in front of GELU are not kept
-        f"mlp_hidden c={c}",
-        (make.rows(R, c), make.rows(R, c), *mlp[2:]),
-        pytorch=composed.mlp_hidden,
-        triton=ours("mlp.mlp_hidden"),
-        scalar={"gelu_backward": R * h},
-        scratch=scratch,
-    )
     yield Kernel(
-        f"mlp_hidden_kept c={c}",
-        (make.rows(R, h), make.rows(R, c), mlp[-1]),
-        pytorch=composed.mlp_hidden_kept,
-        triton=ours("mlp.mlp_hidden_kept"),
+        f"gelu_backward h={h}",
+        (make.rows(R, h), make.rows(R, h)),
+        pytorch=composed.gelu_backward,
+        triton=ours("mlp.gelu_backward"),
         backward=BLOCKS,
         scalar={"gelu_backward": R * h},
         scratch=scratch,
     )
+    again = make.rows(R, c), make.matrix(h, c), make.vector(h)
+    yield Kernel(f"fc1, {c} to {h}: again", again, pytorch=F.linear, backward=BLOCKS, scratch=scratch)
     yield from products("fc1", R, c, h, make, passes=(0, BLOCKS, BLOCKS), scratch=scratch)
-    yield from products("fc2", R, h, c, make, passes=(0, 0, BLOCKS), scratch=scratch)
+    yield from products("fc2", R, h, c, make, passes=(0, BLOCKS, BLOCKS), scratch=scratch)
     yield Kernel(
         f"depthwise c={c} p={p}",
         (make.rows(R, c), halo, places, taps(), make.vector(c)),
@@ -346,32 +315,9 @@ def products(
         both = make.rows(R, outer), make.matrix(outer, inner)
         yield Kernel(f"{name}: input's gradient", both, pytorch=torch.matmul, backward=dinput, scratch=scratch)
     if dweight:
-        yield weight_gradient(name, R, inner, outer, make, backward=dweight, scratch=scratch)
-
-
-def weight_gradient(
-    layer: str, R: int, inner: int, outer: int, make: Maker, *, backward: int = 0, scratch: int = 0
-) -> Kernel:
-    return Kernel(
-        f"{layer}: weight's gradient",
-        (make.rows(R, outer), make.rows(R, inner)),
-        pytorch=composed.weight_gradient,
-        split=split_weight_gradient,
-        backward=backward,
-        scratch=scratch,
-    )
-
-
-def linear_gradients(rows: int, grid_rows: int, D: int, make: Maker) -> Iterator[Kernel]:
-    """Of linear layers behind the stem, which are PyTorch's: no part of its passes."""
-    for what, R, inner, outer in (
-        ("qkv", rows, D, 3 * D),
-        ("attention's Linear", rows, D, D),
-        ("block's fc1", rows, D, 4 * D),
-        ("block's fc2", rows, 4 * D, D),
-        ("decoder's Linear", grid_rows, D, D),
-    ):
-        yield weight_gradient(f"{what}, {inner} to {outer}", R, inner, outer, make)
+        both = make.rows(R, outer), make.rows(R, inner)
+        weight = composed.weight_gradient
+        yield Kernel(f"{name}: weight's gradient", both, pytorch=weight, backward=dweight, scratch=scratch)
 
 
 # ---------------------------------------------------------------- measuring
@@ -406,7 +352,8 @@ def reference(kernel: Kernel) -> Groups:
     return {str(i): [t] for i, t in enumerate(results)}
 
 
-def case(kernel: Kernel, dtype: str, shape: dict[str, Any], names: Sequence[str], s: Settings) -> Case:
+def case(kernel: Kernel, small: Kernel, dtype: str, shape: dict[str, Any], names: Sequence[str], s: Settings) -> Case:
+    """``small``: the same kernel with fewer rows, which is held to float64."""
     moved, macs = kernel.work()
     copy, matrix = s.ceilings.get("copy_GBps"), floor_ms(macs, dtype, s.ceilings)
     floors = [moved / (copy * 1e9) * 1e3 if copy else None, matrix]
@@ -416,8 +363,9 @@ def case(kernel: Kernel, dtype: str, shape: dict[str, Any], names: Sequence[str]
         key=Key(benchmark="kernels", mode=kernel.name, dtype=dtype, shape=shape),
         providers={name: functools.partial(KernelProvider, kernel, name, DTYPES[dtype]) for name in names},
         baseline="pytorch",
-        reference=lambda: reference(kernel),
+        reference=lambda: reference(small),
         work=dict.fromkeys(names, work),
+        checked=lambda name: KernelProvider(small, name, DTYPES[dtype]),
     )
 
 
@@ -436,12 +384,14 @@ def run(s: Settings, only: str | None = None) -> Results:
     shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
     for dtype in s.dtypes:
         torch.manual_seed(0)
-        for kernel in kernels(shape, s.device, DTYPES[dtype]):
+        few = {**shape, "clips": min(shape["clips"], CHECKED_CLIPS)}
+        pairs = zip(*(kernels(sizes, s.device, DTYPES[dtype]) for sizes in (shape, few)), strict=True)
+        for kernel, small in pairs:
             if (only and only not in kernel.name) or (missing and kernel.triton is None):
                 continue
             names = [name for name in kernel.providers() if name == "pytorch" or not missing]
             try:
-                run_case(case(kernel, dtype, shape, names, s), results, s)
+                run_case(case(kernel, small, dtype, shape, names, s), results, s)
             except Exception as error:  # the others go on
                 key = Key(benchmark="kernels", mode=kernel.name, dtype=dtype, shape=shape)
                 results.reject(key, "all", reason(error))

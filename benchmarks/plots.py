@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import machine_name
+from benchmarks.tables import headline, machine_name
 
 # One colour a candidate, the same in every plot.
 COLOURS = {
@@ -52,6 +52,40 @@ def plot(data: dict[str, Any], directory: Path) -> list[Path]:
         _lines(swept, f"stem by batch, {machine_name(data)}, {data['date'][:10]}", path)
         written.append(path)
     return written
+
+
+def plot_headline(results: list[dict[str, Any]], path: Path) -> None:
+    """How many times as fast as dense, of every machine and comparison of the front page's table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    words = {
+        "dense": "as released (dense)",
+        "visible": "visible patches, PyTorch",
+        "triton": "visible patches, kernels",
+    }
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for data in results:
+        for name, rows in headline(data):
+            cases.setdefault(f"{machine_name(data)}\n{name}", rows)
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.75 * len(cases)), layout="constrained")
+    for place, rows in enumerate(cases.values()):
+        for line, provider in enumerate(name for name in words if name in rows):
+            faster, ms = rows[provider]["speedup"], rows[provider]["median_ms"]
+            at = place + 0.26 * (line - (len(rows) - 1) / 2)
+            axis.barh(at, faster, 0.24, color=COLOURS[provider], label=words[provider])
+            axis.text(faster, at, f" {faster:.1f}x, {ms:,.{0 if ms >= 100 else 1}f} ms", va="center", fontsize=8)
+    axis.set_yticks(range(len(cases)), cases, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("times as fast as dense")
+    axis.margins(x=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+    named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(named.values(), named.keys(), fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _figures(data: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]]:

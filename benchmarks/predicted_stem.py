@@ -82,7 +82,7 @@ def cache_bytes(name: str, sizes: dict[str, Any], R: int) -> int:
 
     A tile that is read twice counts twice; a patch's halo once a program.
     """
-    z, c, rows = sizes, sizes["c"], R * sizes["c"]
+    z, c, rows = sizes, sizes.get("c", 0), R * sizes.get("c", 0)
     programs = math.ceil(R / z["BLOCK_R"]) if "BLOCK_R" in z else 0
     halo = ((z["P"] + z["KK"] - 1) / z["P"]) ** 2 if "KK" in z else 0.0
     match name.split()[0]:
@@ -90,12 +90,7 @@ def cache_bytes(name: str, sizes: dict[str, Any], R: int) -> int:
             columns = math.ceil(z["n"] / z["BLOCK_N"])
             elements = columns * (2 * rows + programs * z["BLOCK_N"] * c) + R * z["n"]
         case "norm_mlp_residual":
-            elements = programs * 2 * c * z["h"] + 7 * rows + (R * z["h"] if z["KEEP"] else 0)
-        case "mlp_hidden_kept":
-            elements = programs * c * z["h"] + rows + 3 * R * z["h"]
-        case "mlp_hidden":
-            columns = math.ceil(z["h"] / z["BLOCK_H"])
-            elements = columns * (2 * rows + programs * 2 * z["BLOCK_H"] * c) + 2 * R * z["h"]
+            elements = programs * 2 * c * z["h"] + 7 * rows
         case "conv_linear_residual":
             elements = (halo + 2) * rows + programs * c * c
         case "depthwise":
@@ -132,7 +127,7 @@ def predict(kernel: Kernel, compiled: dict[str, tuple[Resources, dict[str, Any]]
     if kernel.triton is not None:
         resources, tile = compiled[kernel.name]
         share, blocks = a.triton_share, resident(resources, a)
-        cached = cache_bytes(kernel.name, tile, rows(kernel, tile["c"]))
+        cached = cache_bytes(kernel.name, tile, rows(kernel, tile["c"] if "c" in tile else tile["h"]))
     found = needs(moved, products, instructions, share, a, cached=cached, alone=blocks == 1)
     floor = floor_ms(moved, 2 * macs, a)
     gaps = slices(kernel) * a.launch_us / 1e3

@@ -111,12 +111,13 @@ class Model:
             listed = self._listed(o)
             if listed is not None:
                 kernel, resources, tile = listed
-                part = self._rows(o, tile["c"]) / self._rows_of(kernel, tile["c"])
+                width = tile["c"] if "c" in tile else tile["h"]
+                part = self._rows(o, width) / self._rows_of(kernel, width)
                 flops = int(2 * kernel.work()[1] * part)
                 products = flops - int(50 * kernel.scalar.get("depthwise", 0) * part)
                 instructions = int(part * sum(a.instructions[name] * n for name, n in kernel.scalar.items()))
                 alone = predicted_stem.resident(resources, a) == 1
-                cached = predicted_stem.cache_bytes(kernel.name, tile, self._rows(o, tile["c"]))
+                cached = predicted_stem.cache_bytes(kernel.name, tile, self._rows(o, width))
         found = needs(o["bytes"], products, instructions, share, a, cached=cached, alone=alone)
         ms = max(found.values()) + o["launches"] * a.launch_us / 1e3
         floor = floor_ms(o["bytes"], flops, a)
@@ -262,7 +263,6 @@ KEPT = {
     "stem_conv_block.0": "a conv block's output",
     "stem_conv_block.1": "rows in front of the depthwise convolution",
     "stem_conv_block.2": "rows in front of the MLP",
-    "stem_conv_block.3": "rows in front of GELU",
     "stem_halo_rows.0": "a table of neighbours",
     "stem_add_product.0": "an embedding in front of its LayerNorm, or the tokens",
     "clone": "weights in the order of the rows",

@@ -3,6 +3,7 @@
     python -m benchmarks.report            # benchmarks/README.md and docs/*.md
     python -m benchmarks.report --check    # exit code 1 where a table is out of date, nothing written
     python -m benchmarks.report --plots results.json    # instead: draw the plots of one result file beside it
+    python -m benchmarks.report --figure docs/figures/speed.png    # instead: the front page's figure
 
 A document asks for a table with a pair of markers, what stands between them is replaced:
 
@@ -90,7 +91,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is out of date")
     parser.add_argument("--plots", type=Path, metavar="FILE", help="instead: the plots of a result file, beside it")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="instead: the headline of all result files, drawn")
     options = parser.parse_args()
+    if options.figure:
+        from benchmarks.plots import plot_headline
+
+        plot_headline(newest(), options.figure)
+        return 0
     if options.plots:
         from benchmarks.plots import plot
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Case:
     reference: Callable[[], Groups]
     work: dict[str, dict[str, Any]] = field(default_factory=dict)  # provider -> multiply_adds, floor_ms, ...
     peak: Callable[[str], float] | None = None  # peak MiB of a provider where the allocator does not tell it
+    checked: Callable[[str], Provider] | None = None  # what is held to the reference, where that is of fewer clips
 
 
 def setup(device: torch.device, threads: int | None) -> None:
@@ -65,6 +67,16 @@ def setup(device: torch.device, threads: int | None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # "cuda" alone is an error there
         torch.backends.cudnn.benchmark = True
+
+
+@contextlib.contextmanager
+def unsearched() -> Iterator[None]:
+    """For what is computed once, for a check: cuDNN does not time its algorithms, which takes seconds a shape."""
+    searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searches
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -123,7 +135,8 @@ class CaseRun:
 
     def __init__(self, case: Case, results: Results, device: torch.device) -> None:
         self.case, self.results, self.device = case, results, device
-        self.reference = case.reference()
+        with unsearched():
+            self.reference = case.reference()
         self.alive: dict[str, Provider] = {}
         self.parity: dict[str, Parity] = {}
         self.peaks: dict[str, float | None] = {}
@@ -133,7 +146,8 @@ class CaseRun:
         began = time.perf_counter()
         try:
             provider = self.case.providers[name]()
-            parity = self._parity(name, distance(provider.check(), self.reference))
+            checked = self.case.checked(name) if self.case.checked else provider
+            parity = self._parity(name, distance(checked.check(), self.reference))
             if parity.passed:
                 if self.device.type == "cuda":
                     provider.call()  # what is allocated once is there before memory is counted

@@ -130,7 +130,8 @@ def start(case: Case, argv: list[str], said: Path, *, every_other: bool = False)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(case.processes), "--rdzv-backend", "c10d",
               "--rdzv-endpoint", "localhost:0"]  # fmt: skip
     command = [sys.executable, *(launch if case.processes > 1 else []), "-m", "benchmarks.scaling"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(case.threads)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(case.threads)}
     done = subprocess.run(
         [*command, "--child", json.dumps(settings)], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -40,7 +40,7 @@ def child(settings: dict[str, Any]) -> dict[str, float]:
     training.COMPILER = settings["compiler"]
     compiled, graph = MODES[settings["mode"]]
     step = training.PretrainStep(
-        build_model(settings["shape"]["preset"], "auto").to(device), OPTIM, precision=settings["dtype"],
+        build_model(settings["shape"]["preset"], "auto", device), OPTIM, precision=settings["dtype"],
         compile=compiled, cuda_graph=graph,
     )  # fmt: skip
     batch = *inputs(settings["shape"], device), None, torch.tensor([0, 0], device=device)

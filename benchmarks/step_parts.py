@@ -81,7 +81,7 @@ def run(s: Settings) -> Results:
     results, device = Results(), s.device
     shape = {"preset": s.preset, "clips": s.clips, "masks": s.masks, "frames": s.frames}
     dtype = s.dtypes[0]
-    step = PretrainStep(build_model(s.preset, "auto").to(device), OPTIM, precision=dtype)
+    step = PretrainStep(build_model(s.preset, "auto", device), OPTIM, precision=dtype)
     batch = *inputs(shape, device), None, torch.tensor([0, 0], device=device)
 
     def update() -> None:

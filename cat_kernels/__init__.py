@@ -7,6 +7,7 @@ backend runs each of them here.
 
 __version__ = "0.1.0"
 
+from . import _requires  # noqa: F401 - first: what follows need not even compile on an older Python
 from .backends import explain
 from .ema import EMA, ema_update_
 from .gather import gather_tokens

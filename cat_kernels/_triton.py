@@ -79,56 +79,14 @@ class Chip:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-OUTPUT_TILE = 128, 256  # what the library's fastest kernels make of a result at a time, on Hopper
-FILLED = 0.9  # of the multiprocessors, in every round of tiles
-LEAST_ROWS, MOST_SLICES = 1024, 128  # of a slice, and how many
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; sum and result are float32 whatever the operands' dtype.
 
-
-def row_slices(rows: int, m: int, n: int, multiprocessors: int) -> int:
-    """How many slices of its rows a sum over ``rows``, of (m, n) results, is cut into so that their tiles fill a GPU.
-
-    1 where the result has tiles enough. Otherwise the fewest that fill `FILLED` of it, or up to twice as many where
-    these divide the rows; or those that fill most. A rule from counts, not yet a measurement: `benchmarks.kernels` has
-    both ("pytorch" and "split rows" of a weight's gradient); where one product is faster, return 1 here.
-    """
-    tiles = triton.cdiv(m, OUTPUT_TILE[0]) * triton.cdiv(n, OUTPUT_TILE[1])
-    if not 0 < tiles < multiprocessors:
-        return 1
-    filled = {}
-    for slices in range(1, max(1, min(rows // LEAST_ROWS, MOST_SLICES)) + 1):
-        rounds = triton.cdiv(tiles * slices, multiprocessors)
-        filled[slices] = tiles * slices / (rounds * multiprocessors)
-    enough = [slices for slices, share in filled.items() if share >= FILLED]
-    whole = [slices for slices in enough if rows % slices == 0 and slices <= 2 * enough[0]]
-    return (whole or enough or [max(filled, key=filled.__getitem__)])[0]
-
-
-def product(a: Tensor, b: Tensor, total: Tensor | None = None, *, slices: int | None = None) -> Tensor:
-    """``a @ b``, added to ``total`` (in place) where given; sum and result are float32 whatever the operands' dtype.
-
-    For the gradients of weights: (m, rows) times (rows, n), by PyTorch's product, which is the vendor's library. The
-    rows go in slices, one product each, that are added in their order; None: as many as `row_slices` says."""
-    rows = a.shape[1]
-    if slices is None:
-        on_gpu = a.device.type == "cuda"
-        slices = row_slices(rows, a.shape[0], b.shape[1], Chip.of(a.device).multiprocessors) if on_gpu else 1
-    length = rows // slices
-    if slices == 1 or length == 0:
-        found = _wide(torch.mm, a, b)
-    else:
-        cut = slices * length
-        parts_a = a[:, :cut].unflatten(1, (slices, length)).movedim(1, 0)  # views: nothing is copied
-        found = _wide(torch.bmm, parts_a, b[:cut].unflatten(0, (slices, length))).sum(0)
-        if cut < rows:
-            found += _wide(torch.mm, a[:, cut:], b[cut:])
-    return found if total is None else total.add_(found)
-
-
-def _wide(multiply: Any, a: Tensor, b: Tensor) -> Tensor:
-    """In float32. PyTorch takes out_dtype on CUDA tensors only."""
+    For the gradients of weights: (m, rows) times (rows, n), by PyTorch's product, which is the vendor's library. It
+    shares out the rows by itself: cut into slices here, one product each, they took an H100 up to 2.9 times as long."""
     if a.dtype == torch.float32 or a.device.type != "cuda":
-        return multiply(a.float(), b.float())
-    return multiply(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()  # PyTorch takes out_dtype on CUDA tensors only
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -340,9 +340,10 @@ def to_float64(sample: Sample) -> Sample:
 
 def incoming_gradients(outputs: list[Tensor], seed: int = 0) -> list[Tensor]:
     """Random incoming gradients for floating-point outputs, the same for every run and dtype up to rounding."""
-    generator = torch.Generator().manual_seed(seed)
+    device = outputs[0].device if outputs else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(seed)
     return [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype) for out in outputs
+        torch.randn(out.shape, generator=generator, dtype=torch.float64, device=device).to(out.dtype) for out in outputs
     ]
 
 

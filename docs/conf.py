@@ -20,6 +20,7 @@ autodoc_typehints = "signature"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
+highlight_language = "text"  # what has no language is what a program printed, not Python
 
 
 def setup(app: Any) -> None:

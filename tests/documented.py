@@ -82,7 +82,7 @@ def steps_of(page: str) -> list[Step]:
         return list(_indented(page, _help(page.removeprefix("help of ")), "  "))
     text = (ROOT / page).read_text(encoding="utf-8")
     if page == "Makefile":
-        return list(_quickstart(text))
+        return list(made_by("quickstart"))
     if page.endswith(".yaml"):
         return list(_indented(page, text, "#   "))
     return list(_fenced(page, text))
@@ -153,9 +153,11 @@ def _help(command: str) -> str:
     return f"{parser.description or ''}\n{parser.epilog or ''}"
 
 
-def _quickstart(text: str) -> Iterator[Step]:
+def made_by(target: str) -> Iterator[Step]:
+    """The commands of a target of the Makefile, as a user would type them."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
     names = dict(re.findall(r"^(\w+) :?= (.*)$", text, re.MULTILINE)) | {"BIN": ""}
-    before, _, rest = text.partition("\nquickstart:")
+    before, _, rest = text.partition(f"\n{target}:")
     recipe = re.split(r"\n(?!\t)", rest.partition("\n")[2])[0]
     for number, command in _joined(recipe):
         while re.search(_VARIABLE, command):

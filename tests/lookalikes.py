@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -16,7 +18,8 @@ import numpy as np
 
 from cat.commands import main
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
 _MODEL = "channels=[8,8] embed_dim=16 depth=2 num_heads=2 decoder_dim=16 decoder_layers=1 decoder_groups=2"
 _DATA = ("features.frames=64", "data.batch_size=4", "data.num_workers=0")
 _TWO_STEPS = ("optim.steps=2", "optim.warmup_steps=1", "run.checkpoint_every=2", "run.threads=1")
@@ -71,6 +74,11 @@ def manifest(path: Path, **fields: Callable[[int], Any]) -> None:
         for number, clip in enumerate(found.clips)
     ]
     write_manifest(dataclasses.replace(found, clips=tuple(clips)), path)
+
+
+def quickstart(path: Path) -> None:
+    """The folder that `make quickstart` synthesises."""
+    assert main(["synth", str(path), *SMALL["synth"], "--quiet"]) == 0
 
 
 def embedded(path: Path) -> None:
@@ -178,7 +186,55 @@ def _finetuned(path: Path, recipe: str, data: Callable[[Path], None]) -> None:
     assert main(["finetune", str(RECIPES / recipe), *SMALL["finetune"], *own]) == 0
 
 
+def eat_list(path: Path) -> None:
+    """As EAT and fairseq have them: ``.tsv``, ``.lbl`` of the same name, ``label_descriptors.csv``."""
+    folder_of_folders(path.parent / ".eat")
+    names = [f"{label}/{number}" for label in ("hiss", "hum") for number in range(4)]
+    path.write_text("\n".join([".eat", *(f"{name}.wav\t9000" for name in names)]) + "\n")
+    labels = [f"{name.rpartition('/')[2]}\t/m/{name.partition('/')[0]}" for name in names]
+    path.with_suffix(".lbl").write_text("\n".join(labels) + "\n")
+    (path.parent / "label_descriptors.csv").write_text('0,/m/hiss,"Hiss"\n1,/m/hum,"Hum, mains"\n')
+
+
+def ast_list(path: Path) -> None:
+    """As AST's scripts have them: ``.json``, and ``class_labels_indices.csv``."""
+    folder = path.parent / ".ast"
+    folder_of_folders(folder)
+    data = [
+        {"wav": str(folder / label / f"{number}.wav"), "labels": f"/m/{label}"}
+        for label in ("hiss", "hum")
+        for number in range(4)
+    ]
+    path.write_text(json.dumps({"data": data}))
+    table = 'index,mid,display_name\n0,/m/hiss,"Hiss"\n1,/m/hum,"Hum, mains"\n'
+    (path.parent / "class_labels_indices.csv").write_text(table)
+
+
+def metadata(path: Path) -> None:
+    """As Hugging Face's audio folders have it."""
+    folder_of_folders(path.parent)
+    rows = [f"{label}/{number}.wav,{label}" for label in ("hiss", "hum") for number in range(4)]
+    path.write_text("\n".join(["file_name,label", *rows]) + "\n")
+
+
+def eat_checkpoint(path: Path) -> None:
+    """A pre-training checkpoint of fairseq's, with EAT's plain patches."""
+    import torch
+
+    from cat.checkpoints.released import to_released
+    from cat.model import CAT, ModelConfig
+
+    small = {"embed_dim": 64, "depth": 2, "num_heads": 1, "decoder_dim": 32, "decoder_layers": 1, "decoder_groups": 2}
+    student, teacher = to_released(CAT(ModelConfig(stem="patch", resolutions=(16,), channels=(), **small)))
+    torch.save({"model": student | {"_ema": teacher}}, path)
+
+
 def clap(path: Path) -> None:
     from tests.cat.encoders.test_clap import save_clap
 
     save_clap(path, mel_bins=16, truncation="rand_trunc")
+
+
+def kernel_hub(path: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "release.kernel_hub", path, *options]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)

@@ -1,5 +1,6 @@
 """What users get: complete metadata, imports that need no extra, tests that collect on a bare machine, no pickles."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -11,13 +12,14 @@ import pytest
 
 import cat
 import cat_kernels
+from cat_kernels import _requires
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRA_MODULES = (
     "soundfile", "soxr", "yaml", "tqdm", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers", "triton",
     "huggingface_hub", "pyarrow", "h5py", "onnx", "onnxruntime", "onnxscript", "mteb", "sed_eval", "ai_edge_litert",
-    "kaldi_native_fbank", "librosa", "torchaudio", "shtab",
+    "kaldi_native_fbank", "librosa", "torchaudio", "kernels", "shtab",
 )  # fmt: skip
 SOURCES = [path for folder in ("cat_kernels", "cat", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -74,7 +76,34 @@ def test_every_requirement_is_pinned() -> None:
     pinned = {name.lower().replace("_", "-") for name in pins}
     wanted = [*PROJECT["dependencies"], *(r for group in PROJECT["optional-dependencies"].values() for r in group)]
     names = {re.split(r"[\[<>=]", requirement)[0].lower().replace("_", "-") for requirement in wanted} - {"cat-kernels"}
-    assert names | {"torchaudio", "xares", "loguru", "hearvalidator"} <= pinned  # which the Makefile installs apart
+    assert (
+        names | {"torchaudio", "xares", "loguru", "hearvalidator", "kernels"} <= pinned
+    )  # which the Makefile installs apart
+
+
+def test_what_pip_checks_the_package_checks() -> None:
+    """Where it is loaded without pip: as the first thing, so that nothing fails in its place."""
+    torch = next(requirement for requirement in PROJECT["dependencies"] if requirement.startswith("torch"))
+    assert PROJECT["requires-python"] == f">={'.'.join(map(str, _requires.PYTHON))}"
+    assert torch == f"torch>={'.'.join(map(str, _requires.TORCH))}"
+    tree = ast.parse((ROOT / "cat_kernels" / "__init__.py").read_text())
+    first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert [alias.name for alias in first.names] == ["_requires"]
+
+
+@pytest.mark.parametrize(
+    ("python", "pytorch"),
+    [((3, 10, 14), "2.13.0"), ((3, 11, 7), "2.10.1+cu128"), ((2, 99), "2.13.0"), ((3, 11), "1.99")],
+)
+def test_an_older_version_is_refused_with_both_named(python: tuple[int, ...], pytorch: str) -> None:
+    with pytest.raises(ImportError, match=rf"Python 3\.11 and PyTorch 2\.11.*{python[0]}\.{python[1]}.*{pytorch[:4]}"):
+        _requires.check(python, pytorch)
+
+
+@pytest.mark.parametrize("pytorch", ["2.11.0", "2.11.0a0+git1234567", "2.12.0.dev20260101+cu130", "3.0.0"])
+def test_a_newer_version_is_taken(pytorch: str) -> None:
+    _requires.check((3, 11, 0), pytorch)
+    _requires.check((4, 0), pytorch)
 
 
 def test_the_command_exists() -> None:

@@ -34,6 +34,7 @@ def _only_run(spec: S.OperatorSpec, sample: S.Sample, layout: Any = None) -> Non
 
 
 S.check_parity = _only_run
+S.incoming_gradients = lambda outputs, seed=0: [torch.empty_like(out) for out in outputs]
 S.compare_runs = lambda *args, **options: None
 torch.testing.assert_close = lambda *args, **options: None
 

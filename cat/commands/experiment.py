@@ -26,6 +26,7 @@ from cat.experiments.recipes import experiment_config
 from cat.experiments.records import claim_record, compare, read_record
 from cat.experiments.trial import Task
 from cat.experiments.verdict import Verdict
+from cat.experiments.visible import visible
 from cat.figures import is_figure, write_loss_curves
 from cat.files import write_json
 from cat.outputs import Output, claim, json_of
@@ -35,6 +36,7 @@ from cat.training.recipe import PretrainConfig, pick_device
 EPILOG = """\
 overfit       one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
 kernels       the same run with the operators' kernels and with the dense formula: losses must agree
+visible       the stem over all positions and over visible patches alone must agree; draws why
 overhead      memory and time of a guide: without, cached, live; losses of live and cached must agree
 failures      what goes wrong with a guide, and collapse: each provoked, and the trainer's warning must name it
 
@@ -48,16 +50,17 @@ cost          how much the regularisation weighs; its losses as sums
 distance      l2, l1, cosine, kl
 masks         masks a clip, and how much they hide
 
-Exit code 0 when the verdict is PASS. OUT/NAME gets result.json and figures. With the tiny model overfit takes half a
-minute on two CPU cores, kernels several, a study one to three hours, and goes on where it was stopped;
-model.preset=small and the like ask for more, optim.steps=60 for less.
+Exit code 0 when the verdict is PASS. OUT/NAME gets result.json and figures. With the tiny model visible takes
+seconds, overfit half a minute on two CPU cores, kernels several, a study one to three hours, and goes on where it was
+stopped; model.preset=small and the like ask for more, optim.steps=60 for less.
 """
 GUIDED = ("overhead", "failures")  # besides studies: those that take the first --guide
+OWN = {**dict.fromkeys(GUIDED, ("pool", "guide")), "visible": ("pool",)}  # options of studies that others have too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("name", choices=("overfit", "kernels", "overhead", "failures", *CLAIMS))
+    parser.add_argument("name", choices=("overfit", "kernels", "visible", "overhead", "failures", *CLAIMS))
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="fields of the recipe to change")
     parser.add_argument(
         "--data",
@@ -71,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     studies = parser.add_argument_group("of studies")
     studies.add_argument(
-        "--pool", type=Path, default=None, help="clips to train on, in place of DATA's; also of overhead and failures"
+        "--pool",
+        type=Path,
+        default=None,
+        help="clips to train on, in place of DATA's; not of studies alone",
     )
     studies.add_argument(
         "--task", action="append", default=[], metavar="NAME=FOLDER", help="what to probe on, in place of DATA; repeat"
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.record:
         claim_record(args.record, args.name, overwrite=args.overwrite)
     data = args.data
-    if data is None and not (args.pool and (args.task or args.name in GUIDED)):
+    if data is None and not (args.pool and (args.task or args.name in OWN)):
         data = _made_data(args.out / "data", progress=not args.quiet)
     pool = args.pool or data / "train.jsonl"
     config = experiment_config(args.name, pool, args.overrides)
@@ -111,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.name == "overfit":
         verdict = overfit(config, say=(lambda text: None) if args.quiet else say)
         write_loss_curves(out / "figures" / "loss.png", {"overfit": verdict.values["curve"]})
+    elif args.name == "visible":
+        verdict = visible(config, out)
     elif args.name == "overhead":
         guide = next(iter(_guides(args).values()))
         verdict = overhead(config, out, encoder=guide, progress=not args.quiet)
@@ -145,7 +153,7 @@ def _result(name: str, verdict: Verdict, config: PretrainConfig, seconds: float)
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that the experiment does not have."""
-    own = ("pool", "guide") if args.name in GUIDED else ()
+    own = OWN.get(args.name, ())
     for option in ("pool", "task", "guide", "record", "compare"):
         if args.name not in CLAIMS and getattr(args, option) and option not in own:
             raise ValueError(f"--{option} belongs to studies ({', '.join(CLAIMS)}); {args.name} has none")
@@ -183,9 +191,8 @@ def _options(args: argparse.Namespace, pool: Path, data: Path | None) -> Options
 
 
 def _claim(name: str, out: Path, *, overwrite: bool) -> None:
-    figures = {"overfit": ("loss",), "failures": ("loss",), "kernels": ("loss", "agreement"), "overhead": ()}.get(
-        name, ("scores",)
-    )
+    known: dict[str, tuple[str, ...]] = {"overfit": ("loss",), "failures": ("loss",), "kernels": ("loss", "agreement")}
+    figures = (known | {"visible": ("reach", "halo"), "overhead": ()}).get(name, ("scores",))
     result = Output(
         out / "result.json",
         lambda path: json_of(path, experiment=str, verdict=str)["experiment"] == name,

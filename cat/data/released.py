@@ -75,10 +75,12 @@ def _tsv_clip(line: str, root: Path, where: str) -> Clip:
 
 
 def _with_labels(path: Path, clips: Clips, root: Path) -> tuple[Clips, Path, dict[str, str]]:
-    """Labels from ``NAME.lbl`` ('name label,label', in the clips' order), names from ``label_descriptors.csv``."""
+    """Labels from ``NAME.lbl`` ('name label,label', in the clips' order), else those that the list has; their names
+    from ``label_descriptors.csv``."""
     label_path, names_path = companions(path)
     if not label_path.exists():
-        return clips, root, {}
+        named = names_path.exists() and any(clip.labels for clip in clips)
+        return clips, root, _label_names(names_path) if named else {}
     labels = list(lines(label_path))
     if len(labels) != len(clips):
         raise ManifestError(f"{label_path}: {len(labels)} lines for the {len(clips)} clips of {path.name}")

@@ -2,6 +2,7 @@
 
 ``overfit``  one batch, fixed masks, fixed targets: the regression loss must fall by 90 %
 ``kernels``  the same run with the operators' kernels and with the dense formula
+``visible``  the stem over all positions and over visible patches alone: tokens and gradients must agree
 ``overhead``  memory and time of a guide: without, cached, live in the data workers or in the training process
 ``failures``  what goes wrong with a guide, and collapse: each provoked, and the trainer's warning must name it
 

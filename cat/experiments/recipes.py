@@ -41,6 +41,7 @@ STUDY: dict[str, Any] = {
     "optim": {"lr": 1e-3, "warmup_steps": 100, "steps": 1500},
     "ema": {"start": 0.998, "end": 0.9995, "steps": 1500},
 }
+VISIBLE: dict[str, Any] = {"features": {"frames": 160}, "data": {"batch_size": 1, "num_workers": 0, "features": "cpu"}}
 FAILURES: dict[str, Any] = {
     "masks": {"num_masks": 1, "ratio": 0.5},  # a fifth of so few patches would tell little of the clip
     "features": {"frames": 64},
@@ -53,7 +54,7 @@ FAILURES: dict[str, Any] = {
 def experiment_config(name: str, train: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The recipe of an experiment on the manifest ``train``; `overrides` as for ``cat-audio pretrain``."""
     recipe = {section: dict(fields) for section, fields in RECIPE.items()}
-    own = {"overfit": OVERFIT, "kernels": KERNELS, "failures": FAILURES}
+    own = {"overfit": OVERFIT, "kernels": KERNELS, "failures": FAILURES, "visible": VISIBLE}
     layers: list[Mapping[str, Any]] = [own.get(name, {})]
     if name in CLAIMS:
         layers = [STUDY, CLAIMS[name].recipe]

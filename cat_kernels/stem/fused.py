@@ -345,16 +345,13 @@ class _BlockWeights(NamedTuple):
 
 def _conv_block_triton(
     x: Tensor, halo: Tensor, places: Tensor, weights: Sequence[Tensor], eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.mlp import norm_mlp_residual
 
     x, w = x.contiguous(), _BlockWeights.of(weights, x.dtype)
     y, middle = _first_half(x, halo, places, w, eps)
     mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias
-    if not keep:
-        return norm_mlp_residual(middle, *mlp, eps), *_nothing(x, w)
-    pre = _new_pre(x, w)
-    return norm_mlp_residual(middle, *mlp, eps, pre if pre.shape[0] else None), y, middle, pre
+    return norm_mlp_residual(middle, *mlp, eps), *((y, middle) if keep else _nothing(x))
 
 
 def _first_half(x: Tensor, halo: Tensor, places: Tensor, w: _BlockWeights, eps: float) -> tuple[Tensor, Tensor]:
@@ -366,16 +363,8 @@ def _first_half(x: Tensor, halo: Tensor, places: Tensor, w: _BlockWeights, eps: 
     return y, conv_linear_residual(x, y, halo, places, w.taps, w.taps_bias, w.conv2_weight, w.conv2_bias)
 
 
-def _new_pre(x: Tensor, w: _BlockWeights) -> Tensor:
-    """For the rows in front of GELU, (R, h) or, where they are made again in the backward, (0, h)."""
-    from .kernels.mlp import keeps_pre
-
-    h, c = w.fc1_weight.shape
-    return x.new_empty(x.shape[0] if keeps_pre(c, h, x.dtype, x.device) else 0, h)
-
-
-def _nothing(x: Tensor, w: _BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1]), x.new_empty(0, w.fc1_weight.shape[0])
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1])
 
 
 def _conv_block_fake(
@@ -383,10 +372,9 @@ def _conv_block_fake(
 ) -> tuple[Tensor, ...]:
     from .kernels.conv import middle_dtype
 
-    w = _BlockWeights(*weights)
     if not keep:
-        return *_like(x), *_nothing(x, w)
-    return *_like(x, x), _like(x)[0].to(middle_dtype(x.dtype)), _new_pre(x, w)
+        return *_like(x), *_nothing(x)
+    return *_like(x, x), _like(x)[0].to(middle_dtype(x.dtype))
 
 
 def _conv_block_backward_triton(
@@ -394,7 +382,6 @@ def _conv_block_backward_triton(
     x: Tensor,
     y: Tensor,
     middle: Tensor,
-    pre: Tensor,
     halo: Tensor,
     places: Tensor,
     weights: Sequence[Tensor],
@@ -411,7 +398,7 @@ def _conv_block_backward_triton(
         y, middle = _first_half(x, halo, places, w, eps)
 
     mlp = w.norm2_weight, w.norm2_bias, w.fc1_weight, w.fc1_bias, w.fc2_weight, eps
-    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp, pre if pre.shape[0] else None)
+    dmiddle, *mlp_grads = norm_mlp_backward(grad, middle, *mlp)
 
     dc2w = product(dmiddle.t(), depthwise(y, halo, places, w.taps, w.taps_bias))
     dz = dmiddle @ w.conv2_weight
@@ -428,29 +415,30 @@ def _conv_block_backward_triton(
 def _conv_block_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, halo, places, weights, ctx.eps, ctx.keep = inputs
     _, *kept = output
+    ctx.set_materialize_grads(False)  # no zeros of the size of what is kept
     ctx.mark_non_differentiable(*kept)
     ctx.save_for_backward(x, *kept, halo, places, *weights)
 
 
 def _conv_block_formula(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    x, y, middle, pre, halo, places, *weights = ctx.saved_tensors
+    x, y, middle, halo, places, *weights = ctx.saved_tensors
     dx, *dweights = _stem_conv_block_backward(
-        grad, x, y, middle, pre, halo, places, weights, ctx.eps, ctx.keep, backend=ctx.backend
+        grad, x, y, middle, halo, places, weights, ctx.eps, ctx.keep, backend=ctx.backend
     )
     return dx, None, None, dweights, None, None
 
 
 _stem_conv_block_backward = register(
     OPERATOR,
-    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor pre, Tensor halo, Tensor places, "
+    "stem_conv_block_backward(Tensor grad, Tensor x, Tensor y, Tensor middle, Tensor halo, Tensor places, "
     'Tensor[] weights, float eps, bool keep, *, str backend="auto") -> Tensor[]',
     {"triton": _conv_block_backward_triton},
-    fake=lambda grad, x, y, middle, pre, halo, places, weights, eps, keep: list(_like(x, *weights)),
+    fake=lambda grad, x, y, middle, halo, places, weights, eps, keep: list(_like(x, *weights)),
 )
 _stem_conv_block = register(
     OPERATOR,
     "stem_conv_block(Tensor x, Tensor halo, Tensor places, Tensor[] weights, float eps, bool keep, *, "
-    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
+    'str backend="auto") -> (Tensor, Tensor, Tensor)',
     {"triton": _conv_block_triton},
     fake=_conv_block_fake,
     setup_context=_conv_block_save,

@@ -31,10 +31,15 @@ def block_order(factors: tuple[int, ...], device: torch.device) -> Tensor:
     ``factors`` are k_{n-1}, ..., k_{i+1}, coarsest first. Returns (p*p,) int64: ``row_major[block_order]`` is in block
     order.
     """
+    return in_block_order(torch.arange(math.prod(factors) ** 2, device=device)[None], factors).reshape(-1)
+
+
+def in_block_order(row_major: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """(X, p*p) positions of p x p patches -> (X, k, k, ...), the same in block order; a view, whose gradient is one too
+    (that of an index is a sort)."""
     n = len(factors)
-    index = torch.arange(math.prod(factors) ** 2, device=device).reshape([*factors, *factors])
-    interleaved = [axis for j in range(n) for axis in (j, n + j)]
-    return index.permute(interleaved).reshape(-1)
+    interleaved = [axis for j in range(n) for axis in (1 + j, 1 + n + j)]
+    return row_major.reshape(-1, *factors, *factors).permute(0, *interleaved)
 
 
 def block_places(factors: tuple[int, ...], device: torch.device) -> Tensor:

@@ -35,8 +35,7 @@ class MultiResConv(StemWeights):
             all clones (the oracle); "auto" takes "triton" where it can run and "visible" elsewhere. State dicts are the
             same for every backend.
         recompute: keep less for the backward and compute it again ("triton" only): of every conv block the input, not
-            the rows in front of the depthwise convolution, of the MLP and of GELU. (The last are kept in half precision
-            on GPUs of 40 GiB or more only; made again they are not rounded, and gradients differ by that.)
+            the rows in front of the depthwise convolution and of the MLP.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Products of rows with a matrix in the fused stem. They are PyTorch's; the matrix's gradient is a sum over so many
-rows with so few results that it goes in slices (`_triton.product`), and it stays in float32."""
+"""Products of rows with a matrix in the fused stem. They are PyTorch's; the matrix's gradient, a sum over many rows,
+stays in float32 (`_triton.product`)."""
 
 from __future__ import annotations
 

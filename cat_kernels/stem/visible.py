@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import block_order, halo_rows, patchify, strides
+from .layout import block_order, halo_rows, in_block_order, patchify, strides
 from .taps import convolved, piece_size
 from .weights import ConvBlock, StemWeights
 
@@ -28,10 +28,8 @@ PIECE = 1024
 def patch_weight(conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
     """Weights of a convolution with kernel = stride = prod(factors) as the matrix (D, S * c) that rows of S positions
     in block order are multiplied with."""
-    weight_DcS = conv.weight.flatten(2)
-    if len(factors) > 1:
-        weight_DcS = weight_DcS[:, :, block_order(factors, weight_DcS.device)]
-    return weight_DcS.transpose(1, 2).flatten(1)
+    positions = in_block_order(conv.weight.flatten(2).flatten(0, 1), factors).unflatten(0, conv.weight.shape[:2])
+    return positions.movedim(1, -1).flatten(1)
 
 
 def patch_linear(rows: Tensor, conv: torch.nn.Conv2d, factors: tuple[int, ...]) -> Tensor:
@@ -64,7 +62,7 @@ def _pieces(rows: Tensor, grad: Tensor, kernel: int, halo: Tensor, order: Tensor
     """For the gradient of the taps (`taps.Pieces`): patches, and the gradients in their halos."""
     patches, side = halo.shape[0], round(halo.shape[1] ** 0.5) - kernel + 1
     rows_nSc, grad, places = rows.unflatten(0, (patches, side * side)), _with_zero(grad), order.argsort()
-    size = piece_size(side * side * rows.shape[1])
+    size = piece_size(side * side * rows.shape[1], rows.device)
     for some, around in zip(rows_nSc.split(size), halo.split(size), strict=True):
         yield some[:, places].unflatten(1, (side, side)), _windows(grad, around)
 

@@ -61,7 +61,7 @@ def _convolve(x_BHWc: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 def _pieces(x_BHWc: Tensor, grad_BHWc: Tensor, kernel: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For the gradient of the taps (`taps.Pieces`): lines of one clip, and the gradients around them."""
     _, H, W, c = x_BHWc.shape
-    radius, lines = kernel // 2, piece_size(W * c)
+    radius, lines = kernel // 2, piece_size(W * c, x_BHWc.device)
     for x_1HWc, grad_1HWc in zip(x_BHWc.split(1), grad_BHWc.split(1), strict=True):
         around = F.pad(grad_1HWc, (0, 0, radius, radius, radius, radius))
         for first in range(0, H, lines):

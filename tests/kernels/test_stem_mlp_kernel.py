@@ -45,10 +45,9 @@ def eager(x: Tensor, parameters: list[Tensor], grad: Tensor, dtype: torch.dtype)
     return {"y": y.detach(), **dict(zip(("x", *NAMES), grads, strict=True))}
 
 
-def kernels(x: Tensor, parameters: list[Tensor], grad: Tensor, keep: bool = False) -> dict[str, Tensor]:
-    pre = x.new_empty(x.shape[0], parameters[2].shape[0], dtype=grad.dtype) if keep else None
-    y = mlp.norm_mlp_residual(x, *parameters, EPS, pre)
-    dx, *grads = mlp.norm_mlp_backward(grad, x, *parameters[:-1], EPS, pre)
+def kernels(x: Tensor, parameters: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+    y = mlp.norm_mlp_residual(x, *parameters, EPS)
+    dx, *grads = mlp.norm_mlp_backward(grad, x, *parameters[:-1], EPS)
     return {"y": y, "x": dx, **dict(zip(NAMES, grads, strict=True))}
 
 
@@ -63,13 +62,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 SHAPES = [(19, 48, 80), (20, 32, 48), (5, 16, 16), (1, 80, 112)]
 
 
-def check(R: int, c: int, h: int, dtype: torch.dtype, keep: bool = False, middle: bool = False) -> None:
-    """``keep``: the rows in front of GELU; ``middle``: x as the stem has it, float16 where the rest is bfloat16."""
+def check(R: int, c: int, h: int, dtype: torch.dtype, middle: bool = False) -> None:
+    """``middle``: x as the stem has it, float16 where the rest is bfloat16."""
     x, parameters, grad = inputs(R, c, h, dtype)
     if middle:
         x = x.to(middle_dtype(dtype))
     before = [t.clone() for t in (x, *parameters, grad)]
-    found = kernels(x, parameters, grad, keep)
+    found = kernels(x, parameters, grad)
     exact = eager(x, parameters, grad, torch.float64)
     same = eager(x, parameters, grad, dtype)
     for name, value in found.items():
@@ -90,16 +89,28 @@ def test_parity(R: int, c: int, h: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("R", "c", "h"), SHAPES)
-def test_parity_of_what_the_stem_runs(R: int, c: int, h: int, keep: bool) -> None:
-    assert mlp.keeps_pre(c, h, torch.bfloat16, torch.device("cpu"))
-    check(R, c, h, torch.bfloat16, keep, middle=True)
+def test_parity_of_what_the_stem_runs(R: int, c: int, h: int) -> None:
+    assert mlp.tiles.mlp(c, h, torch.bfloat16, mlp.tiles.Chip())
+    check(R, c, h, torch.bfloat16, middle=True)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_several_tiles_of_rows(keep: bool) -> None:
-    check(130, 32, 32, torch.bfloat16, keep)
+def test_several_tiles_of_rows() -> None:
+    check(130, 32, 32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gelu_backward(in_place: bool) -> None:
+    """Several tiles either way, none of them full."""
+    generator = torch.Generator().manual_seed(0)
+    pre, grad = (torch.randn(70, 100, generator=generator).to(DEVICE) for _ in range(2))
+    leaf = pre.double().requires_grad_()
+    expected = F.gelu(leaf)
+    (dpre,) = torch.autograd.grad(expected, leaf, grad.double())
+    found = mlp.gelu_backward(pre, grad, **({"hidden": pre, "dpre": grad} if in_place else {}))
+    assert (found[0] is pre, found[1] is grad) == (in_place, in_place)
+    for actual, exact in zip(found, (expected, dpre, dpre.sum(0)), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("dtype", "middle"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
@@ -108,25 +119,14 @@ def test_a_slice_of_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, dtype: torch
     monkeypatch.setattr(mlp, "scratch", lambda device: 1)
     monkeypatch.setattr(mlp.tiles, "mlp", lambda *args: None)
     assert [rows.stop for rows in mlp._slices(300, 64, torch.device(DEVICE))] == [128, 256, 300]
-    assert not mlp.keeps_pre(32, 32, dtype, torch.device(DEVICE))
     check(140, 32, 32, dtype, middle=middle)
 
 
-def test_slices_of_kept_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp, "scratch", lambda device: 1)
-    check(140, 32, 32, torch.bfloat16, keep=True)
-
-
-@pytest.mark.parametrize(("gib", "kept", "slices"), [(24, False, 4), (48, True, 2), (80, True, 1), (141, True, 1)])
-def test_what_is_kept_goes_by_the_memory_of_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, gib: int, kept: bool, slices: int
-) -> None:
+@pytest.mark.parametrize(("gib", "slices"), [(24, 4), (48, 2), (80, 1), (141, 1)])
+def test_slices_go_by_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch, gib: int, slices: int) -> None:
     """Not by what is free: all ranks and all steps do the same. Rows of 96 clips of the base model."""
     monkeypatch.setattr(mlp.tiles.Chip, "of", lambda device: mlp.tiles.Chip(90, memory=gib << 30))
-    device = torch.device("meta")
-    assert mlp.keeps_pre(256, 1024, torch.bfloat16, device) == kept
-    assert len(list(mlp._slices(96 * 4 * 102 * 16, 2 * 1024 * 2, device))) == slices
-    assert not mlp.keeps_pre(256, 1024, torch.float32, device)
+    assert len(list(mlp._slices(96 * 4 * 102 * 16, 2 * 1024 * 2, torch.device("meta")))) == slices
 
 
 def test_no_rows() -> None:

@@ -327,7 +327,7 @@ def depthwise_backward_weight(
     """
     R, c = y.shape
     p, kk = _sides(halo, places, kernel_size)
-    options = tiles.depthwise(c, p, y.dtype)
+    options = tiles.depthwise_weight(c, p, y.dtype)
     shares = min(SHARES, triton.cdiv(R, options["BLOCK_R"]))
     dtaps = y.new_empty((shares, kk * kk, c), dtype=torch.float32)
     dbias = y.new_empty((shares, c), dtype=torch.float32)
@@ -368,7 +368,7 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
     found, chip = [], tiles.Chip(architecture)
     for c, p in tiles.STAGES:
         sizes = {"c": c, "KK": 5, "P": p}
-        plain_tiles = tiles.depthwise(c, p, DTYPES[dtype])
+        plain_tiles, sums = tiles.depthwise(c, p, DTYPES[dtype]), tiles.depthwise_weight(c, p, DTYPES[dtype])
         for name, kernel, signature, more, chosen in (
             (
                 "conv_linear_residual",
@@ -379,7 +379,7 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
             ),
             ("depthwise", _depthwise, plain, {"FLIP": False, "HAS_BIAS": True}, plain_tiles),
             ("depthwise transposed", _depthwise, plain, {"FLIP": True, "HAS_BIAS": False}, plain_tiles),
-            ("depthwise_backward_weight", _depthwise_backward_weight, backward, {}, plain_tiles),
+            ("depthwise_backward_weight", _depthwise_backward_weight, backward, {}, sums),
         ):
             if chosen is None:
                 continue

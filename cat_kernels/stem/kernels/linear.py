@@ -1,4 +1,4 @@
-"""LayerNorm, a linear layer and, where asked, GELU in one pass: y = GELU(LN(x) @ weight.T + bias).
+"""LayerNorm and a linear layer in one pass: y = LN(x) @ weight.T + bias.
 
 The normalised rows are never in memory. A tile of rows is read twice, for its statistics and as the operand, the
 second time from the cache.
@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gelu_triton import gelu
 from ..._triton import DTYPES, Ahead, dot, launch
 from . import tiles
 from .rows import layer_norm
@@ -33,7 +32,6 @@ def _norm_linear(
     eps,
     c: tl.constexpr,
     n: tl.constexpr,
-    GELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -69,8 +67,6 @@ def _norm_linear(
         weight = tl.load(weight_ptr + outs * c + (k + ks)[:, None], (outs < n) & in_k[:, None], 0.0)
         acc = dot(normed, weight, acc, "ieee")
     acc += tl.load(bias_ptr + outs, outs < n, 0.0).to(tl.float32)
-    if GELU:
-        acc = gelu(acc)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * n + outs, acc, inside & (outs < n))
 
 
@@ -81,25 +77,22 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    *,
-    activation: bool = False,
 ) -> Tensor:
-    """(R, c) -> (R, n) in the dtype of weight (n, c). ``activation``: GELU of the result."""
+    """(R, c) -> (R, n) in the dtype of weight (n, c)."""
     R, c = x.shape
     n = weight.shape[0]
     options = tiles.norm_linear(c, n, weight.dtype)
     if options is None:
-        y = F.linear(layer_norm(x, ln_weight, ln_bias, eps), weight, bias.to(x.dtype))
-        return F.gelu(y) if activation else y
+        return F.linear(layer_norm(x, ln_weight, ln_bias, eps), weight, bias.to(x.dtype))
     y = weight.new_empty(R, n)
     grid = (triton.cdiv(R, options["BLOCK_R"]) * triton.cdiv(n, options["BLOCK_N"]),)
     tensors = (x, ln_weight, ln_bias, weight, bias, y)
-    launch(_norm_linear, grid, *tensors, R, eps, c=c, n=n, GELU=activation, **options)
+    launch(_norm_linear, grid, *tensors, R, eps, c=c, n=n, **options)
     return y
 
 
 def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
-    """The instantiations of the base model: the first 1x1, and the MLP's first layer where it is not fused."""
+    """The instantiations of the base model: a block's first 1x1."""
     found = []
     signature = {
         "x_ptr": f"*{dtype}",
@@ -112,12 +105,8 @@ def ahead(dtype: str = "bf16", architecture: int = 90) -> list[Ahead]:
         "eps": "fp32",
     }
     for c in sorted({c for c, _ in tiles.STAGES}):
-        for n, activation in ((c, False), (4 * c, True)):
-            options = tiles.norm_linear(c, n, DTYPES[dtype])
-            if options is None or (activation and tiles.mlp(c, n, DTYPES[dtype], tiles.Chip(architecture))):
-                continue
+        options = tiles.norm_linear(c, c, DTYPES[dtype])
+        if options is not None:
             sizes: dict[str, Any] = {name: options.pop(name) for name in ("BLOCK_R", "BLOCK_N", "BLOCK_K")}
-            constexprs = {"c": c, "n": n, "GELU": activation, **sizes}
-            name = f"norm_linear{'_gelu' if activation else ''} c={c}"
-            found.append(Ahead(name, _norm_linear, signature, constexprs, options))
+            found.append(Ahead(f"norm_linear c={c}", _norm_linear, signature, {"c": c, "n": c, **sizes}, options))
     return found

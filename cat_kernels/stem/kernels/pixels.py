@@ -30,7 +30,7 @@ from ..._triton import DTYPES, Ahead, dot, input_precision, launch
 from ..layout import block_order, strides
 from . import tiles
 
-PROGRAMS = 512  # that share the weight's gradient: about four on every multiprocessor, and tens of MB of partial sums
+PROGRAMS = 256  # that share the weight's gradient: about two on every multiprocessor
 
 
 @functools.cache
