@@ -46,7 +46,7 @@ SOUND := $(DATA)/test/bird/bird-00000.wav
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs linkcheck wheel clean
+.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs notebook linkcheck wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -112,8 +112,15 @@ docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
 
 linkcheck: $(INSTALLED_DOCS) ## ask every address that the documentation links to; needs a network
 	$(BIN)/sphinx-build -q -b linkcheck docs docs/build/linkcheck
+
 wheel: $(INSTALLED_RELEASE) ## wheels for any Linux with glibc 2.28 and the source distribution into dist/; PYTHONS="..." CUDA=off
 	$(BIN)/python -m release.wheels --out dist --pythons $(PYTHONS) --cuda $(CUDA) $(if $(TRY_WITH),--try-with $(TRY_WITH))
+
+# In a folder of its own, and back only when all cells have run.
+notebook: $(INSTALLED_DOCS) ## run docs/notebook.ipynb, and keep what it prints in it (minutes)
+	@folder=$$(mktemp -d) && cp docs/notebook.ipynb $$folder && \
+	    PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace --timeout=3600 $$folder/notebook.ipynb && \
+	    cp $$folder/notebook.ipynb docs/notebook.ipynb && rm -r $$folder
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api docs/repository $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)

@@ -24,6 +24,7 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "cat_kernels"
@@ -289,6 +290,17 @@ class Build(build):
     ]
 
 
+class BuildPackages(build_py):
+    """With the recipes, which stand beside the packages in a checkout, and in `cat` where there is none."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+                self.mkpath(str(Path(self.build_lib, "cat", "recipes")))
+                self.copy_file(str(recipe), str(Path(self.build_lib, "cat", "recipes", recipe.name)))
+
+
 class BuildExtension(build_ext):
     """CMake's module, or none with its reason; either way a record beside it."""
 
@@ -331,7 +343,7 @@ def main() -> None:
     setup(
         # Without it the wheel fits every platform.
         ext_modules=[] if why_no_extension() else [Extension(f"{PACKAGE}._C", sources=[])],
-        cmdclass={"build": Build, "build_ext": BuildExtension},
+        cmdclass={"build": Build, "build_ext": BuildExtension, "build_py": BuildPackages},
         options={} if folder.parent == ROOT else elsewhere,  # what setuptools writes beside the sources
     )
 

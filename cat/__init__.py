@@ -13,20 +13,34 @@ encoder, info = load_encoder("runs/quickstart")        # a run, a checkpoint or 
 tokens = encoder(spec)                                 # (B, 1+L, D): CLS, then one token per patch
 """
 
-from cat_kernels import __version__  # isort: skip
+from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cat.checkpoints import load_encoder
-from cat.data.masks import MaskConfig, inverse_block_masks
-from cat.model import CAT, PRESETS, Encoder, GuideConfig, ModelConfig, ObjectiveConfig
-
 if TYPE_CHECKING:
+    from cat.checkpoints import load_encoder
+    from cat.data.masks import MaskConfig, inverse_block_masks
     from cat.encoders import CATEncoder
+    from cat.model import CAT, PRESETS, Encoder, GuideConfig, ModelConfig, ObjectiveConfig
     from cat.prediction import CATClassifier
+    from cat_kernels import __version__
 
-_LATER = {"CATClassifier": "cat.prediction", "CATEncoder": "cat.encoders"}
+# What brings more modules along is imported when it is first asked for: `cat-audio --help` needs none of it, not torch.
+_HOME = {
+    "CAT": "cat.model",
+    "CATClassifier": "cat.prediction",
+    "CATEncoder": "cat.encoders",
+    "Encoder": "cat.model",
+    "GuideConfig": "cat.model",
+    "MaskConfig": "cat.data.masks",
+    "ModelConfig": "cat.model",
+    "ObjectiveConfig": "cat.model",
+    "PRESETS": "cat.model",
+    "__version__": "cat_kernels",
+    "inverse_block_masks": "cat.data.masks",
+    "load_encoder": "cat.checkpoints",
+}
 
 __all__ = [
     "CAT",
@@ -45,7 +59,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What brings more modules along is imported when it is first asked for: not every command needs it."""
-    if name not in _LATER:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

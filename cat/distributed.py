@@ -30,6 +30,7 @@ from torch import Tensor
 from cat import progress
 from cat.config import ConfigError
 from cat.device import pick_device
+from cat.ending import Unsaid
 
 PATIENCE = 2.0  # seconds in which the others tell that they are still there
 _STARTING = 600.0  # seconds until all have found the store
@@ -39,10 +40,6 @@ _BROKEN = re.compile(r"gloo/|NCCL|ProcessGroup")  # errors of collectives; other
 
 class Lost(RuntimeError):
     """Another process has gone, or does not answer."""
-
-
-class Unsaid(Exception):
-    """This process ends because another one had an error, which that one says."""
 
 
 class Processes:

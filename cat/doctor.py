@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Extra -> {distribution: import name}, as in pyproject.toml.
 EXTRAS: dict[str, dict[str, str]] = {
@@ -22,6 +24,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         "matplotlib": "matplotlib",
         "scikit-learn": "sklearn",
         "scipy": "scipy",
+        "shtab": "shtab",
     },
     "hub": {"huggingface-hub": "huggingface_hub"},
     "files": {"pyarrow": "pyarrow", "h5py": "h5py"},
@@ -34,14 +37,29 @@ EXTRAS: dict[str, dict[str, str]] = {
 
 
 def report() -> str:
-    """The whole report; nothing that is missing makes it fail."""
+    """The whole report, for people; nothing that is missing makes it fail."""
     import cat_kernels
 
-    return "\n".join([str(cat_kernels.explain()), "", *_rows(_machine()), "", *_rows(_packages())])
+    machine, packages = [*_machine()], [(name, found or f"missing: {remedy}") for name, found, remedy in _packages()]
+    return "\n".join([str(cat_kernels.explain()), "", *_rows(machine), "", *_rows(packages)])
 
 
-def _rows(pairs: Iterator[tuple[str, str]]) -> list[str]:
-    return [f"{name:<14} {value}" for name, value in pairs]
+def report_json() -> dict[str, Any]:
+    """The same for programs. A package that is missing is null."""
+    import cat_kernels
+
+    told = cat_kernels.explain()
+    return {
+        "versions": told.versions,
+        "operators": [dataclasses.asdict(row) for row in told.rows],
+        "machine": dict(_machine()),
+        "packages": {name: found for name, found, _ in _packages()},
+    }
+
+
+def _rows(pairs: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in pairs)
+    return [f"{name:<{width}} {value}" for name, value in pairs]
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -55,14 +73,14 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "CUDA compiler", release or "none (nvcc not found); only needed to build CUDA code"
 
 
-def _packages() -> Iterator[tuple[str, str]]:
+def _packages() -> Iterator[tuple[str, str | None, str]]:
+    """(name, version if it is there, what installs it)"""
     for name in ("numpy", "safetensors"):
-        yield name, _version(name, name) or f"missing: pip install {name}"
+        yield name, _version(name, name), f"pip install {name}"
     for extra, packages in EXTRAS.items():
         for distribution, module in packages.items():
-            found = _version(distribution, module)
-            yield distribution, found or f"missing: pip install 'cat-kernels[{extra}]'"
-    yield "libsndfile", _libsndfile()
+            yield distribution, _version(distribution, module), f"pip install 'cat-kernels[{extra}]'"
+    yield "libsndfile", _libsndfile(), "comes with soundfile"
 
 
 def _version(distribution: str, module: str) -> str | None:
@@ -75,11 +93,11 @@ def _version(distribution: str, module: str) -> str | None:
         return "present, version unknown"
 
 
-def _libsndfile() -> str:
+def _libsndfile() -> str | None:
     try:
         import soundfile
     except ImportError:
-        return "comes with soundfile"
+        return None
     except OSError as error:  # the package without its library
         return f"cannot be loaded ({error}); install it, e.g. apt install libsndfile1"
     formats = [name for name in ("WAV", "FLAC", "OGG", "MP3") if name in soundfile.available_formats()]

@@ -1,4 +1,5 @@
-"""Ending a command from outside as Ctrl-C does, so that what is half written is cleaned up on the way out."""
+"""Ending a command from outside as Ctrl-C does, so that what is half written is cleaned up on the way out; or because
+another process has ended."""
 
 from __future__ import annotations
 
@@ -17,6 +18,10 @@ class Ended(SystemExit):
     def __init__(self, number: int) -> None:
         self.number, self.exit_code = number, 128 + number
         super().__init__(self.exit_code)
+
+
+class Unsaid(Exception):
+    """This process ends because another one had an error, which that one says (`cat.distributed`)."""
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -60,7 +61,7 @@ def _why_not_triton(device: str) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed; install it with: pip install triton"
     if device != "cuda" and not INTERPRETED:
-        return f"Triton kernels run on CUDA tensors, these are on {device}; move them with .cuda()"
+        return "Triton kernels take CUDA tensors; move them with .cuda()"
     if device == "cuda" and not torch.compiler.is_compiling() and _gpus_too_old():
         return "Triton kernels need GPUs of compute capability 8.0 (Ampere) or newer; use another backend"
     return None
@@ -136,21 +137,42 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`print(cat_kernels.explain())` shows the versions and the table; the fields hold the same for programs."""
+    """`print(cat_kernels.explain())` shows versions, what runs, and why not the rest; the fields hold the same for
+    programs."""
 
     versions: dict[str, str]
     rows: tuple[Row, ...] = field(default=())
 
     def __str__(self) -> str:
         lines = [f"{name:<11} {value}" for name, value in self.versions.items()]
-        lines.append("")
+        return "\n".join([*lines, "", *self._table(), "", *self._backends(), "", *self._reasons()])
+
+    def _table(self) -> list[str]:
+        """A row an operator, a column a device."""
+        chosen = {(row.operator, row.device): row.backend for row in self.rows}
+        devices = dict.fromkeys(row.device for row in self.rows)
         width = max((len(row.operator) for row in self.rows), default=8)
-        lines.append(f"{'operator':<{width}}  device  backend  not used")
+        lines = [[f"{'operator':<{width}}", *(f"on {device}" for device in devices)]]
+        for operator in dict.fromkeys(row.operator for row in self.rows):
+            lines.append([f"{operator:<{width}}", *(chosen[operator, device] for device in devices)])
+        return ["  ".join(f"{cell:<8}" for cell in line).rstrip() for line in lines]
+
+    def _backends(self) -> list[str]:
+        used = [name for name in BACKENDS if any(row.backend == name for row in self.rows)]
+        return [f"{name:<8} {BACKENDS[name].description}" for name in used]
+
+    def _reasons(self) -> list[str]:
+        """Each reason once, with the operators it holds for."""
+        found: dict[tuple[str, str, str], list[str]] = {}
         for row in self.rows:
-            others = [f"{name}: {reason}" for name, reason in row.others.items()]
-            indent = "\n" + " " * (width + 19)
-            lines.append(f"{row.operator:<{width}}  {row.device:<6}  {row.backend:<7}  {indent.join(others)}".rstrip())
-        return "\n".join(lines)
+            for name, reason in row.others.items():
+                if name in OPERATORS[row.operator]:
+                    found.setdefault((row.device, name, reason), []).append(row.operator)
+        lines = ["not used:"]
+        for (device, name, reason), operators in found.items():
+            lines.append(f"{name:<8} on {device}: {reason}")
+            lines += textwrap.wrap(", ".join(operators), 100, initial_indent=" " * 9, subsequent_indent=" " * 9)
+        return lines
 
     __repr__ = __str__
 

@@ -140,6 +140,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
         "runs/two": run,
     },
     "help of checkpoints": {"runs/tiny": run_with_two_checkpoints},
+    "help of doctor": {"runs/tiny": run},
     "help of finetune": {
         "my/sounds": folder_of_folders,
         "a.jsonl": manifest,

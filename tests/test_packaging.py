@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRA_MODULES = (
     "soundfile", "soxr", "yaml", "tqdm", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers", "triton",
     "huggingface_hub", "pyarrow", "h5py", "onnx", "onnxruntime", "onnxscript", "mteb", "sed_eval", "ai_edge_litert",
-    "kaldi_native_fbank", "librosa", "torchaudio", "kernels",
+    "kaldi_native_fbank", "librosa", "torchaudio", "kernels", "shtab",
 )  # fmt: skip
 SOURCES = [path for folder in ("cat_kernels", "cat", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -189,3 +189,27 @@ def test_source_distribution_lists_every_top_level_name() -> None:
     packaged = {"cat", "cat_kernels", "MANIFEST.in", ".gitignore"}
     for name in sorted({path.split("/")[0] for path in done.stdout.split()} - packaged):
         assert re.search(rf"(^| ){re.escape(name)}( |$)", text, re.MULTILINE), f"{name} is missing in MANIFEST.in"
+
+
+def test_recipes_are_installed_and_found_as_the_pages_name_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    installed = tmp_path / "cat" / "recipes"
+    assert {path.name for path in installed.iterdir()} == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "base.yaml").touch()  # of the user's own
+    code = "from cat.training.recipe import find_recipe\nprint(*map(find_recipe, sys.argv[1:]), sep='\\n')"
+    names = ["tiny", "recipes/tiny.yaml", "recipes/base.yaml", "recipes/nosuch.yaml", "other/tiny.yaml", "tiny.yaml"]
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}", *names],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    tiny = str(installed / "tiny.yaml")
+    assert found.stdout.splitlines() == [tiny, tiny, *names[2:]], found.stderr

@@ -1,26 +1,26 @@
 """The command ``cat-audio``: a list of sub-commands, a module each; the work is in the rooms below.
 
 A command's module has ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command that was asked
-for is imported, so that `doctor` works where something else does not.
+for is imported, so that `doctor` works where something else does not, and the overview takes no second: here nothing
+imports torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
-
+from cat.commands._completion import Completion
+from cat.commands._parser import Parser, Version
 from cat.commands._stdout import results
-from cat.distributed import Unsaid
-from cat.ending import Ended, ending_on_signals
+from cat.ending import Ended, Unsaid, ending_on_signals
 from cat.progress import say
-from cat_kernels import __version__
 
 COMMANDS = {
     "pretrain": ("cat.commands.pretrain", "pre-train a model by a recipe, or go on with a run"),
@@ -45,33 +45,37 @@ COMMANDS = {
 
 # How `cat-audio --help` lists them.
 GROUPS = {
-    "train": ("pretrain", "finetune"),
-    "judge": ("evaluate", "probe", "report", "experiment"),
-    "use": ("predict", "encode", "similar", "export", "checkpoints"),
-    "prepare": ("prepare", "dataset", "shards", "synth", "embed", "convert"),
-    "this machine": ("doctor",),
+    "train": ("pretrain", "finetune", "experiment"),
+    "evaluate": ("evaluate", "probe", "report"),
+    "use": ("predict", "encode", "similar", "export", "checkpoints", "convert"),
+    "data": ("prepare", "dataset", "shards", "synth", "embed"),
+    "check": ("doctor",),
 }
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of ``command`` only."""
-    parser = argparse.ArgumentParser(
+def build_parser(*commands: str) -> argparse.ArgumentParser:
+    """The parser, with the arguments of these commands only."""
+    parser = Parser(
         prog="cat-audio",
         usage="cat-audio [--debug] COMMAND ...",
-        description="Convolutional Audio Transformer: train it, judge it, use it.",
+        description="Convolutional Audio Transformer: train it, evaluate it, use it.",
         epilog=_overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"cat-audio {__version__}")
+    parser.add_argument("--version", action=Version, help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(
+    parser.add_argument(
+        "--completion", action=Completion, parser=lambda: build_parser(*COMMANDS), help="print what completes commands"
+    )
+    subparsers = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, prog="cat-audio", help=argparse.SUPPRESS
     )
-    for name, (module_name, help_text) in COMMANDS.items():
-        sub = commands.add_parser(name, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == command:
+    for name, (module_name, text) in COMMANDS.items():
+        formatter = argparse.RawDescriptionHelpFormatter
+        sub = subparsers.add_parser(name, help=text, description=text, formatter_class=formatter)
+        if name in commands:
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run, parser=sub)
@@ -111,20 +115,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    command = next((word for word in argv if not word.startswith("-")), None)
+    command = next((word for word in argv if not word.startswith("-")), "")
     try:
         parser = build_parser(command)
+        first = next((word for word in argv if word != "--debug"), None)
+        if first is None:
+            parser.print_help(sys.stderr)
+            return 2
+        if first == command and command not in COMMANDS:
+            parser.error(f"there is no command {command!r}{_nearest(command, COMMANDS)}")
         args, rest = parser.parse_known_args(argv)
         # argparse takes positional arguments that may be missing only in one place; `pretrain a.yaml --resume
         # optim.lr=1e-3` and `dataset esc50 -o DIR ARCHIVE` have them in two. It can, but not below sub-commands.
         own = vars(args).pop("parser")
         if rest:
-            words = argv[argv.index(command) + 1 :] if command else []
+            words = argv[argv.index(command) + 1 :]
             args, rest = own.parse_known_intermixed_args(words, argparse.Namespace(command=command, debug=args.debug))
             vars(args).pop("parser")
-        strange = [word for word in getattr(args, "overrides", ()) if not OVERRIDE.match(word)]
-        if rest or strange:
-            parser.error(f"unknown arguments: {' '.join(rest or strange)}; see cat-audio {command} --help")
+        strange = rest or [word for word in getattr(args, "overrides", ()) if not OVERRIDE.match(word)]
+        if strange:
+            own.error(f"unknown arguments: {' '.join(strange)}{_nearest(strange[0], own._option_string_actions)}")
         with ending_on_signals():
             return int(args.run(args))
     except Ended as ended:
@@ -140,27 +150,37 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        say("\n".join([f"cat-audio {command}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]))
+        name = f"cat-audio {command}" if command in COMMANDS else "cat-audio"
+        lines = [f"{name}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]
+        say("\n".join(" ".join(line.splitlines()) for line in lines))  # a file's name may have a line break
         return 1
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
 def _sentence(error: Exception) -> str:
     """What went wrong, for people, and what to do about it."""
     text = str(error)
     where = "(cat-audio --debug ... shows where)"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    # torch.OutOfMemoryError by its name: what fails before torch is imported need not wait for it.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
             f"out of memory{f' ({text})' if text else ''}; try smaller batches (data.batch_size, --batch-size) or "
-            f"fewer data workers\n{where}"
+            f"fewer data workers {where}"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         named = " and ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{named}: {error.strerror}"
     if isinstance(error, ValueError | OSError | ImportError) and text:
         return text
+    if isinstance(error, RuntimeError) and text and type(error).__module__.partition(".")[0] in ("cat", "cat_kernels"):
+        return text
     if isinstance(error, RuntimeError) and text:
-        return f"{text}\n{where}"
+        return f"{text} {where}"
     return (
-        f"unexpected {type(error).__name__}: {text}\nThis is a fault of cat-audio. Please report it, with what "
-        "cat-audio --debug ... prints"
+        f"unexpected {type(error).__name__}: {text}. This is a fault of cat-audio. Please report it, with what "
+        "cat-audio --debug ... and cat-audio doctor --report print"
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from cat.commands._json import add_json, tell
 from cat.config import ConfigError
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.plan.hardware import GPUS, read_machines
@@ -20,13 +20,11 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         f"code 1 then: gpus=N of a node, nodes=M, gpu={'|'.join(GPUS)}, link=nvlink|pcie, net=GB/s between nodes, "
         "cores=N of a node, step_ms=T as --profile measured it",
     )
-    parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
+    add_json(parser)
 
 
 def check_plan(args: argparse.Namespace) -> None:
     """Raises: `ConfigError` for options that do not go together."""
-    if args.json and args.plan is None:
-        raise ConfigError("--json is how --plan is told; give --plan gpus=N too, or leave it out")
     if args.plan is not None and (args.profile or args.replay):
         raise ConfigError("--plan starts nothing; leave out --profile and --replay, which compute steps")
 
@@ -35,5 +33,5 @@ def run_plan(config: PretrainConfig | FinetuneConfig, run_dir: Path, args: argpa
     from cat.training.plan.planning import make_plan  # brings all that training consists of
 
     plan = make_plan(config, read_machines(args.plan), run_dir, resume=args.resume, overwrite=args.overwrite)
-    print(json.dumps(plan.as_dict(), indent=2) if args.json else plan.text())
+    tell(args, plan.as_dict(), plan.text())
     return 1 if plan.problems else 0

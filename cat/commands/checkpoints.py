@@ -6,12 +6,13 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cat.checkpoints.average import AVERAGED, average
 from cat.checkpoints.inspection import Contents, Row, TensorInfo, contents, listed, members, verify
+from cat.commands._json import add_json, as_json, tell
+from cat.commands._parser import finite
 from cat.encoders import POOLINGS, CATEncoder
 from cat.files import format_bytes
 from cat.outputs import Output, claim
@@ -53,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help=f"one of: {', '.join(ACTIONS)}")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="runs, checkpoints, .safetensors files")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="average: a .safetensors file; export: a folder")
     parser.add_argument("--last", type=int, metavar="N", help="average: of each run the newest N")
-    parser.add_argument("--ema", type=float, metavar="D", help="average: a moving average of this decay, as 0.9")
+    parser.add_argument("--ema", type=finite, metavar="D", help="average: a moving average of this decay, as 0.9")
     parser.add_argument("--overwrite", action="store_true", help="average: replace a file that it did not write")
     parser.add_argument("--weights", choices=("student", "teacher"), help="export: of a pre-trained one")
     parser.add_argument("--encoder", action="store_true", help="export: of a fine-tuned one the encoder alone")
@@ -86,7 +87,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _list(args: argparse.Namespace) -> int:
     rows = [row for path in args.paths for row in listed(path)]
     if args.json:
-        print(json.dumps([{**asdict(row), "path": str(row.path)} for row in rows], indent=1))
+        print(as_json(rows))
         return 0
     width = max((len(str(row.path)) for row in rows), default=0)
     print(f"{'checkpoint':<{width}} {'step':>9} {'score':>10} {'size':>9}")
@@ -104,13 +105,13 @@ def _marks(row: Row) -> str:
 def _inspect(args: argparse.Namespace) -> int:
     found = [contents(members(path)[-1]) for path in args.paths]
     if args.json:
-        print(json.dumps([_as_json(one) for one in found], indent=1))
+        print(as_json([_value(one) for one in found]))
     else:
         print("\n\n".join(_told(one) for one in found))
     return 0
 
 
-def _as_json(found: Contents) -> dict[str, Any]:
+def _value(found: Contents) -> dict[str, Any]:
     files = {
         file: {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in tensors.items()}
         for file, tensors in found.files.items()
@@ -165,7 +166,7 @@ def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int, list
 def _verify(args: argparse.Namespace) -> int:
     found = {path: verify(path) for given in args.paths for path in members(given)}
     if args.json:
-        print(json.dumps([{"path": str(path), "problems": problems} for path, problems in found.items()], indent=1))
+        print(as_json([{"path": path, "problems": problems} for path, problems in found.items()]))
     else:
         for path, problems in found.items():
             print(f"{path}: {'whole' if not problems else 'DAMAGED'}")
@@ -200,10 +201,8 @@ def _average(args: argparse.Namespace) -> int:
     made = average(paths, ema=args.ema)
     made.save(args.out)
     of = [{"file": str(file), "share": share} for file, share in zip(made.of, made.shares, strict=True)]
-    if args.json:
-        print(json.dumps({"path": str(args.out), AVERAGED: of}, indent=1))
-    else:
-        print("\n".join([f"{args.out}: average of {len(of)}", *(f"  {one['share']:.4f}  {one['file']}" for one in of)]))
+    lines = [f"{args.out}: average of {len(of)}", *(f"  {one['share']:.4f}  {one['file']}" for one in of)]
+    tell(args, {"path": args.out, AVERAGED: of}, "\n".join(lines))
     return 0
 
 
@@ -227,10 +226,7 @@ def _export(args: argparse.Namespace) -> int:
     )
     model.save_pretrained(args.out, license=args.license)
     kind = "classifier" if classifier else f"encoder ({args.weights or 'student'})"
-    if args.json:
-        print(json.dumps({"path": str(args.out), "kind": kind}))
-    else:
-        print(f"{args.out}: {kind}, for CATEncoder, CATClassifier and transformers")
+    tell(args, {"path": args.out, "kind": kind}, f"{args.out}: {kind}, for CATEncoder, CATClassifier and transformers")
     if not args.license:
         say("note: the model card names no licence; --license NAME puts one there")
     return 0

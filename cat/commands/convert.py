@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from cat.checkpoints import save_tensors
 from cat.checkpoints.released import from_released, read_released
+from cat.commands._json import add_json, tell
 from cat.data.features import FeatureConfig
 from cat.outputs import Output, claim
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-heads", type=int, help="attention heads, which the weights do not show (default: width / 64)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that convert did not write")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,9 +37,11 @@ def run(args: argparse.Namespace) -> int:
     config = {"model": dataclasses.asdict(model.config), "features": dataclasses.asdict(FeatureConfig())}
     save_tensors(args.output, model.state_dict(), config=config)
     c = model.config
-    print(
+    tell(
+        args,
+        {"written": args.output, "weights": ["student", "teacher"] if teacher else ["student"], **config},
         f"{args.output}: {c.stem} stem {c.resolutions}, width {c.embed_dim}, {c.depth} blocks, {c.num_heads} heads, "
-        f"{'student and teacher' if teacher else 'student only (also used as the teacher)'}"
+        f"{'student and teacher' if teacher else 'student only (also used as the teacher)'}",
     )
     return 0
 

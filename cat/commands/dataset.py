@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cat.commands._json import add_json, tell
 from cat.data.sets import SETS, prepare
 from cat.progress import say
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-missing", type=int, default=0, metavar="N", help="do without up to N clips of each manifest (0)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace manifests of other content in DIR")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -43,7 +45,13 @@ def run(args: argparse.Namespace) -> int:
     )
     for note in prepared.notes:
         say(note)
-    print(f"{data_set.title}; licence: {data_set.licence}; from {data_set.home}")
-    for path, manifest in prepared.manifests.items():
-        print(f"{path}: {len(manifest)} clips, {len(manifest.classes)} classes")
+    counts = {path: (len(manifest), len(manifest.classes)) for path, manifest in prepared.manifests.items()}
+    value = {
+        **{"name": args.name, "title": data_set.title, "licence": data_set.licence, "home": data_set.home},
+        "manifests": [{"path": path, "clips": clips, "classes": classes} for path, (clips, classes) in counts.items()],
+        "notes": prepared.notes,
+    }
+    lines = [f"{data_set.title}; licence: {data_set.licence}; from {data_set.home}"]
+    lines += [f"{path}: {clips} clips, {classes} classes" for path, (clips, classes) in counts.items()]
+    tell(args, value, "\n".join(lines))
     return 0

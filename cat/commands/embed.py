@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from cat.commands._json import add_json, left_out, tell
+from cat.commands._parser import finite, natural
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, build_encoder
@@ -60,16 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that embed, on the CPU (default: one a core, 8 at the most; 1 for MODULE:FUNCTION)",
     )
     parser.add_argument(
-        "--num-workers", type=int, default=0, help="processes that read for one that embeds alone (default 0)"
+        "--num-workers", type=natural, default=0, help="processes that read for one that embeds alone (default 0)"
     )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--max-failed-share",
-        type=float,
+        type=finite,
         default=0.5,
         help="write nothing and fail when more of the clips get no embedding (default 0.5)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that embed did not write, or no longer")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -94,13 +97,19 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=not args.quiet,
         )
-    print(f"{len(written)} embeddings of width {encoder.dim} by {encoder.name}: {outputs.rows}")
-    print(f"manifest with their rows: {outputs.manifest}")
+    value = {
+        **{"embeddings": outputs.rows, "manifest": outputs.manifest, "encoder": encoder.name, "width": encoder.dim},
+        **{"clips": len(written), "left_out": left_out(skipped)},
+    }
+    lines = [
+        f"{len(written)} embeddings of width {encoder.dim} by {encoder.name}: {outputs.rows}",
+        f"manifest with their rows: {outputs.manifest}",
+    ]
     if skipped:
-        print(f"{len(skipped)} of {len(manifest)} clips left out, reasons in {outputs.failures}. The first:")
-        print(f"  {skipped[0].path}: {skipped[0].reason}")
+        lines.append(f"{len(skipped)} of {len(manifest)} clips left out, reasons in {outputs.failures}. The first:")
+        lines.append(f"  {skipped[0].path}: {skipped[0].reason}")
     own, below = (format_bytes(size) for size in peak_memory())
     processes = f"; of each of {jobs} jobs {below} at the most" if jobs > 1 else ""
     on_gpu = f"; {format_bytes(torch.cuda.max_memory_allocated(device))} of {device}" if device.type == "cuda" else ""
-    print(f"peak memory: {own}{processes}{on_gpu}")
+    tell(args, value, "\n".join([*lines, f"peak memory: {own}{processes}{on_gpu}"]))
     return 0

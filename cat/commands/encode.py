@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cat.commands._json import add_json, left_out, tell
+from cat.commands._parser import finite, natural
 from cat.data.listing import listed
 from cat.device import pick_device
 from cat.encoders import POOLINGS, CATEncoder
@@ -38,15 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", action="store_true", help="also embeddings of the frames (160 ms) and their times")
     parser.add_argument("--layer", type=int, default=None, help="0 (what the first block sees), 1, ... (default: last)")
     parser.add_argument(
-        "--window", type=float, default=None, metavar="S", help="seconds heard at once (default: training's)"
+        "--window", type=finite, default=None, metavar="S", help="seconds heard at once (default: training's)"
     )
-    parser.add_argument("--overlap", type=float, default=None, metavar="S", help="of windows (default: a quarter)")
+    parser.add_argument("--overlap", type=finite, default=None, metavar="S", help="of windows (default: a quarter)")
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="of the tokens, to one embedding a file")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a pre-training")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace files not written by encode; begin afresh")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -66,12 +69,15 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
-    if done.files:
-        print(f"embeddings of width {encoder.dim} of {done.files} files: {args.out}")
+    lines = [f"embeddings of width {encoder.dim} of {done.files} files: {args.out}"] if done.files else []
     if done.skipped:
-        print(
-            f"{len(done.skipped)} of {len(manifest)} files left out, reasons in {failures_path(args.out)}. The first:"
-        )
-        for skipped in done.skipped[:5]:
-            print(f"  {skipped.path}: {skipped.reason}")
+        lines += [
+            f"{len(done.skipped)} of {len(manifest)} files left out, reasons in {failures_path(args.out)}. The first:",
+            *(f"  {skipped.path}: {skipped.reason}" for skipped in done.skipped[:5]),
+        ]
+    value = {
+        **{"embeddings": args.out if done.files else None, "files": done.files, "width": encoder.dim},
+        "left_out": left_out(done.skipped),
+    }
+    tell(args, value, "\n".join(lines))
     return 1 if done.skipped else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from cat.checkpoints import ClassifierInfo
 from cat.checkpoints.store import step_name
+from cat.commands._json import add_json, as_json
+from cat.commands._parser import finite, natural
 from cat.data.manifest import Manifest, load_manifest
 from cat.device import pick_device
 from cat.evaluation.evaluate import Evaluation, evaluate, spectrograms
@@ -62,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument(
         "--resamples",
         type=int,
@@ -72,13 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument(
         "--max-failed-share",
-        type=float,
+        type=finite,
         default=0.5,
         help="write nothing and fail when more of the clips cannot be read (default 0.5)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files that evaluate did not write, or no longer"
     )
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -114,10 +118,14 @@ def run(args: argparse.Namespace) -> int:
     if args.choose_events and evaluation.events is not None:
         events = evaluation.events
         written.append(write_chosen(info.path, events.settings, manifest.source, events.scores))
-    print(format_report(evaluation, info))
-    print(f"written: {', '.join(map(str, written))}")
+    if not args.json:  # before the pictures, which take longer
+        print(f"{format_report(evaluation, info)}\nwritten: {', '.join(map(str, written))}", flush=True)
     if pictures:
         _draw(pictures, evaluation, info)
+    if args.json:
+        report = json.loads(written[0].read_text(encoding="utf-8"))
+        print(as_json({**report, "written": written, "drawn": list(pictures.values())}))
+    elif pictures:
         print(f"drawn: {', '.join(map(str, pictures.values()))}")
     return 0
 

@@ -7,10 +7,12 @@ to OUT/studies.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from cat.commands._json import add_json, as_json
 from cat.config import to_mapping
 from cat.data.synth import SynthConfig, synthesise
 from cat.encoders import USAGE, build_encoder
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace files that experiment did not write")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     studies = parser.add_argument_group("of studies")
     studies.add_argument(
@@ -109,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.name in CLAIMS:
         verdict, record = examine(args.name, config, _options(args, pool, data), args.out)
         if recorded is not None:
-            print(f"{verdict.format()}\n")
+            print(f"{verdict.format()}\n", file=sys.stderr if args.json else None)
             verdict = compare(recorded, record)
     elif args.name == "overfit":
         verdict = overfit(config, say=(lambda text: None) if args.quiet else say)
@@ -125,10 +128,12 @@ def run(args: argparse.Namespace) -> int:
         verdict = failures(config, out, encoder=encoder, progress=not args.quiet)
     else:
         verdict = kernels(config, out, progress=not args.quiet)
-    print(verdict.format())
-    write_json(out / "result.json", _result(args.name, verdict, config, time.perf_counter() - started))
+    value = _result(args.name, verdict, config, time.perf_counter() - started)
+    if not args.json:
+        print(verdict.format(), flush=True)
+    write_json(out / "result.json", value)
     pictures = f", figures in {out / 'figures'}" if (out / "figures").exists() else ""
-    print(f"written: {out / 'result.json'}{pictures}")
+    print(as_json(value) if args.json else f"written: {out / 'result.json'}{pictures}")
     return 0 if verdict.passed else 1
 
 

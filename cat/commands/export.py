@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from cat.commands._json import add_json, tell
 from cat.export import CHECK_ROWS, QUICK_ROWS, Exportable, check_suffix, export, load_exportable, metadata_of
 from cat.files import format_bytes
 from cat.outputs import Output, claim
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", action="store_true", help="of a fine-tuned checkpoint the encoder alone")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a pre-trained one")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that export did not write")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,14 +54,16 @@ def run(args: argparse.Namespace) -> int:
         rows=CHECK_ROWS if args.check else QUICK_ROWS,
     )
     about = metadata_of(args.out)
-    seconds = [f"{_seconds(exportable, rows):.3g}" for rows in found.rows]
-    print(
+    seconds = [_seconds(exportable, rows) for rows in found.rows]
+    size = args.out.stat().st_size
+    compared = {"seconds": seconds, "largest": found.largest, "mean": found.mean, "scale": found.scale}
+    tell(
+        args,
+        {"written": args.out, "bytes": size, "metadata": about, "difference": compared},
         f"{args.out}: {about['kind']}, {about['input']} in, {', '.join(about['outputs'])} out, "
-        f"{format_bytes(args.out.stat().st_size)}, made in {time.monotonic() - began:.0f} s"
-    )
-    print(
-        f"compared with the model on noise of {', '.join(seconds)} s: largest difference {found.largest:.2e}, mean "
-        f"{found.mean:.2e}, of outputs up to {found.scale:.3g}"
+        f"{format_bytes(size)}, made in {time.monotonic() - began:.0f} s\n"
+        f"compared with the model on noise of {', '.join(f'{one:.3g}' for one in seconds)} s: largest difference "
+        f"{found.largest:.2e}, mean {found.mean:.2e}, of outputs up to {found.scale:.3g}",
     )
     return 0
 

@@ -7,6 +7,7 @@ import importlib.util
 import signal
 from pathlib import Path
 
+from cat.commands._json import tell
 from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
 from cat.distributed import Processes, joined
@@ -69,26 +70,31 @@ def _run(args: argparse.Namespace, world: Processes) -> int:
     if args.replay:
         if args.resume or args.overwrite or args.profile or args.folds or args.seeds != 1:
             raise ConfigError("--replay runs one update and saves nothing; leave out the other options")
-        print(replay(Path(args.recipe), args.overrides, progress=not args.quiet).told())
+        replayed = replay(Path(args.recipe), args.overrides, progress=not args.quiet)
+        tell(args, replayed.as_dict(), replayed.told())
         return 0
     config, run_dir = _config(find_recipe(args.recipe), args.overrides, resume=args.resume)
     if args.plan is not None:
         return run_plan(config, run_dir, args)
     options = {"resume": args.resume, "overwrite": args.overwrite, "progress": not args.quiet}
     if args.profile:
-        told = profile(config, run_dir, resume=args.resume).table()
+        profiled = profile(config, run_dir, resume=args.resume)
         if world.main:
-            print(told)
+            tell(args, profiled, profiled.table())
         return 0
     if args.folds or args.seeds != 1:
         repeats = finetune_repeats(config, run_dir, by_fold=args.folds, seeds=args.seeds, **options)
         if world.main:
-            print(_summary_of_repeats(repeats, run_dir))
+            value = {"run_dir": run_dir, "metric": repeats.metric, "scores": repeats.scores}
+            summary = repeats.summary() if repeats.scores else None
+            stopped_by = signal.Signals(repeats.stopped_by).name if repeats.stopped_by else None
+            tell(args, {**value, "summary": summary, "stopped_by": stopped_by}, _summary_of_repeats(repeats, run_dir))
         return 128 + repeats.stopped_by if repeats.stopped_by else 0
     with sole_writer(run_dir):
         result = finetune(config, run_dir, **options)
         if world.main:
-            print(_summary(result, config), flush=True)
+            value = {**result.run.as_dict(), "steps": config.optim.steps, "scores": result.scores}
+            tell(args, value, _summary(result, config))
             if config.run.figures and result.scores is not None and importlib.util.find_spec("matplotlib"):
                 write_finetune_figure(run_dir, result.scores["metric"])
     return 128 + result.run.stopped_by if result.run.stopped_by else 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cat.commands._parser import finite
 from cat.data.audio import read_windows
 from cat.data.listing import listed_files
 from cat.data.shards.members import Member
@@ -38,6 +39,10 @@ and the others are done.
 Exit code 0 when all files are done, 1 when some could not be read.
 """
 
+_SETTINGS = ("threshold", "low", "median", "gap", "shortest")
+# options -> those that need one of them
+_OF = {("events", "stream"): _SETTINGS, ("stream",): ("sample_rate", "pcm", "channels")}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
@@ -47,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("files", metavar="FILES", nargs="+", help="audio files, folders of them, shards, manifests")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to tell (default 5; 0: all)")
-    parser.add_argument("--json", metavar="FILE", help="JSON Lines, a file a line; - for stdout")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="JSON Lines, a file a line; without FILE to stdout"
+    )
     parser.add_argument("--csv", metavar="FILE", help="a line a class, or an event; - for stdout")
     parser.add_argument("--windows", action="store_true", help="in --json also the classes of each window")
     parser.add_argument("--aggregate", choices=("auto", "mean", "max"), default="auto", help="of windows' scores")
@@ -63,12 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_windows(parser: argparse.ArgumentParser) -> None:
     windows = parser.add_argument_group("windows over long audio, in seconds")
-    windows.add_argument("--window", type=float, metavar="S", help="default: as long as the clips of the training")
-    windows.add_argument("--hop", type=float, metavar="S", help="from window to window (default: half a window)")
+    windows.add_argument("--window", type=finite, metavar="S", help="default: as long as the clips of the training")
+    windows.add_argument("--hop", type=finite, metavar="S", help="from window to window (default: half a window)")
     windows.add_argument(
-        "--lookahead", type=float, metavar="S", help="of events: heard behind a place at least (default: as before it)"
+        "--lookahead", type=finite, metavar="S", help="of events: heard behind a place at least (default: as before it)"
     )
-    windows.add_argument("--step", type=float, metavar="S", help="of events: their grid (default: a row of patches)")
+    windows.add_argument("--step", type=finite, metavar="S", help="of events: their grid (default: a row of patches)")
 
 
 def _add_stream(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +86,8 @@ def _add_stream(parser: argparse.ArgumentParser) -> None:
     )
     stream.add_argument("--stream", action="store_true", help="FILES is one of any length, or - for stdin (WAV, raw)")
     stream.add_argument("--sample-rate", type=int, metavar="HZ", help="of raw samples on stdin")
-    stream.add_argument("--pcm", choices=list(PCM), default="s16", help="of raw samples, little-endian (default s16)")
-    stream.add_argument("--channels", type=int, default=1, metavar="N", help="of raw samples, interleaved (default 1)")
+    stream.add_argument("--pcm", choices=list(PCM), help="of raw samples, little-endian (default s16)")
+    stream.add_argument("--channels", type=int, metavar="N", help="of raw samples, interleaved (default 1)")
 
 
 def _add_events(parser: argparse.ArgumentParser) -> None:
@@ -88,11 +95,11 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
         "events", "Settings are those of events.json in the run, chosen on its validation split, else 0.5 without more."
     )
     events.add_argument("--events", action="store_true", help="onset and offset of sounds; needs a frame head")
-    events.add_argument("--threshold", type=float, metavar="P", help="for all classes")
-    events.add_argument("--low", type=float, metavar="P", help="where an event that reached the threshold ends")
+    events.add_argument("--threshold", type=finite, metavar="P", help="for all classes")
+    events.add_argument("--low", type=finite, metavar="P", help="where an event that reached the threshold ends")
     events.add_argument("--median", type=int, metavar="ROWS", help="of patches in the filter (160 ms); 1 is none")
-    events.add_argument("--gap", type=float, metavar="S", help="join events that are no further apart")
-    events.add_argument("--shortest", type=float, metavar="S", help="drop shorter events")
+    events.add_argument("--gap", type=finite, metavar="S", help="join events that are no further apart")
+    events.add_argument("--shortest", type=finite, metavar="S", help="drop shorter events")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--top is {args.top}; expected a number of classes, 0 for all")
     if args.json is not None and args.json == args.csv:
         raise ValueError(f"--json and --csv would both write to {args.json}; give each another name")
+    _check_owners(args)
     if args.stream:
         return _follow(args)
     if "-" in args.files:
@@ -127,15 +135,26 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
+    on_stdout = "-" in (args.json, args.csv)  # where there is nothing else then
     for out in written:
-        print(f"written: {out}")
+        say(f"written: {out}") if on_stdout else print(f"written: {out}")
     if args.picture is not None and not failed:
         shown = plan if classifier.has_frames or args.window or args.hop else None
         write_prediction(args.picture, classifier, files[0], plan=shown, events=settings, top=args.top or 20)
-        print(f"written: {args.picture}")
+        say(f"written: {args.picture}") if on_stdout else print(f"written: {args.picture}")
     if failed:
         say(f"{len(failed)} of {len(files)} files failed. The first: {failed[0].path}: {failed[0].error}")
     return 1 if failed else 0
+
+
+def _check_owners(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that would change nothing."""
+    for owners, options in _OF.items():
+        for option in options:
+            if getattr(args, option) is not None and not any(getattr(args, owner) for owner in owners):
+                said = " or ".join(f"--{owner}" for owner in owners)
+                name = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{name} changes nothing without {said}; add it, or leave {name} out")
 
 
 def _check_picture(picture: Path, files: list[Path | Member], overwrite: bool) -> None:
@@ -177,7 +196,8 @@ def _heard(args: argparse.Namespace, rate: int, stop: StopSignals) -> Iterator[n
         return
     if os.isatty(0):
         raise ValueError("stdin is a terminal; send sound into it: arecord -f S16_LE -r 16000 | cat-audio predict ...")
-    samples = Samples(arriving(0, stop), args.sample_rate, pcm=args.pcm, channels=args.channels)
+    channels = 1 if args.channels is None else args.channels
+    samples = Samples(arriving(0, stop), args.sample_rate, pcm=args.pcm or "s16", channels=channels)
     for wave in as_chunks(samples, samples.sample_rate, rate):
         yield wave.numpy()
     if samples.bad:
@@ -199,7 +219,7 @@ def _tell(events: list[Event], names: dict[str, str], form: str | None) -> None:
 def _settings(classifier: CATClassifier, args: argparse.Namespace) -> dict[str, EventSettings]:
     """Those that belong to the checkpoint, with what was said on the command line."""
     found, _ = settings_of(classifier.info.path, classifier.classes)
-    said = {name: getattr(args, name) for name in ("threshold", "low", "median", "gap", "shortest")}
+    said = {name: getattr(args, name) for name in _SETTINGS}
     said = {name: value for name, value in said.items() if value is not None}
     if "threshold" in said and "low" not in said:
         said["low"] = None

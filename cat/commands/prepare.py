@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cat.commands._json import add_json, as_json, left_out
+from cat.commands._parser import finite
 from cat.config import from_mapping, read_yaml
 from cat.data.features import FEATURE_PRESETS, FeatureConfig
 from cat.data.manifest import load_manifest
 from cat.data.prepare import PrepareConfig, Prepared, prepare_clips, read_source
 from cat.data.prepare.report import recipe_lines
-from cat.data.shards.writing import write_shards
+from cat.data.shards.writing import Written, write_shards
 from cat.data.workers import cores
 from cat.files import parse_bytes
 from cat.progress import say
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--convert", choices=("wav", "flac"), help="write every file anew: mono, 16 bits, at the recipe's sample rate"
     )
     parser.add_argument(
-        "--min-seconds", type=float, default=0.0, metavar="S", help="reject shorter files (default: a frame)"
+        "--min-seconds", type=finite, default=0.0, metavar="S", help="reject shorter files (default: a frame)"
     )
     parser.add_argument(
         "--silence",
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-rejected-share",
-        type=float,
+        type=finite,
         default=0.5,
         metavar="SHARE",
         help="fail, without a manifest, when more files are rejected (0.5)",
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shards", metavar="SIZE", help="write the clips as tar files too, of about this size (256MB), in DIR/shards"
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -101,13 +104,20 @@ def run(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         progress=not args.quiet,
     )
-    _tell(prepared)
-    if shard_bytes is not None:
-        return _write_shards(prepared, shard_bytes, args)
-    return 0
+    if not args.json:
+        _tell(prepared)
+    written = None if shard_bytes is None else _write_shards(prepared, shard_bytes, args)
+    if args.json:
+        value = {"folder": prepared.folder, "manifest": prepared.manifest, "fresh": prepared.fresh, **prepared.report}
+        if written is not None:
+            value["shards"] = {"count": written.shards, "left_out": left_out(written.failures)}
+        print(as_json(value))
+    elif written is not None:
+        print(f"{prepared.folder / 'shards'}: {len(written.manifest)} clips, shards: {written.shards}")
+    return 1 if written is not None and written.failures else 0
 
 
-def _write_shards(prepared: Prepared, shard_bytes: int, args: argparse.Namespace) -> int:
+def _write_shards(prepared: Prepared, shard_bytes: int, args: argparse.Namespace) -> Written:
     written = write_shards(
         load_manifest(prepared.manifest),
         prepared.folder / "shards",
@@ -115,10 +125,9 @@ def _write_shards(prepared: Prepared, shard_bytes: int, args: argparse.Namespace
         jobs=args.jobs or cores(),
         progress=not args.quiet,
     )
-    print(f"{prepared.folder / 'shards'}: {len(written.manifest)} clips, shards: {written.shards}")
     for path, reason in written.failures[:20]:
         say(f"{path}: {reason}")
-    return 1 if written.failures else 0
+    return written
 
 
 def _features(recipe: str | None) -> FeatureConfig:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import signal
 
+from cat.commands._json import tell
 from cat.commands._plan import add_plan, check_plan, run_plan
 from cat.config import ConfigError
 from cat.distributed import Processes, joined
@@ -64,7 +65,8 @@ def _run(args: argparse.Namespace, world: Processes) -> int:
     if args.replay:
         if args.resume or args.overwrite or args.profile:
             raise ConfigError("--replay saves nothing; leave out --resume, --overwrite and --profile")
-        print(replay(recipe, args.overrides, progress=not args.quiet).told())
+        replayed = replay(recipe, args.overrides, progress=not args.quiet)
+        tell(args, replayed.as_dict(), replayed.told())
         return 0
     if recipe.is_dir():
         if not args.resume:
@@ -78,14 +80,14 @@ def _run(args: argparse.Namespace, world: Processes) -> int:
     if args.plan is not None:
         return run_plan(config, run_dir, args)
     if args.profile:
-        told = profile(config, run_dir, resume=args.resume).table()
+        profiled = profile(config, run_dir, resume=args.resume)
         if world.main:
-            print(told)
+            tell(args, profiled, profiled.table())
         return 0
     with sole_writer(run_dir):
         result = pretrain(config, run_dir, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
         if world.main:
-            print(_summary(result, config), flush=True)
+            tell(args, {**result.as_dict(), "steps": config.optim.steps}, _summary(result, config))
             if config.run.figures and not result.stopped_by and importlib.util.find_spec("matplotlib"):
                 write_run_figures(result.run_dir)
     return 128 + result.stopped_by if result.stopped_by else 0

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from cat.commands._json import add_json, as_json
+from cat.commands._parser import natural
 from cat.data.manifest import load_manifest
 from cat.device import pick_device
 from cat.encoders import POOLINGS, USAGE, CatEncoder, FrozenEncoder, LogMelStatistics, build_encoder, twin_of
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="of a checkpoint's tokens (default mean)")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a checkpoint")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--cache",
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--figures", action="store_true", help="draw test embeddings and layers beside the JSON, in figures/"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that probe did not write")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
     parser.add_argument(
         "--require-better",
@@ -106,22 +109,34 @@ def run(args: argparse.Namespace) -> int:
         num_workers=args.num_workers,
         progress=not args.quiet,
     )
-    print(format_report(report))
-    if cache.folder is not None:
-        print(cache.summary())
+    if not args.json:
+        print(format_report(report))
+        if cache.folder is not None:
+            print(cache.summary())
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
-    write_json(out, {"arguments": settings, **report_json(report)})
-    print(f"written: {out}")
+    value = {"arguments": settings, **report_json(report)}
+    write_json(out, value)
+    written = [out]
     if args.figures:
         drawn = {
             row.name: (row.test.rows, row.test_labels)
             for row in report.rows
             if row.test is not None and row.name != CONTROL
         }
-        print(f"written: {write_projection(pictures['embeddings'], drawn)}")
+        written.append(write_projection(pictures["embeddings"], drawn))
     if "layers" in pictures:
-        print(f"written: {_draw_layers(pictures['layers'], report)}")
-    return _verdict(report) if args.require_better else 0
+        written.append(_draw_layers(pictures["layers"], report))
+    lost = _lost(report) if args.require_better else []
+    if args.json:
+        verdict = {"better": not lost} if args.require_better else {}
+        print(as_json({**value, "written": written, **verdict}))
+        return 1 if lost else 0
+    print("\n".join(f"written: {path}" for path in written))
+    if lost:
+        print(f"FAIL: the trained encoder does not beat its untrained twin ({'; '.join(lost)})")
+    elif args.require_better:
+        print("PASS: the trained encoder beats its untrained twin on every probe")
+    return 1 if lost else 0
 
 
 def _encoders(args: argparse.Namespace, device: torch.device) -> dict[str, FrozenEncoder]:
@@ -181,11 +196,7 @@ def _default_out(spec: str) -> Path:
     return (in_run[0] if in_run else directory) / "probe.json"
 
 
-def _verdict(report: Report) -> int:
+def _lost(report: Report) -> list[str]:
+    """The probes on which the encoder does not beat its untrained twin."""
     trained, twin = report.row("trained").scores, report.row("untrained twin").scores
-    lost = [f"{p}: {100 * trained[p]:.1f} % against {100 * twin[p]:.1f} %" for p in trained if trained[p] <= twin[p]]
-    if lost:
-        print(f"FAIL: the trained encoder does not beat its untrained twin ({'; '.join(lost)})")
-        return 1
-    print("PASS: the trained encoder beats its untrained twin on every probe")
-    return 0
+    return [f"{p}: {100 * trained[p]:.1f} % against {100 * twin[p]:.1f} %" for p in trained if trained[p] <= twin[p]]

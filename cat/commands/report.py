@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cat.commands._json import add_json, tell
 from cat.outputs import Output, claim
 from cat.progress import say
 from cat.report import is_report, write_report
@@ -26,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"clips of every run ({SAMPLES})")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is no report")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.samples < 0:
         raise ValueError(f"--samples is {args.samples}; expected 0 or more")
     claim([Output(args.output, is_report, "-o OTHER.html")], overwrite=args.overwrite)
-    for note in write_report(args.runs, args.output, num_samples=args.samples):
+    notes = write_report(args.runs, args.output, num_samples=args.samples)
+    for note in notes:
         say(f"note: {note}")
-    print(f"report: {args.output}")
+    tell(args, {"written": args.output, "runs": args.runs, "notes": notes}, f"report: {args.output}")
     return 0

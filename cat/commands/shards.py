@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from cat.commands._json import add_json, left_out, tell
 from cat.data.manifest import load_manifest
 from cat.data.shards.checking import check_shards
 from cat.data.shards.tars import index_shards
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default 1)")
     parser.add_argument("--overwrite", action="store_true", help="let `index` replace an index")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -57,8 +60,9 @@ def _write(args: argparse.Namespace) -> int:
     written = write_shards(
         manifest, args.out, shard_bytes=parse_bytes(args.size, "--size"), jobs=args.jobs, progress=not args.quiet
     )
-    print(f"{args.out}: {len(written.manifest)} clips, shards: {written.shards}")
-    return _tell(written.failures, "could not be read and were left out")
+    value = {"folder": args.out, "clips": len(written.manifest), "shards": written.shards}
+    text = f"{args.out}: {len(written.manifest)} clips, shards: {written.shards}"
+    return _tell(args, value, text, written.failures, "could not be read and were left out")
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -67,18 +71,23 @@ def _index(args: argparse.Namespace) -> int:
     )
     for note in notes:
         say(note)
-    print(f"{args.out or args.data}: {count} clips indexed")
-    return _tell(failures, "could not be read and were left out")
+    text = f"{args.out or args.data}: {count} clips indexed"
+    value = {"index": args.out or args.data, "clips": count}
+    return _tell(args, value, text, failures, "could not be read and were left out")
 
 
 def _check(args: argparse.Namespace) -> int:
     manifest = load_manifest(args.data)
     failures = [*check_shards(manifest, jobs=args.jobs, progress=not args.quiet)]
-    print(f"{args.data}: {len(manifest) - len(failures)} of {len(manifest)} clips are as they were indexed")
-    return _tell(failures, "are damaged")
+    whole = len(manifest) - len(failures)
+    text = f"{args.data}: {whole} of {len(manifest)} clips are as they were indexed"
+    return _tell(args, {"data": args.data, "clips": len(manifest), "whole": whole}, text, failures, "are damaged")
 
 
-def _tell(failures: list[tuple[str, str]], what: str) -> int:
+def _tell(
+    args: argparse.Namespace, value: dict[str, Any], text: str, failures: list[tuple[str, str]], what: str
+) -> int:
+    tell(args, {**value, "failures": left_out(failures)}, text)
     for path, reason in failures[:20]:
         say(f"{path}: {reason}")
     if failures:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import io
-import json
 from pathlib import Path
 
+from cat.commands._json import as_json
+from cat.commands._parser import finite, natural
 from cat.data.listing import listed
 from cat.device import pick_device
 from cat.encoders import CATEncoder
@@ -31,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder", required=True, metavar="CHECKPOINT", help="a run, a checkpoint, a .safetensors, or a hub name"
     )
     parser.add_argument("-k", type=int, default=5, help="how many (default 5)")
-    parser.add_argument("--piece", type=float, default=10.0, metavar="S", help="seconds of a piece (default 10)")
+    parser.add_argument("--piece", type=finite, default=10.0, metavar="S", help="seconds of a piece (default 10)")
     parser.add_argument("--index", type=Path, default=None, metavar="FILE", help="embeddings: .npz, .parquet or .h5")
     parser.add_argument(
         "--whiten", action="store_true", help="of some hundreds of sounds: tell apart those that all look alike"
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     form.add_argument("--csv", action="store_true", help="print CSV")
-    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--num-workers", type=natural, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         num_workers=args.num_workers,
         progress=not args.quiet,
     )
-    print(_json(found) if args.json else _csv(found) if args.csv else _table(found))
+    print(as_json(found.hits) if args.json else _csv(found) if args.csv else _table(found))
     for one in found.skipped[:5]:
         say(f"left out: {one.path}: {one.reason}")
     if len(found.skipped) > 5:
@@ -66,10 +66,6 @@ def run(args: argparse.Namespace) -> int:
     if found.missing:
         say(f"{len(found.missing)} files are not in {args.index}, the first: {found.missing[0]}; encode them again")
     return 0
-
-
-def _json(found: Found) -> str:
-    return json.dumps([dataclasses.asdict(hit) for hit in found.hits], indent=2)
 
 
 def _csv(found: Found) -> str:

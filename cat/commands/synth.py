@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cat.commands._json import add_json, tell
+from cat.commands._parser import finite
 from cat.data.synth import SPLITS, SynthConfig, synthesise
 from cat.sounds import CLASSES
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=default.seed, help="another seed gives other sounds (%(default)s)")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=finite,
         nargs=2,
         default=default.seconds,
         metavar=("MIN", "MAX"),
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--snr-db",
-        type=float,
+        type=finite,
         nargs=2,
         default=default.snr_db,
         metavar=("MIN", "MAX"),
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace a data set of other settings in OUT; files of your own there stay"
     )
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -65,8 +68,13 @@ def run(args: argparse.Namespace) -> int:
         classes=tuple(args.classes),
     )
     made = synthesise(config, args.out, force=args.force, progress=not args.quiet)
-    counts = ", ".join(f"{config.clips_of(split) * len(config.classes)} {split}" for split in SPLITS)
-    state = "made" if made else "already there"
-    print(f"{args.out}: {len(config.classes)} classes, clips: {counts} ({state})")
-    print("manifests:", ", ".join(str(args.out / f"{split}.jsonl") for split in SPLITS))
+    counts = {split: config.clips_of(split) * len(config.classes) for split in SPLITS}
+    manifests = {split: args.out / f"{split}.jsonl" for split in SPLITS}
+    clips = ", ".join(f"{count} {split}" for split, count in counts.items())
+    tell(
+        args,
+        {"folder": args.out, "made": made, "classes": config.classes, "clips": counts, "manifests": manifests},
+        f"{args.out}: {len(config.classes)} classes, clips: {clips} ({'made' if made else 'already there'})\n"
+        f"manifests: {', '.join(map(str, manifests.values()))}",
+    )
     return 0

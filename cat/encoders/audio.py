@@ -7,6 +7,7 @@ patches a row, D embedding width, S layers asked for, E = D, or 2 D for pooling 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,6 +251,9 @@ class CATEncoder(nn.Module, hub.HubModel):
 
     def windows(self, window: float | None = None, overlap: float | None = None) -> Windows:
         """Of so many seconds; see `forward`. Raises: ValueError."""
+        for name, value in (("window", window), ("overlap", overlap)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; expected seconds")
         seconds = self.seconds_per_frame
         rows = max(1, self.features.frames // self.patch_size) if window is None else round(window / seconds)
         shared = rows // 4 if overlap is None else round(overlap / seconds)

@@ -5,7 +5,10 @@ Everything is drawn with matplotlib's Agg canvas, without a display, and written
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,32 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 
 def figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     """A matplotlib figure of that many inches with its axes, on the Agg canvas."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(EXTRA) from error
+    _import()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawing)
     return drawing, drawing.subplots(rows, columns, **options)
+
+
+def _import() -> None:
+    """matplotlib cannot be imported where MPLBACKEND names what this Python does not have: a notebook's own backend, in
+    a command that the notebook starts. Here no backend is used; what can be had stays set for others."""
+    if "matplotlib" in sys.modules:
+        return
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+
+        if asked is not None:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = asked
+    except ImportError as error:
+        raise ImportError(EXTRA) from error
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
 
 
 def save(drawing: Any, path: Path) -> Path:
@@ -79,6 +100,7 @@ def legend_below(drawing: Any, axis: Any, columns: int = 6) -> None:
 @functools.cache
 def _font_with(character: str) -> str | None:
     """The family of an installed font that can draw it; None where the default font can, "" where none can."""
+    _import()
     from matplotlib.font_manager import FontProperties, findfont, fontManager
 
     if ord(character) in _characters(findfont(FontProperties())) or character == "\n":

@@ -138,8 +138,8 @@ class CATClassifier(nn.Module, hub.HubModel):
 
     @staticmethod
     def _rows(name: str, seconds: float, row: float, least: int = 1) -> int:
-        if not 0 <= seconds < float("inf"):
-            raise ValueError(f"{name} is {seconds} s; expected a positive number of seconds")
+        if not (seconds > 0 or seconds == least == 0) or seconds == float("inf"):
+            raise ValueError(f"{name} is {seconds} s; expected {'more than 0 s' if least else '0 s or more'}")
         return max(least, round(seconds / row))
 
     def forward(

@@ -12,7 +12,9 @@ of them alone is told, a signal, they agree on before an update. The first write
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,11 @@ class RunResult:
     stopped_by: int | None  # signal number
     early: bool = False  # the task had enough before the end of its schedule
     skipped: int = 0  # updates whose loss or gradient was not finite
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the signal by its name."""
+        stopped_by = None if self.stopped_by is None else signal.Signals(self.stopped_by).name
+        return {**dataclasses.asdict(self), "stopped_by": stopped_by}
 
 
 class _Stopped(Exception):

@@ -190,14 +190,20 @@ _OWN_KEYS = {
     "pretrain": ("objective", "guides", "masks", "ema"),
     "finetune": ("task", "encoder", "weights", "freeze", "head", "loss", "augment", "classes", "class_names"),
 }
-RECIPES = Path(__file__).parents[2] / "recipes"  # of a checkout; they are not installed
+# Where it is installed, and of a checkout (setup.py).
+RECIPES = next(
+    (folder for up in (1, 2) if (folder := Path(__file__).parents[up] / "recipes").is_dir()), Path("recipes")
+)
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe at a path, or one of `RECIPES` by its name: "esc50"."""
-    shipped = RECIPES / f"{name}.yaml"
-    plain = Path(name).name == name and not Path(name).suffix
-    return shipped if plain and not Path(name).exists() and shipped.is_file() else Path(name)
+    """The recipe at a path, or one of those that come with the package by its name: "esc50". What the pages write,
+    "recipes/esc50.yaml", is that too where there is no such file."""
+    path = Path(name)
+    plain = path.name == name and not path.suffix
+    shipped = RECIPES / (f"{name}.yaml" if plain else path.name)
+    known = plain or path == Path("recipes", path.name)
+    return shipped if known and not path.exists() and shipped.is_file() else path
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> PretrainConfig:

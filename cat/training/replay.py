@@ -45,6 +45,14 @@ class Replay:
     clips: tuple[str, ...]  # that are not finite where the model's input is not
     largest: tuple[str, float]  # weight, before the update
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; "found" is null where everything was finite this time."""
+        return {
+            **{"run_dir": self.batch.run_dir, "step": self.batch.step, "begun_from": self.begun_from},
+            **{"again": self.again, "values": self.values, "found": self.found, "clips": self.clips},
+            "largest_weight": {"name": self.largest[0], "value": self.largest[1]},
+        }
+
     def told(self) -> str:
         weights = str(self.begun_from or "the weights of the seed")
         way = f" and {self.again} updates after it" if self.again > 0 else ""

@@ -33,11 +33,11 @@ def fails_with(monkeypatch, capsys, error: BaseException, *options: str) -> str:
         (FileNotFoundError(2, "No such file or directory", "a.npy"), "error: a.npy: No such file or directory\n"),
         (OSError(18, "Invalid cross-device link", "a", None, "b"), "error: a and b: Invalid cross-device link\n"),
         (OSError("without a number"), "error: without a number\n"),
-        (RuntimeError("broken"), "error: broken\n(cat-audio --debug ... shows where)"),
+        (RuntimeError("broken"), "error: broken (cat-audio --debug ... shows where)\n"),
         (MemoryError(), "error: out of memory; try smaller batches (data.batch_size, --batch-size)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "error: out of memory (DefaultCPUAllocator"),
         (torch.OutOfMemoryError("CUDA out of memory."), "error: out of memory (CUDA out of memory.); try smaller"),
-        (KeyError("clap"), "error: unexpected KeyError: 'clap'\nThis is a fault of cat-audio. Please report it"),
+        (KeyError("clap"), "error: unexpected KeyError: 'clap'. This is a fault of cat-audio. Please report it"),
         (AssertionError(), "unexpected AssertionError"),
         (EOFError(), "unexpected EOFError"),
         (KeyboardInterrupt(), "cat-audio: interrupted"),
@@ -120,12 +120,77 @@ def test_arguments_that_nobody_takes(capsys, words, strange):
     assert f"unknown arguments: {strange}" in capsys.readouterr().err
 
 
-def test_a_command_that_is_not_there(capsys):
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["prerain"], "cat-audio: error: there is no command 'prerain' (did you mean pretrain?); see cat-audio --help"),
+        (["--debug", "x"], "cat-audio: error: there is no command 'x'; see cat-audio --help"),
+        (["--nosuch"], "cat-audio: error: the following arguments are required: COMMAND; see cat-audio --help"),
+        (["synth", "x", "--sede", "3"], "arguments: --sede 3 (did you mean --seed?); see cat-audio synth --help"),
+        (["synth", "x", "--seed", "y"], "--seed: invalid int value: 'y'; see cat-audio synth --help"),
+        (["dataset", "esc51", "-o", "x"], "invalid choice: 'esc51' (choose from"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(capsys, words, told):
     with pytest.raises(SystemExit, match="2"):
-        main(["prerain"])
-    told = capsys.readouterr().err
-    assert "usage: cat-audio [--debug] COMMAND" in told
-    assert "'prerain'" in told
+        main(words)
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_no_command_shows_which_there_are(capsys):
+    assert main([]) == 2
+    assert "\n  pretrain " in capsys.readouterr().err
+
+
+def test_the_overview_waits_for_nothing_that_it_does_not_need():
+    """PyTorch takes a second to import; errors are told without it too."""
+    code = (
+        "import sys; from cat.commands import main\n"
+        "for words in (['--help'], ['prerain']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell, capsys, tmp_path):
+    """Of commands, options, choices and files; what bash makes of it is asked."""
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--completion", shell])
+    script = tmp_path / f"completion.{shell}"
+    script.write_text(capsys.readouterr().out)
+    if shell != "bash":
+        assert all(name in script.read_text() for name in (*COMMANDS, "speechcommands"))
+        return
+    (tmp_path / "recipe.yaml").touch()
+    for words, expected in {
+        "pre": {"pretrain", "predict", "prepare"},
+        "evaluate --fig": {"--figures"},
+        "dataset esc": {"esc50", "esc10"},
+        "predict --aggregate m": {"mean", "max"},
+        "pretrain rec": {"recipe.yaml"},
+    }.items():
+        ask = (
+            f"source {script}; COMP_WORDS=(cat-audio {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+            '_shtab_cat_audio cat-audio "${COMP_WORDS[-1]}"; echo "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert set(done.stdout.split()) == expected, words
+
+
+def test_completion_without_its_package(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--completion", "bash"]) == 1
+    assert capsys.readouterr().err == (
+        "cat-audio: error: shell completion needs shtab: pip install 'cat-kernels[train]'\n"
+    )
 
 
 def written_to(monkeypatch, stream, text: str = "word\n") -> int:

@@ -48,7 +48,7 @@ def test_missing_things_are_named_with_their_remedy(
     )
     assert rows["soxr"] == "missing: pip install 'cat-kernels[train]'"
     assert rows["transformers"] == "missing: pip install 'cat-kernels[clap]'"
-    assert rows["C++"] == "compiler   none (c++ not found)"
+    assert rows["C++"] == "compiler  none (c++ not found)"
     assert "nvcc not found" in rows["CUDA"]
 
 

@@ -60,7 +60,7 @@ def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
 
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(backends, "INTERPRETED", False)
-    with pytest.raises(backends.BackendError, match=r"run on CUDA tensors, these are on cpu; move them with .cuda\(\)"):
+    with pytest.raises(backends.BackendError, match=r"take CUDA tensors; move them with .cuda\(\)"):
         backends.resolve("gather_tokens", "triton", "cpu")
     assert backends.resolve("gather_tokens", "auto", "cpu") == "torch"
     assert backends.resolve("gather_tokens", "auto", "cuda") == "triton"
@@ -98,6 +98,29 @@ def test_explain_tells_every_operator_and_version():
     for word in (*backends.OPERATORS, "Triton", "GPU", torch.__version__):
         assert word in text
     assert str(told) == repr(told)
+    assert text.count("Triton kernels take") <= 1  # a reason is told once, for all its operators
+
+
+def test_explain_has_a_column_a_device():
+    rows = [
+        backends.Row("fbank", "cpu", "native", {"torch": "can run; native is preferred"}),
+        backends.Row("fbank", "cuda", "torch", {"native": "the extension was built without CUDA"}),
+    ]
+    assert str(backends.Explanation({"GPU": "one"}, tuple(rows))).splitlines() == [
+        "GPU         one",
+        "",
+        "operator  on cpu    on cuda",
+        "fbank     native    torch",
+        "",
+        "torch    PyTorch operations",
+        "native   C++ on CPU tensors, CUDA on CUDA tensors (the extension)",
+        "",
+        "not used:",
+        "torch    on cpu: can run; native is preferred",
+        "         fbank",
+        "native   on cuda: the extension was built without CUDA",
+        "         fbank",
+    ]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from cat import figures
 from cat.figures.canvas import figure, save, text_of
 
+REPOSITORY = Path(__file__).parents[3]
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("yaml")
@@ -52,3 +57,19 @@ def test_another_font_is_taken_for_what_the_usual_one_lacks(tmp_path):
 def test_long_names_end_early():
     assert text_of("a" * 11, 10) == "a" * 10 + "…"
     assert text_of("a" * 10, 10) == "a" * 10
+
+
+def test_a_backend_that_is_not_here_changes_nothing(tmp_path):
+    """A notebook sets MPLBACKEND for the commands that it starts, which may be of another Python."""
+    code = (
+        "import os, sys\nfrom cat.figures.canvas import figure, save, text_of\n"
+        "text_of('a')\nsave(figure(4, 3)[0], sys.argv[1])\nprint(os.environ['MPLBACKEND'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")],
+        env=os.environ | {"MPLBACKEND": "nosuch", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "nosuch\n", done.stderr
+    assert figures.is_figure(tmp_path / "a.png")
