@@ -43,9 +43,12 @@ def _conv_block(x_Rc: Tensor, halo: Tensor, places: Tensor, weights: list[Tensor
 
 
 def _conv_block_backward(grad_Rc: Tensor, *arguments: Any) -> int:
-    weights, keep = arguments[6], arguments[8]
+    """Twice the forward, the MLP's first layer again and, where nothing was kept, what is in front of it."""
+    weights, keep = arguments[5], arguments[7]
+    _, _, conv1, _, taps, _, conv2, *_ = weights
+    again = [weights[10], *(() if keep else (conv1, taps, conv2))]
     forward = _conv_block(grad_Rc, grad_Rc, grad_Rc, weights)
-    return (2 if keep else 3) * forward
+    return 2 * forward + 2 * grad_Rc.shape[0] * sum(weight.numel() for weight in again)
 
 
 def _add_product(total: Tensor | None, x: Tensor, weight: Tensor, *_: Any) -> int:
