@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "figures": {"training", "prediction", "data", *BASE},
     "report": {"training", "data", *BASE},
     "training": {"evaluation", "encoders", "checkpoints", "data", "model", *BASE},
-    "export": {"checkpoints", "data", "model", *BASE},
+    "export": {"prediction", "checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},
     "evaluation": {"prediction", "encoders", "checkpoints", "data", "model", *BASE},
     "prediction": {"encoders", "checkpoints", "data", "model", *BASE},
