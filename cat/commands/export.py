@@ -29,8 +29,8 @@ cls, frames and patches; of a classifier scores, and with a frame head frame_sco
 length, which may be any, up to two minutes. The file's metadata tell classes, sample rate, features, patch size and
 version.
 
-With --web DIR a classifier becomes a folder to open in a browser, as a file or from any static server: it hears a file or
-the microphone, and shows spectrogram, classes over time and events. Nothing leaves the page.
+With --web DIR a classifier becomes a folder to open in a browser, as a file or from any static server. The page hears a
+file or the microphone, and shows spectrogram, classes over time and events. Nothing leaves it.
 
 Before OUT appears it is run and compared with the model: .onnx in onnxruntime (pip install 'cat-kernels[export]'), .pt2
 in PyTorch. Where they differ by more than a thousandth, nothing is written.

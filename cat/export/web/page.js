@@ -113,6 +113,7 @@ function begin(name, live, span, rate) {
   $("results").hidden = false;
   $("events").replaceChildren();
   $("none").hidden = false;
+  $("table").hidden = true;
   $("save").hidden = true;
   $("cursor").hidden = true;
   $("player").hidden = live;
@@ -204,6 +205,7 @@ function tell(event) {
   const name = config.names[event.column];
   sound.events.set(event.number, event);
   $("none").hidden = true;
+  $("table").hidden = false;
   const id = `event-${event.number}`;
   const end = event.offset === null ? "…" : clock(event.offset);
   const cells = [clock(event.onset), end, name, percent(event.score)].map((text) => make("td", "", text));

@@ -33,8 +33,7 @@ class Picture {
 
   add({ begin, end, rows, spectrogram }) {
     if (this.live && end > this.first + this.span) this.move(end - this.span);
-    const frames = Math.min(spectrogram.length / this.bins, Math.round((end - begin) / this.frame));
-    for (let t = 0; t < frames; t++) {
+    for (let t = 0; t * this.bins < spectrogram.length; t++) {
       const at = this.column(begin + t * this.frame) * this.bins;
       for (let f = 0; f < this.bins; f++) {
         this.loud[at + f] = Math.max(this.loud[at + f], spectrogram[t * this.bins + f]);
@@ -94,7 +93,7 @@ class Picture {
     const [r, g, b] = getComputedStyle(document.body).getPropertyValue("--strip").split(",").map(Number);
     const image = context.createImageData(this.columns, 1);
     for (let t = 0; t < this.columns; t++) {
-      image.data.set([r, g, b, Math.round(255 * this.scores[t * this.names.length + c])], 4 * t);
+      image.data.set([r, g, b, Math.round(255 * Math.sqrt(this.scores[t * this.names.length + c]))], 4 * t);
     }
     context.putImageData(image, 0, 0);
     return strip;

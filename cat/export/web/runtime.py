@@ -1,4 +1,4 @@
-"""ONNX Runtime Web: what runs the model in a browser. Its npm package is brought by npm, or given as a file or folder."""
+"""ONNX Runtime Web, which runs the model in a browser: npm brings its package, or it is given as a file or folder."""
 
 from __future__ import annotations
 

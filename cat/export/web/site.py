@@ -130,7 +130,7 @@ def _is_site(folder: Path) -> bool:
 
 
 def _scripts(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the scripts that hold a part. Another content has another name, also for what browsers keep."""
+    """Name and content of the scripts that hold a part. Another content has another name, also in a browser's cache."""
     home = "model" if name == "model" else "runtime"
     mark = hashlib.sha256(content).hexdigest()[:12]
     for number, begin in enumerate(range(0, len(content), PART)):

@@ -123,7 +123,9 @@ class Listener {
       if (window.start !== this.next) counted = [];
       this.next = window.start + this.plan.hop;
     }
-    const seconds = this.windower.samples / config.rate, step = this.plan.row / config.rate;
+    const { samples } = this.windower, seconds = samples / config.rate, step = this.plan.row / config.rate;
+    const heard = 1 + Math.floor((samples - this.plan.frameLength) / this.plan.frameShift); // frames; behind them is padding
+    const frames = Math.min(last * patch, heard - window.start * patch);
     postMessage({
       kind: "window",
       id: this.id,
@@ -131,7 +133,7 @@ class Listener {
       end: Math.min(window.end * step, seconds),
       rows,
       clip,
-      spectrogram: found.spectrogram.slice(first * patch * bins, last * patch * bins),
+      spectrogram: found.spectrogram.slice(first * patch * bins, frames * bins),
       events: this.finder.feed(counted),
       seconds,
       busy: this.busy,
