@@ -36,7 +36,7 @@ SCRIPTS = ("resampler.js", "windows.js", "events.js", "worker.js", "tap.js", "so
 PART = 12 << 20  # bytes in one script, before it is packed: static hosts take files of some tens of megabytes
 # Only what lies beside the page, and nothing from or to a network.
 POLICY = (
-    "default-src 'none'; script-src 'self' file: blob: 'unsafe-inline' 'wasm-unsafe-eval'; worker-src blob:; "
+    "default-src 'none'; script-src 'self' file: blob: data: 'unsafe-inline' 'wasm-unsafe-eval'; worker-src blob:; "
     "style-src 'unsafe-inline'; img-src data:; media-src blob:"
 )
 _OWN = re.compile(r"index\.html|(model|runtime)(/[\w.-]+\.js)?|runtime/(LICENSE|ThirdPartyNotices\.txt)")

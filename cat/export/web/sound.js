@@ -66,8 +66,8 @@ async function listen(hear) {
     if (context.state !== "closed") context.close();
   };
   try {
-    const tap = new Blob([document.getElementById("tap").textContent], { type: "text/javascript" });
-    await context.audioWorklet.addModule(URL.createObjectURL(tap));
+    const tap = `data:text/javascript,${encodeURIComponent(document.getElementById("tap").textContent)}`;
+    await context.audioWorklet.addModule(tap);
     const node = new AudioWorkletNode(context, "tap", { numberOfOutputs: 0 });
     node.port.onmessage = ({ data }) => hear(data, context.sampleRate);
     context.createMediaStreamSource(stream).connect(node);
