@@ -35,10 +35,11 @@ DATA := data/quickstart
 RUN := runs/quickstart
 CLASSIFIER := runs/quickstart-classifier
 SOUND := $(DATA)/test/bird/bird-00000.wav
+DEMO := docs/build/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs clean
+.PHONY: help quickstart test fuzz lint format bench bench-compare gpu-suite gpu-cache docs demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,8 +85,11 @@ gpu-cache: $(INSTALLED) ## compile what gpu-suite launches into CACHE=FILE, for 
 	$(BIN)/python -m benchmarks.cache make $(CACHE) --arch $(ARCH) --processes $(JOBS)
 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
-	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
+	$(BIN)/sphinx-build -q -W --keep-going $(if $(wildcard $(DEMO)/index.html),-t demo) docs docs/build
 	@echo "docs/build/index.html"
+
+demo: $(BUILT) ## what quickstart trained, as a page for a browser; docs made afterwards link to it
+	$(BIN)/cat-audio export $(CLASSIFIER) --web $(DEMO)
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api $(DATA) $(RUN) $(CLASSIFIER)

@@ -167,6 +167,7 @@ NOT_RUN: dict[str, str] = {
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
     r"cat-audio pretrain .*https://": "needs a network; tests/cat/training/test_sharded.py runs it from another URL",
+    r"cat-audio export .*--web|npm pack ": "needs npm and a network; tests/cat/export/test_web.py has it",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "

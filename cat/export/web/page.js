@@ -62,8 +62,7 @@ async function unpacked(text) {
 
 const MESSAGES = {
   ready(data) {
-    const window = (config.plan.rows * config.plan.row) / config.rate;
-    say(`Ready: a window of ${window.toFixed(2)} s takes ${data.window.toFixed(2)} s. Drop a sound, or listen.`);
+    say(`Ready, ${clock(data.seconds)} after it was loaded. Drop a sound, or listen.`);
     document.body.dataset.state = "ready";
     for (const id of ["file", "listen"]) $(id).disabled = false;
   },

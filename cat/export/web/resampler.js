@@ -2,10 +2,13 @@
 // the other commands resample with): flat to 0.91 of the lower Nyquist frequency, 125 dB down from that frequency on.
 "use strict";
 
-const PASS = 0.913, ATTENUATION = 125;
+const PASS = 0.913, ATTENUATION = 125, MOST_RESAMPLING = 256;
 
 class Resampler {
   constructor(from, to) {
+    if (Math.max(from, to) > MOST_RESAMPLING * Math.min(from, to)) {
+      throw new Error(`sample rate ${from} Hz: too far from ${to} Hz to resample`);
+    }
     const divisor = greatestDivisor(from, to);
     this.up = to / divisor;
     this.down = from / divisor;

@@ -11,16 +11,18 @@ onmessage = ({ data }) => {
     current = data.id;
     listener = new Listener(data);
   }
+  if (data.kind === "stop" && data.id === current) current = 0;
   const mine = listener;
   if (data.kind === "feed" && data.id === current) mine.received += data.wave.length / mine.rate;
   work = work.then(() => TASKS[data.kind](data, mine)).catch((error) => {
+    if (data.id === current) current = 0;
     postMessage({ kind: "error", id: data.id, text: String(error?.message ?? error) });
   });
 };
 
 const TASKS = {
   load: (data) => load(data),
-  begin: () => {},
+  begin: (data, listener) => listener.start(data.live),
   stop: () => {},
   feed: (data, listener) => data.id === current && listener.feed(data.wave),
   finish: (data, listener) => data.id === current && listener.finish(),
@@ -33,18 +35,20 @@ async function load({ parts, about }) {
   ort.env.wasm.wasmBinary = parts.wasm;
   ort.env.wasm.wasmPaths = { mjs: URL.createObjectURL(new Blob([parts.mjs], { type: "text/javascript" })) };
   session = await ort.InferenceSession.create(new Uint8Array(parts.model), { executionProviders: ["wasm"] });
+  await run(new Float32Array(config.plan.frameLength));
+  postMessage({ kind: "ready", seconds: (performance.now() - began) / 1000 });
+}
+
+// The windows of sound that goes on lie an eighth of one apart, or as far as computing takes, with some to spare.
+async function livePlan() {
   const whole = new Float32Array(config.plan.samples);
   await run(whole); // the first run also reserves memory
-  const ready = performance.now();
+  const began = performance.now();
   await run(whole);
-  const seconds = (performance.now() - ready) / 1000;
-  const rowSeconds = config.plan.row / config.rate;
-  // Of sound that goes on, windows an eighth apart, or as far as computing takes, with some to spare.
-  const { rows } = config.plan, eighth = Math.max(1, Math.floor(rows / 8));
-  const hop = Math.min(rows, Math.max(eighth, Math.ceil(seconds / 0.7 / rowSeconds)));
-  const lookahead = config.hasFrames ? Math.min(eighth, rows - hop) : 0;
-  config.live = { ...config.plan, hop, lookahead };
-  postMessage({ kind: "ready", loaded: (ready - began) / 1000, window: seconds, hop: hop * rowSeconds });
+  const seconds = (performance.now() - began) / 1000;
+  const { rows, row } = config.plan, eighth = Math.max(1, Math.floor(rows / 8));
+  const hop = Math.min(rows, Math.max(eighth, Math.ceil((seconds / 0.7) * (config.rate / row))));
+  return { ...config.plan, hop, lookahead: config.hasFrames ? Math.min(eighth, rows - hop) : 0 };
 }
 
 async function run(wave) {
@@ -56,11 +60,19 @@ async function run(wave) {
 }
 
 class Listener {
-  constructor({ id, rate, live }) {
+  constructor({ id, rate }) {
     this.id = id;
     this.rate = rate;
-    this.plan = live ? config.live : config.plan;
-    this.resampler = new Resampler(rate, config.rate);
+    this.received = 0; // seconds
+    this.busy = 0;
+    this.count = 0;
+    this.sum = new Float64Array(config.classes.length);
+    this.best = new Float32Array(config.classes.length);
+  }
+
+  async start(live) {
+    this.plan = live ? (config.live ??= await livePlan()) : config.plan;
+    this.resampler = new Resampler(this.rate, config.rate);
     this.windower = new Windower(this.plan);
     const step = this.plan.row / config.rate;
     // A clip head has no rows: its windows stand for the middle of what they heard.
@@ -69,11 +81,6 @@ class Listener {
       : { step: this.plan.hop * step, lead: ((this.plan.rows - this.plan.hop) * step) / 2 };
     this.finder = new EventFinder(config.settings, timing);
     this.next = 0;
-    this.received = 0; // seconds
-    this.busy = 0;
-    this.count = 0;
-    this.sum = new Float64Array(config.classes.length);
-    this.best = new Float32Array(config.classes.length);
   }
 
   async feed(wave) {

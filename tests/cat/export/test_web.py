@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import json
@@ -24,17 +23,18 @@ soxr = pytest.importorskip("soxr")
 from cat.commands import main  # noqa: E402
 from cat.data import FeatureConfig  # noqa: E402
 from cat.data.audio import read_audio  # noqa: E402
-from cat.data.features import log_mel  # noqa: E402
 from cat.export import find_runtime  # noqa: E402
 from cat.export.check import Difference  # noqa: E402
 from cat.export.web import runtime as runtimes  # noqa: E402
 from cat.export.web.site import HERE  # noqa: E402
 from cat.model import HeadConfig  # noqa: E402
 from cat.prediction import CATClassifier, EventFinder, EventSettings, Plan, Windower  # noqa: E402
+from cat.prediction.classifier import as_windows  # noqa: E402
 from cat.prediction.events import ended, settings_of, write_settings  # noqa: E402
 from cat.prediction.stream import Clock, EventStream  # noqa: E402
+from cat_kernels.mel.reference import FbankSettings, fbank_reference  # noqa: E402
 from tests.browser import browser  # noqa: E402
-from tests.cat.export.test_export import checkpoint  # noqa: E402
+from tests.cat.export.test_export import FEATURES, checkpoint  # noqa: E402
 
 CLASSES = ("/m/1", "/m/2", "/m/3")
 SETTINGS = {
@@ -145,6 +145,44 @@ def test_the_resampler_is_near_soxr(tmp_path, source, target, limit):
     passed = int(0.9 * min(source, target) / target * len(spectrum))
     assert spectrum[:passed].max() <= limit * scale[:passed].mean()
     assert np.sqrt(np.mean(error**2)) < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("subtype", "channels", "form"),
+    [("PCM_U8", 1, "WAV"), ("PCM_16", 2, "WAV"), ("PCM_24", 1, "WAVEX"), ("PCM_32", 1, "WAV"), ("FLOAT", 3, "WAV"),
+     ("DOUBLE", 1, "WAV"), ("ULAW", 1, "WAV")],
+)  # fmt: skip
+def test_wav_files_are_read_as_python_reads_them(tmp_path, subtype, channels, form):
+    wave = np.random.default_rng(0).uniform(-1, 1, size=(500, channels))
+    soundfile.write(tmp_path / "x.wav", wave, 22_050, subtype=subtype, format=form)
+    whole = (tmp_path / "x.wav").read_bytes()
+    script = """
+      const read = (list) => { const found = wavOf(new DataView(Uint8Array.from(list).buffer));
+        return found && [found.rate, [...found.wave]]; };
+      return [read(given), read(given.slice(0, given.length - 100)), read(given.slice(0, 30))];"""
+    found, cut, header = in_node(["sound.js"], script, list(whole), tmp_path)
+    assert header is None
+    if subtype == "ULAW":  # the browser's own decoder has it
+        assert found is None
+        return
+    expected = read_audio(tmp_path / "x.wav", 22_050)
+    assert found[0] == 22_050
+    np.testing.assert_allclose(np.array(found[1], np.float32), expected, rtol=0, atol=1e-7 if channels > 1 else 0)
+    assert cut[1] == found[1][: len(cut[1])]
+    assert 0 < len(cut[1]) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("x.flac", {}), ("x.ogg", {"format": "OGG", "subtype": "VORBIS"}), ("x.mp3", {})]
+)
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_the_rate_of_other_files(tmp_path, name, options, rate):
+    soundfile.write(tmp_path / name, sound(rate, 0.5), rate, **options)
+    head = list((tmp_path / name).read_bytes()[:4000])
+    tagged = [*b"ID3\x04\0\0\0\0\0\x0a", *bytes(10), *head]
+    script = "return given.map((list) => rateOf(new DataView(Uint8Array.from(list).buffer)));"
+    found = in_node(["sound.js"], script, [head, tagged if name == "x.mp3" else head, [1, 2], head[:20]], tmp_path)
+    assert found[:3] == [rate, rate, 48_000]
 
 
 # ---------------------------------------------------------------- what is written
@@ -300,6 +338,7 @@ def test_no_npm_or_no_network(tmp_path, monkeypatch, script, sentence):
 
 # ---------------------------------------------------------------- in a browser
 
+DECIBELS = 2 * FEATURES.std * 10 / np.log(10)  # of one, normalised
 KEEP = """
   globalThis.windows = [];
   document.addEventListener("heard", ({ detail }) => windows.push({
@@ -330,6 +369,8 @@ def sounds(tmp_path_factory) -> dict[str, Path]:
     for name, (size, options) in made.items():
         soundfile.write(folder / name, sound(*size), size[0], **options)
     (folder / "text.wav").write_text("no sound")
+    soundfile.write(folder / "slow.wav", np.zeros(500), 10)
+    soundfile.write(folder / "nan.wav", np.full(9000, np.nan), 16_000, subtype="FLOAT")
     return {path.stem: path for path in folder.iterdir()}
 
 
@@ -346,21 +387,34 @@ def site(request, folder, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def expected_of(model: Path, file: Path) -> tuple[dict[str, float], list[tuple[str, float, float]], np.ndarray]:
-    """What Python hears: scores, events, and the spectrogram of the whole file."""
+    """What Python hears: scores, events, and the formula's spectrogram in float64, of which Python's own in float32 are
+    up to 0.0025 dB off in the quietest bands."""
     classifier = CATClassifier.from_pretrained(model)
     wave = read_audio(file, 16_000)
     scores = classifier(wave, 16_000).scores[0].tolist()
     settings, _ = settings_of(classifier.info.path, classifier.classes)
     stream = EventStream(classifier, settings, classifier.plan())
     events = [(e.label, e.onset, e.offset) for e in ended([*stream.feed(wave), *stream.finish()])]
-    frames = 1 + (len(wave) - 400) // 160
-    spectrogram = log_mel(torch.from_numpy(wave), dataclasses.replace(classifier.features, frames=frames))[0, 0].numpy()
-    return dict(zip(classifier.classes, scores, strict=True)), events, spectrogram
+    heard = 1 + (len(wave) - 400) // 160
+    seen = []
+    for window in as_windows([wave], classifier.plan()):
+        frames = min((window.end - window.start) * 8, heard - window.start * 8)
+        wave_n = torch.from_numpy(window.waves[0]).double()
+        spectrogram_TF = fbank_reference(
+            (wave_n - wave_n.mean())[None],
+            None,
+            FbankSettings(num_mel_bins=32),
+            target_length=frames,
+            mean=FEATURES.mean,
+            std=FEATURES.std,
+        )[0].numpy()
+        seen.append(spectrogram_TF[(window.begin - window.start) * 8 :])
+    return dict(zip(classifier.classes, scores, strict=True)), events, np.concatenate(seen)
 
 
 @pytest.mark.slow
 def test_a_browser_hears_what_python_hears(site, sounds, tmp_path):
-    """Opened as a file, without a network: scores, events and features. Decoders of lossy files differ in padding."""
+    """Opened as a file, without a network: scores, events and features. Decoders of lossy files differ."""
     page_folder, model = site
     with browser(tmp_path / "profile") as page:
         page.open((page_folder / "index.html").as_uri())
@@ -370,7 +424,7 @@ def test_a_browser_hears_what_python_hears(site, sounds, tmp_path):
         for name, tolerance in {
             "at_its_rate": 1e-5,
             "short": 1e-5,
-            "other": 1e-4,
+            "other": 1e-3,
             "stereo": 2e-3,
             "vorbis": 5e-3,
             "layer3": 0.05,
@@ -382,7 +436,6 @@ def test_a_browser_hears_what_python_hears(site, sounds, tmp_path):
             scores, events, spectrogram = expected_of(model, sounds[name])
             assert row["path"] == sounds[name].name
             found = {one["label"]: one["score"] for one in row["scores"]}
-            print(name, max(abs(found[c] - scores[c]) for c in CLASSES), len(events))
             assert found == pytest.approx(scores, abs=tolerance), name
             if tolerance > 1e-3:
                 continue
@@ -392,9 +445,15 @@ def test_a_browser_hears_what_python_hears(site, sounds, tmp_path):
             heard = page.evaluate("windows.flatMap((w) => w.spectrogram)")
             heard = np.array(heard, np.float32).reshape(-1, 32)
             assert heard.shape == spectrogram.shape
-            print(name, float(np.abs(heard - spectrogram).max()))
+            decibels = np.abs(heard - spectrogram) * DECIBELS
+            assert decibels.max() < (1e-3 if tolerance < 1e-4 else 0.5), name
 
-        for name, sentence in {"text": "this browser cannot decode it", "too_short": "0.020 s is too short"}.items():
+        for name, sentence in {
+            "text": "text.wav: this browser cannot decode it; expected a sound file",
+            "too_short": "0.020 s is too short: expected 0.025 s or more",
+            "slow": "sample rate 10 Hz: too far from 16000 Hz to resample",
+            "nan": "nan.wav: some of its samples are NaN or infinite",
+        }.items():
             page.evaluate("document.body.dataset.state = 'given'")
             page.give_file("#file", sounds[name])
             page.wait("document.body.dataset.state === 'error'")
