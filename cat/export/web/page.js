@@ -61,8 +61,8 @@ async function unpacked(text) {
 // ---------------------------------------------------------------- what the worker says
 
 const MESSAGES = {
-  ready(data) {
-    say(`Ready, ${clock(data.seconds)} after it was loaded. Drop a sound, or listen.`);
+  ready() {
+    say("Ready. Drop a sound, or listen.");
     document.body.dataset.state = "ready";
     for (const id of ["file", "listen"]) $(id).disabled = false;
   },
@@ -112,6 +112,7 @@ function begin(name, live, span, rate) {
   $("results").hidden = false;
   $("events").replaceChildren();
   $("none").hidden = false;
+  $("none").textContent = "none";
   $("table").hidden = true;
   $("save").hidden = true;
   $("cursor").hidden = true;
@@ -199,24 +200,26 @@ function bars(scores) {
   );
 }
 
-// An event has a row from the moment it is certain, which is completed when it has ended.
+// An event has a row from the moment it is certain, which is completed when it has ended. What goes on has the newest at the
+// top, and forgets the oldest; of a file the first are shown.
 function tell(event) {
-  const name = config.names[event.column];
-  sound.events.set(event.number, event);
-  $("none").hidden = true;
+  const { live, events } = sound, list = $("events"), id = `event-${event.number}`, known = events.has(event.number);
+  events.set(event.number, event);
+  $("none").hidden = events.size > 0 && (live || events.size <= MOST_ROWS);
+  $("none").textContent = events.size ? `${MOST_ROWS} of ${events.size}; Save as JSON has all` : "none";
   $("table").hidden = false;
-  const id = `event-${event.number}`;
-  const end = event.offset === null ? "…" : clock(event.offset);
-  const cells = [clock(event.onset), end, name, percent(event.score)].map((text) => make("td", "", text));
   let row = $(id);
   if (row === null) {
-    if (event.offset !== null && event.number <= sound.events.size - MOST_ROWS) return;
+    if (known || (!live && events.size > MOST_ROWS)) return;
     row = make("tr");
     row.id = id;
-    $("events").prepend(row);
-    if ($("events").childElementCount > MOST_ROWS) $("events").lastChild.remove();
+    if (live) list.prepend(row);
+    else list.append(row);
+    if (list.childElementCount > MOST_ROWS) list.lastChild.remove();
   }
-  row.replaceChildren(...cells);
+  const end = event.offset === null ? "…" : clock(event.offset);
+  const cells = [clock(event.onset), end, config.names[event.column], percent(event.score)];
+  row.replaceChildren(...cells.map((text) => make("td", "", text)));
 }
 
 // As `cat-audio predict --json` writes it, with the events.

@@ -16,7 +16,7 @@ class Picture {
     this.span = span;
     this.live = live;
     this.first = 0; // the second at the left edge
-    this.columns = Math.max(1, Math.min(COLUMNS, Math.ceil(span / this.frame)));
+    this.columns = Math.max(1, Math.min(COLUMNS, Math.floor(span / this.frame))); // no more than frames
     this.loud = new Float32Array(this.columns * this.bins).fill(-Infinity);
     this.scores = new Float32Array(this.columns * this.names.length);
     this.canvas = document.getElementById("spectrogram");
@@ -28,7 +28,8 @@ class Picture {
   }
 
   column(seconds) {
-    return Math.max(0, Math.min(this.columns - 1, Math.floor(((seconds - this.first) / this.span) * this.columns)));
+    const place = ((seconds - this.first) / this.span) * this.columns;
+    return Math.max(0, Math.min(this.columns - 1, Math.floor(place + 1e-6)));
   }
 
   add({ begin, end, rows, spectrogram }) {

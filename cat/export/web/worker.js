@@ -30,13 +30,12 @@ const TASKS = {
 
 async function load({ parts, about }) {
   config = about;
-  const began = performance.now();
   ort.env.wasm.numThreads = 1; // threads need headers that a plain file server, or a file, does not give
   ort.env.wasm.wasmBinary = parts.wasm;
   ort.env.wasm.wasmPaths = { mjs: URL.createObjectURL(new Blob([parts.mjs], { type: "text/javascript" })) };
   session = await ort.InferenceSession.create(new Uint8Array(parts.model), { executionProviders: ["wasm"] });
   await run(new Float32Array(config.plan.frameLength));
-  postMessage({ kind: "ready", seconds: (performance.now() - began) / 1000 });
+  postMessage({ kind: "ready" });
 }
 
 // The windows of sound that goes on lie an eighth of one apart, or as far as computing takes, with some to spare.
