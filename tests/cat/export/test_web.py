@@ -438,7 +438,7 @@ def served(folder: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_browser_hears_what_python_hears(site, sounds, tmp_path):
-    """Opened as a file or from a server, without a network: scores, events, features. Decoders of lossy files differ."""
+    """Opened as a file or from a server: scores, events, features. Decoders of lossy files differ."""
     page_folder, model = site
     opened = contextlib.nullcontext(f"{page_folder.as_uri()}/") if model.name == "events" else served(page_folder)
     with opened as address, browser(tmp_path / "profile") as page:
