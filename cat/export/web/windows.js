@@ -31,10 +31,7 @@ class Windower {
   // What is left when nothing follows; the last window is moved back so that it is whole.
   *finish() {
     const total = this.samples ? this.total() : 0, last = Math.max(0, total - this.plan.rows);
-    while (this.begin < total) {
-      const end = this.start >= last ? total : this.start + this.plan.rows - this.plan.lookahead;
-      yield this.window(Math.min(this.start, last), end);
-    }
+    if (this.begin < total) yield this.window(Math.min(this.start, last), total);
   }
 
   window(start, end) {
