@@ -43,10 +43,11 @@ RUN := runs/quickstart
 CLASSIFIER := runs/quickstart-classifier
 GALLERY := runs/gallery
 SOUND := $(DATA)/test/bird/bird-00000.wav
+DEMO := docs/build/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs notebook linkcheck wheel clean
+.PHONY: help quickstart gallery test fuzz lint format bench bench-compare gpu-suite gpu-cache kernel-hub docs demo notebook linkcheck wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,7 +108,7 @@ kernel-hub: ## the operators for Hugging Face's kernel hub, into OUT=DIR; REPO_I
 	$(PYTHON) -m release.kernel_hub $(OUT) $(if $(REPO_ID),--repo-id $(REPO_ID))
 
 docs: $(INSTALLED_DOCS) ## build the documentation into docs/build
-	$(BIN)/sphinx-build -q -W --keep-going docs docs/build
+	$(BIN)/sphinx-build -q -W --keep-going $(if $(wildcard $(DEMO)/index.html),-t demo) docs docs/build
 	@echo "docs/build/index.html"
 
 linkcheck: $(INSTALLED_DOCS) ## ask every address that the documentation links to; needs a network
@@ -121,6 +122,9 @@ notebook: $(INSTALLED_DOCS) ## run docs/notebook.ipynb, and keep what it prints 
 	@folder=$$(mktemp -d) && cp docs/notebook.ipynb $$folder && \
 	    PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace --timeout=3600 $$folder/notebook.ipynb && \
 	    cp $$folder/notebook.ipynb docs/notebook.ipynb && rm -r $$folder
+
+demo: $(BUILT) ## what quickstart trained, as a page for a browser; docs made afterwards link to it
+	$(BIN)/cat-audio export $(CLASSIFIER) --web $(DEMO)
 
 clean: ## remove the virtual environment, build leftovers and what quickstart made
 	rm -rf $(VENV) build dist *.egg-info docs/build docs/api docs/repository $(DATA) $(RUN) $(CLASSIFIER) $(GALLERY)

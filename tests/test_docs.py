@@ -207,6 +207,7 @@ NOT_RUN: dict[str, str] = {
     r"python -m heareval|.*python -m xares": "downloads data sets; "
     "tests/cat/harnesses has the interfaces and the checkers",
     r"cat-audio pretrain .*https://": "needs a network; tests/cat/training/test_sharded.py runs it from another URL",
+    r"cat-audio export .*--web|npm pack ": "needs npm and a network; tests/cat/export/test_web.py has it",
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"cat-audio probe ast:": "needs a network; tests/cat/encoders/test_ast.py has it",
     r"python -m benchmarks.fused": "needs a GPU's stand-in; tests/test_fused.py runs it",

@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"training", "data", *BASE},
     "bugreport": {"training", "doctor", *BASE},
     "training": {"evaluation", "encoders", "checkpoints", "data", "model", *BASE},
-    "export": {"checkpoints", "data", "model", *BASE},
+    "export": {"prediction", "checkpoints", "data", "model", *BASE},
     "harnesses": {"encoders", *BASE},
     "evaluation": {"prediction", "encoders", "checkpoints", "data", "model", *BASE},
     "prediction": {"encoders", "checkpoints", "data", "model", *BASE},

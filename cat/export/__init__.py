@@ -3,6 +3,8 @@
 from cat.export.check import CHECK_ROWS, QUICK_ROWS, Difference, compare
 from cat.export.graph import Graph, LogMel
 from cat.export.model import Exportable, load_exportable
+from cat.export.web.runtime import Runtime, find_runtime
+from cat.export.web.site import Site, check_folder, write_site
 from cat.export.write import SUFFIXES, check_suffix, export, metadata_of
 
 __all__ = [
@@ -13,9 +15,14 @@ __all__ = [
     "Exportable",
     "Graph",
     "LogMel",
+    "Runtime",
+    "Site",
+    "check_folder",
     "check_suffix",
     "compare",
     "export",
+    "find_runtime",
     "load_exportable",
     "metadata_of",
+    "write_site",
 ]

@@ -27,13 +27,10 @@ class Difference:
     """Between a file and the model: over all outputs, clips and lengths."""
 
     rows: tuple[int, ...]  # the lengths, in rows of patches
-    largest: float
+    largest: float  # infinite where one has NaN
     mean: float
     scale: float  # largest magnitude of the model's own outputs
-
-    @property
-    def relative(self) -> float:
-        return self.largest / max(self.scale, 1e-30) if math.isfinite(self.largest) else math.inf
+    relative: float  # the largest, as a share of the largest magnitude of the same output
 
 
 def compare(file: Path, exportable: Exportable, graph: Graph, rows: Sequence[int]) -> Difference:
@@ -41,19 +38,20 @@ def compare(file: Path, exportable: Exportable, graph: Graph, rows: Sequence[int
     clips at a time; a waveform ends somewhere in its last row of patches."""
     run = run_onnx(file) if file.suffix == ".onnx" else run_program(file)
     generator = torch.Generator().manual_seed(0)
-    largest = scale = total = 0.0
-    count = 0
+    largest_O, scale_O = [0.0] * len(graph.outputs), [0.0] * len(graph.outputs)
+    total, count = 0.0, 0
     for number, length in enumerate(rows):
         audio = _noise(graph, length, 1 if length > 300 else 1 + number % 3, generator)
-        expected = eager(exportable, audio)
-        for found, wanted in zip(run(audio), expected, strict=True):
+        expected = eager(exportable, audio, spectrogram=graph.spectrogram)
+        for output, (found, wanted) in enumerate(zip(run(audio), expected, strict=True)):
             if found.shape != wanted.shape:
                 raise ValueError(f"{file} gives shape {tuple(found.shape)}, the model {tuple(wanted.shape)}")
             error = (found - wanted).abs()
-            largest = max(largest, float(error.max())) if not error.isnan().any() else math.nan
+            largest_O[output] = max(largest_O[output], float(error.max().nan_to_num(math.inf)))
+            scale_O[output] = max(scale_O[output], float(wanted.abs().max()))
             total, count = total + float(error.sum()), count + error.numel()
-            scale = max(scale, float(wanted.abs().max()))
-    return Difference(tuple(rows), largest, total / max(count, 1), scale)
+    relative = max(largest / max(scale, 1e-30) for largest, scale in zip(largest_O, scale_O, strict=True))
+    return Difference(tuple(rows), max(largest_O), total / max(count, 1), max(scale_O), relative)
 
 
 def _noise(graph: Graph, rows: int, clips: int, generator: torch.Generator) -> Tensor:
@@ -67,14 +65,14 @@ def _noise(graph: Graph, rows: int, clips: int, generator: torch.Generator) -> T
 
 
 @torch.no_grad()
-def eager(exportable: Exportable, audio: Tensor) -> tuple[Tensor, ...]:
+def eager(exportable: Exportable, audio: Tensor, *, spectrogram: bool = False) -> tuple[Tensor, ...]:
     """What the model itself gives: waveform (B, n) or spectrogram (B, 1, T, F) in, the outputs of its `Graph`."""
     if audio.ndim == 2:
         features, P = exportable.features, exportable.about["patch_size"]
         frames = 1 + (audio.shape[1] - features.frame_length) // features.frame_shift
         frames = math.ceil(max(frames, exportable.least_frames) / P) * P
         audio = log_mel(audio, dataclasses.replace(features, frames=frames))
-    return Graph(exportable.model).eval()(audio)
+    return Graph(exportable.model, spectrogram=spectrogram).eval()(audio)
 
 
 def run_onnx(file: Path) -> Run:

@@ -83,23 +83,31 @@ class Graph(nn.Module):
 
     Of an encoder: ``clip`` (B, D), the mean of the patches; ``cls`` (B, D); ``frames`` (B, H, D), every row of patches'
     mean; ``patches`` (B, L, D). Of a classifier: ``scores`` (B, C) in 0..1, and with a frame head ``frame_scores``
-    (B, H, C).
+    (B, H, C). With ``spectrogram`` it comes last, as the model sees it, (B, 1, T, F).
 
     Input: ``waveform`` (B, n) where ``log_mel`` is given, else ``spectrogram`` (B, 1, T, F), T a multiple of P.
     """
 
-    def __init__(self, model: Encoder | Classifier, log_mel: LogMel | None = None) -> None:
+    def __init__(
+        self, model: Encoder | Classifier, log_mel: LogMel | None = None, *, spectrogram: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.log_mel = model, log_mel
+        self.model, self.log_mel, self.spectrogram = model, log_mel, spectrogram
         self.encoder_config = (model if isinstance(model, Encoder) else model.encoder).config
         self.input = "spectrogram" if log_mel is None else "waveform"
         if isinstance(model, Encoder):
             self.outputs: tuple[str, ...] = ("clip", "cls", "frames", "patches")
         else:
             self.outputs = ("scores", "frame_scores") if model.config.kind == "frames" else ("scores",)
+        if spectrogram:
+            self.outputs = (*self.outputs, "spectrogram")
 
     def forward(self, audio: Tensor) -> tuple[Tensor, ...]:
         spec_B1TF = audio if self.log_mel is None else self.log_mel(audio)
+        outputs = self._outputs(spec_B1TF)
+        return (*outputs, spec_B1TF) if self.spectrogram else outputs
+
+    def _outputs(self, spec_B1TF: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.model, Classifier):
             clip_BC, frames_BHC = self.model(spec_B1TF)
             logits = (clip_BC,) if frames_BHC is None else (clip_BC, frames_BHC)

@@ -26,10 +26,10 @@ class Exportable:
     about: dict[str, Any]
     path: Path
 
-    def graph(self, model: Encoder | Classifier, *, waveform: bool) -> Graph:
+    def graph(self, model: Encoder | Classifier, *, waveform: bool, spectrogram: bool = False) -> Graph:
         """Of ``model``, which is this one or a twin of it."""
-        patch_size = self.about["patch_size"]
-        return Graph(model, LogMel(self.features, patch_size, self.least_frames) if waveform else None).eval()
+        log_mel = LogMel(self.features, self.about["patch_size"], self.least_frames) if waveform else None
+        return Graph(model, log_mel, spectrogram=spectrogram).eval()
 
 
 def load_exportable(path: str | Path, *, encoder: bool = False, weights: str = "student") -> Exportable:

@@ -162,7 +162,9 @@ def test_the_traced_products_are_those_of_the_formulas_in_pytorch(traced: Traced
             loss.backward()
     for name in ("teacher", "blocks", "decoder"):
         assert traced.flops[name] == pytest.approx(watch.flops[name], rel=0.01), name
-    assert sum(traced.flops.values()) == pytest.approx(sum(watch.flops.values()), rel=0.07)  # the fused stem makes fc1 again
+    assert sum(traced.flops.values()) == pytest.approx(
+        sum(watch.flops.values()), rel=0.07
+    )  # the fused stem makes fc1 again
 
 
 def test_widths_that_the_kernels_do_not_take_are_traced_with_few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
