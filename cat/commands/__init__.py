@@ -151,8 +151,8 @@ def _run(argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         name = f"cat-audio {command}" if command in COMMANDS else "cat-audio"
-        lines = [f"{name}: error: {_sentence(error)}", *getattr(error, "__notes__", [])]
-        say("\n".join(" ".join(line.splitlines()) for line in lines))  # a file's name may have a line break
+        sentence = " ".join(_sentence(error).splitlines())  # a file's name may have a line break
+        say("\n".join([f"{name}: error: {sentence}", *getattr(error, "__notes__", [])]))
         return 1
 
 

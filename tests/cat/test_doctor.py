@@ -54,6 +54,6 @@ def test_missing_things_are_named_with_their_remedy(
 
 def test_extras_are_those_of_pyproject() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
-    assert list(doctor.EXTRAS) == [extra for extra in extras if extra not in ("test", "bench", "docs")]
+    assert list(doctor.EXTRAS) == [extra for extra in extras if extra not in ("test", "bench", "docs", "release")]
     for extra, packages in doctor.EXTRAS.items():
         assert [requirement.split(">=")[0] for requirement in extras[extra]] == list(packages)

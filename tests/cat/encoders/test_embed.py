@@ -202,7 +202,7 @@ def test_a_released_list_of_one_embedding_a_clip(folder, capsys):
         (("-o", "x.npy", "--manifest-out", "0.wav"), "a manifest is written as .jsonl"),
         (("-o", "x.npy", "--manifest-out", "x.failures.jsonl"), "written twice"),
         (("-o", "x.npy", "--batch-size", "0"), "batch_size is 0; expected at least 1"),
-        (("-o", "x.npy", "--max-failed-share", "nan"), "expected a share from 0 to 1"),
+        (("-o", "x.npy", "--max-failed-share", "1.5"), "expected a share from 0 to 1"),
     ],
 )
 def test_bad_requests_leave_nothing(folder, capsys, monkeypatch, words, message):

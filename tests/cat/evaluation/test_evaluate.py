@@ -334,7 +334,6 @@ def test_clips_that_cannot_be_read(classifier_checkpoint, data, tmp_path, capsys
     [
         (("--batch-size", "0"), "batch_size is 0; expected at least 1"),
         (("--resamples", "-1"), "resamples is -1; expected at least 0"),
-        (("--num-workers", "-1"), "num_workers is -1; expected at least 0"),
         (("--max-failed-share", "2"), "max_failed_share is 2.0; expected a share from 0 to 1"),
         (("--device", "tpu"), "--device is 'tpu'"),
     ],

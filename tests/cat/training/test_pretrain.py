@@ -805,7 +805,8 @@ def test_command_errors(tmp_path, recipe, capsys, arguments, message):
 
 
 def test_command_usage(capsys):
-    for arguments in ([], ["nothing"], ["pretrain"], ["pretrain", "a.yaml", "--resumee"]):
+    assert main([]) == 2
+    for arguments in (["nothing"], ["pretrain"], ["pretrain", "a.yaml", "--resumee"]):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
