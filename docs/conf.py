@@ -17,7 +17,6 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["build"]
-suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
