@@ -135,8 +135,11 @@ class CaseRun:
 
     def __init__(self, case: Case, results: Results, device: torch.device) -> None:
         self.case, self.results, self.device = case, results, device
+        began = time.perf_counter()
         with unsearched():
             self.reference = case.reference()
+        key = case.key
+        say(f"  {key.benchmark} {key.mode} {key.dtype} reference: ready in {time.perf_counter() - began:.1f} s")
         self.alive: dict[str, Provider] = {}
         self.parity: dict[str, Parity] = {}
         self.peaks: dict[str, float | None] = {}

@@ -34,7 +34,7 @@ from benchmarks.runner import say
 
 CACHE = Path("gpu-cache.tar.xz")
 LIMIT_S = 570.0  # of the whole suite, so that it ends inside ten minutes
-WORKERS = "8"  # processes of pytest, which share the GPU
+WORKERS = str(max(1, min(14, len(os.sched_getaffinity(0)) - 2)))  # processes of pytest, which share the GPU
 
 
 def build_environment() -> None:
