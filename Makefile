@@ -120,7 +120,7 @@ wheel: $(INSTALLED_RELEASE) ## wheels for any Linux with glibc 2.28 and the sour
 # In a folder of its own, and back only when all cells have run.
 notebook: $(INSTALLED_DOCS) ## run docs/notebook.ipynb, and keep what it prints in it (minutes)
 	@folder=$$(mktemp -d) && cp docs/notebook.ipynb $$folder && \
-	    PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace --timeout=3600 $$folder/notebook.ipynb && \
+	    PYTHONWARNINGS="ignore:IProgress not found" PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace --timeout=3600 $$folder/notebook.ipynb && \
 	    cp $$folder/notebook.ipynb docs/notebook.ipynb && rm -r $$folder
 
 demo: $(BUILT) ## what quickstart trained, as a page for a browser; docs made afterwards link to it
