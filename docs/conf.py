@@ -16,7 +16,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "comma
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["build"]
+exclude_patterns = ["evidence/records", "build"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
