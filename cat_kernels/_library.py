@@ -182,11 +182,16 @@ def _lower(arg: Any, dtype: torch.dtype) -> Any:
 
 
 def _mutating_autograd_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """In-place operators record nothing; the in-place operations inside them bump the version counters."""
+    """In-place operators record nothing. They count their writes here: below autograd neither kernels nor, on a GPU,
+    PyTorch's operations on lists do. (Tensors of inference mode, which have no counters, do not come by.)"""
+    arguments = enumerate(op._schema.arguments)
+    written = [i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
 
     def kernel(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+            result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        torch.autograd.graph.increment_version(list(_tensors(args[i] for i in written)))
+        return result
 
     return kernel
 

@@ -101,8 +101,6 @@ def _forward(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies
     for once in _apart(teacher):
         chosen = [[tensors[i] for i in once] if tensors else [] for tensors in (teacher, student, copies)]
         _average(chosen[0], chosen[1], chosen[2], decay)
-    # On a GPU the operations on lists do not count them, below autograd.
-    torch.autograd.graph.increment_version([*teacher, *copies])
 
 
 def _apart(teacher: list[Tensor]) -> list[list[int]]:
@@ -141,7 +139,6 @@ def _forward_triton(teacher: list[Tensor], student: list[Tensor], decay: Tensor,
     table.run(decay)
     left = [[tensors[i] for i in table.rest] if tensors else [] for tensors in (teacher, student, copies)]
     _forward(left[0], left[1], decay, left[2])
-    torch.autograd.graph.increment_version([*teacher, *copies])
 
 
 def _fake(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:

@@ -199,6 +199,16 @@ def test_versions_count_the_writes(backend):
     assert copies[0]._version > before[1]
 
 
+@every_backend
+def test_tensors_of_inference_mode(backend):
+    """They have no version counters."""
+    with torch.inference_mode():
+        teacher, student = normal((8,)), normal((8,), seed=1)
+        expected = lerped(teacher, student, 0.9)
+        ema_update_(teacher, student, 0.9, backend=backend)
+        torch.testing.assert_close(teacher, expected, rtol=1e-6, atol=1e-7)
+
+
 @needs_triton
 def test_registered_overload():
     for sample in list(SPEC.samples(DEVICE, torch.bfloat16))[:2]:
