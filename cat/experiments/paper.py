@@ -10,7 +10,7 @@ from typing import Any
 
 from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
-from cat.experiments.readings import CURVES, MAIN, ends, of_bound, points
+from cat.experiments.readings import CURVES, ends, of_bound, points
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, run_study
 from cat.experiments.trial import Task
@@ -18,8 +18,6 @@ from cat.experiments.verdict import Verdict
 from cat.figures import write_study_curves, write_study_ends
 from cat.provenance import made
 from cat.training.recipe import PretrainConfig, pick_device
-
-METRIC = "linear probe of the mean of the patches, %"
 
 
 @dataclass(frozen=True)
@@ -74,22 +72,25 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
 
 
 def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
-    tasks = list(record["tasks"])
+    """A panel a probe and a task: scores on valid against updates, or on test at the end."""
+    tasks, arms = list(record["tasks"]), record["arms"]
+    panels = [(probe, task) for probe in CURVES for task in tasks]
+    split = "valid" if curves else "test"
+    levels = {f"{task}, {probe}": _levels(record, split, probe)[task] for probe, task in panels}
     if curves:
-        lines, levels = {}, {}
-        for probe in CURVES:
-            for task in tasks:
-                lines[f"{task}, {probe}"] = {
-                    arm: [points(run, task, probe) for run in found["runs"]] for arm, found in record["arms"].items()
-                }
-                levels[f"{task}, {probe}"] = _levels(record, "valid", probe)[task]
+        lines = {
+            f"{task}, {probe}": {
+                arm: [points(run, task, probe) for run in found["runs"]] for arm, found in arms.items()
+            }
+            for probe, task in panels
+        }
         write_study_curves(path, lines, levels, metric="valid, %", columns=len(tasks))
     else:
-        dots = {task: {arm: ends(record, arm, task) for arm in record["arms"]} for task in tasks}
-        write_study_ends(path, dots, _levels(record, "test"), metric=f"test: {METRIC}")
+        dots = {f"{task}, {probe}": {arm: ends(record, arm, task, probe) for arm in arms} for probe, task in panels}
+        write_study_ends(path, dots, levels, metric="test, %", columns=len(tasks))
 
 
-def _levels(record: Mapping[str, Any], split: str, probe: str = MAIN) -> dict[str, dict[str, float]]:
+def _levels(record: Mapping[str, Any], split: str, probe: str) -> dict[str, dict[str, float]]:
     """task -> bound -> its score on a split."""
     levels: dict[str, dict[str, float]] = {task: {} for task in record["tasks"]}
     for name, scores in record["bounds"].items():

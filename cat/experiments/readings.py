@@ -13,7 +13,7 @@ from typing import Any
 from cat.experiments.verdict import Verdict
 
 Record = Mapping[str, Any]  # what `cat.experiments.study.run_study` returns
-SHOWN = ("linear mean", "linear cls", "knn mean")  # probes in tables
+SHOWN = ("linear mean", "linear cls", "knn mean", "knn cls")  # probes in tables
 MAIN = SHOWN[0]
 CURVES = SHOWN[:2]  # probes whose curves are drawn, and steps counted: of the patches, and of the token that is guided
 NONE = "none"  # the arm without a guide
@@ -60,31 +60,29 @@ def percent(scores: Sequence[float]) -> str:
 
 
 def _table(
-    record: Record, extra: Mapping[str, Callable[[str], str]] | None = None
+    record: Record, extra: Mapping[str, Callable[[str, str], str]] | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: an arm's test scores, then the bounds'."""
+    """Header and rows, a task after the other: the arms' test scores, then the bounds'. `extra`: of task and arm."""
     extra = extra or {}
-    tasks = list(record["tasks"])
-    header = ["", *(f"{task}, {probe}" for task in tasks for probe in SHOWN), *extra]
-    rows = [
-        [
-            arm,
-            *(percent(ends(record, arm, task, p)) for task in tasks for p in SHOWN),
-            *(of(arm) for of in extra.values()),
-        ]
-        for arm in record["arms"]
-    ]
-    for name, both in record["bounds"].items():
-        cells = [of_bound(both["test"][task], probe) for task in tasks for probe in SHOWN]
-        rows.append([name, *("" if c is None else f"{100 * c:.1f}" for c in cells), *([""] * len(extra))])
+    header = ["task", "arm", *SHOWN, *extra]
+    rows = []
+    for task in record["tasks"]:
+        for arm in record["arms"]:
+            scores = [percent(ends(record, arm, task, probe)) for probe in SHOWN]
+            rows.append([task, arm, *scores, *(of(task, arm) for of in extra.values())])
+        for name, both in record["bounds"].items():
+            cells = [of_bound(both["test"][task], probe) for probe in SHOWN]
+            named = f"{name}, itself" if name in record["guides"] else name
+            scores = ["" if c is None else f"{100 * c:.1f}" for c in cells]
+            rows.append([task, named, *scores, *[""] * len(extra)])
     return header, rows
 
 
 def _notes(record: Record) -> list[str]:
     seeds = len(next(iter(record["arms"].values()))["runs"])
     return [
-        f"test split, %: linear probe of the mean of the patches and of the CLS token, kNN of the mean; mean and "
-        f"deviation of {seeds} seeds"
+        "test split, %: linear probe and kNN of the mean of the patches and of the CLS token; mean and deviation of "
+        f"{seeds} seeds"
     ]
 
 
@@ -108,9 +106,8 @@ def _in_words(record: Record, arm: str, other: str) -> str:
 
 def read_convergence(record: Record) -> Verdict:
     """Steps to the valid score that training without a guide ends at, as a ratio."""
-    tasks = list(record["tasks"])
 
-    def faster(task: str, probe: str, arm: str) -> str:
+    def faster(probe: str, task: str, arm: str) -> str:
         level = statistics.mean(curve(run, task, probe)[2][-1] for run in record["arms"][NONE]["runs"])
         if record["bounds"]["untrained"]["valid"][task][probe] >= level:
             return "untrained is there"
@@ -120,9 +117,7 @@ def read_convergence(record: Record) -> Verdict:
             return f"{len(known)} of {len(found)} get there"
         return f"{statistics.mean(known):.1f}x" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
 
-    extra = {
-        f"{task}, fewer steps ({probe})": functools.partial(faster, task, probe) for task in tasks for probe in CURVES
-    }
+    extra = {f"fewer steps ({probe})": functools.partial(faster, probe) for probe in CURVES}
     header, rows = _table(record, extra)
     guided = [arm for arm in record["arms"] if arm != NONE]
     words = ". ".join(_in_words(record, arm, NONE) for arm in guided)
@@ -153,14 +148,14 @@ def read_resolutions(record: Record) -> Verdict:
         known = [score for score in found if score is not None]
         return percent(known) if len(known) == len(found) else "not probed by then"
 
-    def seconds(arm: str) -> str:
+    def seconds(task: str, arm: str) -> str:
         return f"{statistics.median(run['rows'][-1]['seconds'] for run in record['arms'][arm]['runs']):.0f}"
 
-    extra: dict[str, Callable[[str], str]] = {
-        "parameters": lambda arm: f"{record['arms'][arm]['parameters'] / 1e6:.2f} M",
+    extra: dict[str, Callable[[str, str], str]] = {
+        "valid, at equal time": at_time,
+        "parameters": lambda task, arm: f"{record['arms'][arm]['parameters'] / 1e6:.2f} M",
         "seconds": seconds,
     }
-    extra |= {f"{task}, valid, at equal time": functools.partial(at_time, task) for task in tasks}
     header, rows = _table(record, extra)
     totals = {arm: sum(_means(record, arm).values()) for arm in record["arms"]}
     best = sorted(totals, key=lambda arm: -totals[arm])

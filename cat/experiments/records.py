@@ -59,9 +59,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def markdown(verdict: Verdict) -> str:
     """The table and its notes."""
-    rule = ["---", *["---:"] * (len(verdict.columns) - 1)]
+    rule = ["---" if any(map(_is_word, cells)) else "---:" for cells in zip(*verdict.rows, strict=True)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (verdict.columns, rule, *verdict.rows)]
     return "\n".join([*lines, "", *(f"{note[:1].upper()}{note[1:]}." for note in verdict.notes), ""])
+
+
+def _is_word(cell: str) -> bool:
+    return cell[:1].isalpha() or cell[:1] == "{"
 
 
 def _log(record: Mapping[str, Any], runs: Path) -> Iterator[str]:

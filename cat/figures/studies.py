@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,6 @@ def write_study_curves(
     """Panels in rows of so many: mean over seeds and their range, and `bounds` (panel -> name -> score) as levels."""
     rows = -(-len(panels) // columns)
     drawing, axes = figure(4.9 * columns, 0.6 + 3.4 * rows, rows=rows, columns=columns, squeeze=False)
-    styles = (":", "--", "-.", (0, (1, 3)), (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)))
     for axis, (panel, lines) in zip(axes.flat, panels.items(), strict=True):
         for n, (arm, runs) in enumerate(lines.items()):
             colour, steps = COLOURS[n % len(COLOURS)], runs[0][0]
@@ -26,8 +26,7 @@ def write_study_curves(
             axis.plot(steps, scores.mean(0), color=colour, marker=MARKERS[n % len(MARKERS)], label=text_of(arm))
             axis.fill_between(steps, scores.min(0), scores.max(0), color=colour, alpha=0.15, linewidth=0)
         for n, (name, score) in enumerate(bounds.get(panel, {}).items()):
-            label = f"{text_of(name)}, itself"
-            axis.axhline(100 * score, color=COLOURS[7], linewidth=1.1, linestyle=styles[n % len(styles)], label=label)
+            axis.axhline(100 * score, **_level(n, name))
         axis.set_title(text_of(panel), fontsize=10)
         axis.set_xlabel("step (updates)")
         axis.set_ylabel(metric)
@@ -43,27 +42,33 @@ def write_study_ends(
     bounds: Mapping[str, Mapping[str, float]],
     *,
     metric: str,
+    columns: int,
 ) -> Path:
-    """A panel a task: a dot a seed and the mean of each arm (arm -> scores in 0..1), and `bounds` as levels."""
+    """Panels in rows of so many: of every arm (-> scores in 0..1) a dot a seed and the mean, and `bounds` as levels."""
     arms = list(next(iter(panels.values())))
-    drawing, axes = figure(
-        3.2 + 3.0 * len(panels), 1.6 + 0.28 * len(arms), columns=len(panels), squeeze=False, sharey=True
-    )
-    styles = (":", "--", "-.", (0, (1, 3)), (0, (6, 2)))
-    for axis, (task, ends) in zip(axes[0], panels.items(), strict=True):
+    rows = -(-len(panels) // columns)
+    size = 3.2 + 3.0 * columns, 0.6 + rows * (1.0 + 0.28 * len(arms))
+    drawing, axes = figure(*size, rows=rows, columns=columns, squeeze=False, sharey=True)
+    for axis, (panel, ends) in zip(axes.flat, panels.items(), strict=True):
         for place, scores in enumerate(ends.values()):
             values = 100 * np.asarray(scores)
             axis.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.45, markersize=4)
             axis.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=COLOURS[1], linewidth=2)
-        for n, (name, score) in enumerate(bounds.get(task, {}).items()):
-            label = f"{text_of(name)}, itself"
-            axis.axvline(100 * score, color=COLOURS[7], linewidth=1.1, linestyle=styles[n % len(styles)], label=label)
-        axis.set_title(text_of(task), fontsize=10)
+        for n, (name, score) in enumerate(bounds.get(panel, {}).items()):
+            axis.axvline(100 * score, **_level(n, name))
+        axis.set_title(text_of(panel), fontsize=10)
         axis.set_xlabel(metric)
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_yticks(range(len(arms)), [text_of(arm, 40) for arm in arms], fontsize=8)
-    axes[0, 0].set_ylim(len(arms) - 0.4, -0.6)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(arms)), [text_of(arm, 40) for arm in arms], fontsize=8)
+        axis.set_ylim(len(arms) - 0.4, -0.6)
     if any(bounds.values()):
         legend_below(drawing, axes[0, 0])
     return save(drawing, path)
+
+
+def _level(number: int, name: str) -> dict[str, Any]:
+    styles = (":", "--", "-.", (0, (1, 3)), (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)))
+    style = styles[number % len(styles)]
+    return {"color": COLOURS[7], "linewidth": 1.1, "linestyle": style, "label": f"{text_of(name)}, itself"}

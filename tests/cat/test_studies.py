@@ -149,7 +149,7 @@ def test_a_record_that_differs_is_told(convergence, two_sounds, tmp_path, capsys
             run["rows"][-1]["test"][two_sounds.name] = dict.fromkeys(readings.SHOWN, -3.0)
     write_json(tmp_path / "record" / "record.json", record)
     assert command("convergence", two_sounds, out, *words, "--compare", str(tmp_path / "record")) == 1
-    assert "FAIL: 0 of 6 scores agree with the record; off: none on" in capsys.readouterr().out
+    assert "FAIL: 0 of 8 scores agree with the record; off: none on" in capsys.readouterr().out
 
 
 def test_a_record_of_something_else_is_refused(convergence, two_sounds, tmp_path):
@@ -255,8 +255,21 @@ def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
         rows[-1]["test"] = {"a": ends}
         return {"runs": [{"rows": rows}]}
 
-    record = {"tasks": {"a": {}}, "steps": [100, 200], "arms": {"none": run(0.3, 0.4), "guide": run(0.4, 0.5)}}
+    record = {
+        "tasks": {"a": {}},
+        "steps": [100, 200],
+        "guides": {"guide": {}},
+        "arms": {"none": run(0.3, 0.4), "guide": run(0.4, 0.5)},
+    }
     for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
         scores = {"a": dict.fromkeys(readings.CURVES, untrained)}
         found = readings.read_convergence({**record, "bounds": {"untrained": {"valid": scores, "test": scores}}})
         assert found.rows[1][-1] == told
+        table = records.markdown(found).splitlines()
+        assert table[0].startswith("| task | arm | linear mean | linear cls | knn mean | knn cls | fewer steps (linear mean)")
+        assert table[1].startswith("| --- | --- | ---: | ---: | ---: | ---: |")
+        assert [row[:3] for row in found.rows] == [
+            ["a", "none", "40.0"],
+            ["a", "guide", "50.0"],
+            ["a", "untrained", f"{100 * untrained:.1f}"],
+        ]
