@@ -405,6 +405,17 @@ def test_commands_in_running_text_exist(page: str) -> None:
         assert importlib.util.find_spec(module), f"{page}: python -m {module}: there is no such module"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_is_one(page: str) -> None:
+    """Rows behind an empty line are another table's, whose second row is a rule: without one they are shown as text."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, rule, *rows = (*table.splitlines(), "")
+        assert re.fullmatch(r"[|: -]+", rule), f"{page}: no rule below {head!r}"
+        cells = {line.replace("\\|", "").count("|") for line in (head, rule, *rows[:-1])}
+        assert len(cells) == 1, f"{page}: rows of several widths: {head!r}"
+
+
 def test_every_command_has_a_section() -> None:
     sections = re.split(r"^## ", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     assert {section.split("\n")[0] for section in sections} == set(COMMANDS)
