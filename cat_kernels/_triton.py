@@ -37,7 +37,8 @@ def padded(width: int) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """For `tl.dot` of float32 operands: TF32 only where PyTorch's own products use it. Others ignore it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32: reading that raises once anybody has set fp32_precision, while this one is told of both.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # The most shared memory that a block can have, in KiB, by compute capability without the dot: the programming guide's

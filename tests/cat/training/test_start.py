@@ -37,3 +37,23 @@ def test_cudnn_is_asked_by_the_trainer_and_then_left_as_it_was(before, tmp_path,
     with start._trainer(lambda: None, RunConfig(device="cpu"), tmp_path, resume=False, progress=False):
         assert torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.benchmark is before
+
+
+@pytest.fixture
+def arithmetic():
+    """PyTorch's settings of float32 arithmetic on a GPU: (products, convolutions), set back afterwards. (Monkeypatch
+    cannot: these modules have no such attribute of their own.)"""
+    both = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [one.fp32_precision for one in both]
+    yield both
+    for one, value in zip(both, before, strict=True):
+        one.fp32_precision = value
+
+
+@pytest.mark.parametrize(("products", "kept"), [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_convolutions_keep_what_products_keep(products, kept, before, arithmetic) -> None:
+    arithmetic[0].fp32_precision, arithmetic[1].fp32_precision = products, before
+    with start.repeatable(RunConfig(), torch.device("cuda")):
+        assert torch.backends.cudnn.conv.fp32_precision == kept
+    assert torch.backends.cudnn.conv.fp32_precision == before
