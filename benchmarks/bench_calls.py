@@ -15,7 +15,7 @@ import torch
 from benchmarks.operators import OperatorProvider
 from benchmarks.runner import DTYPES, default_dtypes, setup, synchronize
 from benchmarks.step_time import StepProvider
-from cat_kernels import spec as specification
+from cat_kernels.specs import specs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
@@ -23,7 +23,7 @@ CLIPS = 96 if CUDA else 1
 STEP = {"preset": "small", "clips": 16, "masks": 4, "frames": 1024} if CUDA else {
     "preset": "tiny", "clips": 2, "masks": 4, "frames": 256
 }  # fmt: skip
-SPECS = {spec.name: spec for spec in specification.specs() if spec.benchmark is not None}
+SPECS = {spec.name: spec for spec in specs() if spec.benchmark is not None}
 OPERATORS = [
     (name, mode, dtype)
     for name, spec in SPECS.items()

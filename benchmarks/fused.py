@@ -35,6 +35,7 @@ from benchmarks.trace import Trace
 from benchmarks.usual import USUAL
 from cat.provenance import ROOT
 from cat_kernels import spec as specification
+from cat_kernels.specs import specs
 
 PAGE = ROOT / "docs" / "fusion.md"
 SHAPE = {"preset": "base", "clips": 96, "masks": 4, "frames": 1024}
@@ -99,7 +100,7 @@ def stem(shape: dict[str, Any]) -> Iterator[Row]:
 
 def operators(clips: int) -> Iterator[Row]:
     USUAL["masked_regression_loss"] = {"repeat, index": repeat_and_index}
-    for spec in specification.specs():
+    for spec in specs():
         usual = next(iter(USUAL.get(spec.name, ())), None)
         if usual is None:
             continue

@@ -22,6 +22,7 @@ from benchmarks.results import Key, Results
 from benchmarks.runner import DTYPES, FLOOR, distance, reason, release, say, setup
 from cat_kernels import backends
 from cat_kernels import spec as specification
+from cat_kernels.specs import specs
 
 OURS = ("triton", "native")  # backends that are kernels of this package
 SHAPE = {"preset": "base", "clips": 1, "masks": 4, "frames": 1024}
@@ -30,7 +31,7 @@ PRECISIONS = ("bf16", "fp32")
 
 def checks(device: torch.device) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """Name, precision, and a call that raises where the kernel is wrong."""
-    for spec in specification.specs():
+    for spec in specs():
         names = [n for n in backends.OPERATORS[spec.name] if n in OURS]
         for other in (spec.with_backend(n) for n in names if backends.why_not(spec.name, n, device.type) is None):
             for precision in PRECISIONS:

@@ -24,6 +24,7 @@ from benchmarks.timing import interleaved, overhead_us
 from benchmarks.usual import USUAL, comparable
 from cat_kernels import spec as specification
 from cat_kernels.spec import OperatorSpec, Sample
+from cat_kernels.specs import specs
 
 OWN_BENCHMARK = {"MultiResConv": "stem", "fbank": "fbank"}
 PROVIDERS = ("reference", "operator")
@@ -33,7 +34,7 @@ LIMIT = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 
 
 def spec_named(name: str) -> OperatorSpec:
-    return next(spec for spec in specification.specs() if spec.name == name)
+    return next(spec for spec in specs() if spec.name == name)
 
 
 class OperatorProvider:
@@ -169,10 +170,10 @@ def peak(
 def run(s: Settings, only: Sequence[str] | None = None) -> Results:
     results = Results()
     skipped_dtypes(s, results)
-    unknown = set(only or ()) - {spec.name for spec in specification.specs()}
+    unknown = set(only or ()) - {spec.name for spec in specs()}
     if unknown:
         raise SystemExit(f"--only: unknown operator {sorted(unknown)[0]!r}; known: {_names()}")
-    for spec in specification.specs():
+    for spec in specs():
         if only is not None and spec.name not in only:
             continue
         for dtype in s.dtypes:
@@ -185,7 +186,7 @@ def run(s: Settings, only: Sequence[str] | None = None) -> Results:
 
 
 def _names() -> str:
-    return ", ".join(spec.name for spec in specification.specs())
+    return ", ".join(spec.name for spec in specs())
 
 
 def one(spec: OperatorSpec, dtype: str, s: Settings, results: Results) -> None:

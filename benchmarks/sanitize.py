@@ -33,6 +33,7 @@ from benchmarks.results import Results
 from benchmarks.runner import say
 from cat_kernels import backends, fbank
 from cat_kernels import spec as specification
+from cat_kernels.specs import specs
 
 ERRORS = 9  # exit code of the tool when it found some
 OURS_ALONE = ("racecheck", "synccheck")  # tools that look at the extension's kernels only
@@ -87,7 +88,7 @@ def calls() -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
 def run_operators() -> int:
     """Every operator with Triton kernels on its first sample, forward and backward. Returns how many there were."""
     count, device = 0, torch.device("cuda")
-    for spec in specification.specs():
+    for spec in specs():
         if "triton" not in backends.OPERATORS[spec.name] or backends.why_not(spec.name, "triton", "cuda"):
             continue
         other = spec.with_backend("triton")

@@ -1,7 +1,7 @@
 """One specification an operator: what parity, gradient, compile and benchmark code needs to know about it.
 
-To add an operator: write `<folder>/spec.py` with a constant `SPEC = OperatorSpec(...)` and name the folder in
-`SPEC_MODULES` below. tests/kernels/test_operators.py and the benchmarks then cover it. The contract:
+To add an operator: write `<folder>/spec.py` with a constant `SPEC = OperatorSpec(...)` and name the folder in specs.py.
+tests/kernels/test_operators.py and the benchmarks then cover it. The contract:
 
 - `operator` and `reference` are called as `f(**sample.inputs)`, with the same keywords. Inputs are nested lists, tuples
   and dicts of tensors and plain values. A module fits as a function of its weights: put its named parameters among the
@@ -17,8 +17,6 @@ Tolerance rule, in place of hand-picked tolerances: with the reference run in fl
 """
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,9 +26,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .backends import INTERPRETED
-
-# Folders of cat_kernels that hold a spec.py.
-SPEC_MODULES = ("stem", "gather", "residual_norm", "grid_conv", "norm_gelu", "restore", "targets", "loss", "ema", "mel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +130,6 @@ class OperatorSpec:
             samples=chosen,
             dtypes=interpreted or self.dtypes,
         )
-
-
-def specs() -> tuple[OperatorSpec, ...]:
-    """The specifications of all operators, in the order of `SPEC_MODULES`."""
-    found = []
-    for folder in SPEC_MODULES:
-        name = f".{folder}.spec"
-        if any(importlib.util.find_spec(part, __package__) is None for part in (f".{folder}", name)):
-            continue
-        found.append(importlib.import_module(name, __package__).SPEC)
-    return tuple(found)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

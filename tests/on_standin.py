@@ -22,8 +22,9 @@ def operators(waits: dict[str, str]) -> None:
     """Every backend of every operator, forward and backward; the first call makes tables and is not looked at."""
     from cat_kernels import backends
     from cat_kernels import spec as S
+    from cat_kernels.specs import specs
 
-    for spec in S.specs():
+    for spec in specs():
         for backend in backends.OPERATORS[spec.name]:
             if backends.why_not(spec.name, backend, "cuda") is not None:
                 continue

@@ -15,7 +15,7 @@ import pytest
 
 import cat_kernels
 from cat_kernels import _requires
-from cat_kernels.spec import specs
+from cat_kernels.specs import specs
 from release import kernel_hub
 from tests.lookalikes import kernel_hub as write
 
@@ -181,8 +181,7 @@ assert cuda.__name__.startswith("_cat_kernels_cuda_")
 cpu = torch.device("cpu")
 for kernel in (first, second):
     own = importlib.import_module(".spec", kernel.__name__)
-    assert len(own.specs()) == len(own.SPEC_MODULES)
-    for spec in own.specs():
+    for spec in importlib.import_module(".specs", kernel.__name__).specs():
         assert sys.modules[spec.operator.__module__].__name__.startswith(kernel.__name__)
         own.check_parity(spec, next(iter(spec.samples(cpu, torch.float32))))
         if spec.name in ("gather_tokens", "ema_update_"):

@@ -8,7 +8,7 @@ pytest.importorskip("pytest_benchmark")
 
 from benchmarks import bench_calls, regressions
 from benchmarks.regressions import changes, confirmed, judge, read_baseline
-from cat_kernels.spec import specs
+from cat_kernels.specs import specs
 
 MACHINE = {"machine[copy]": [10.0, 10.1]}
 

@@ -13,12 +13,13 @@ import torch
 import cat_kernels
 from cat_kernels import backends
 from cat_kernels import spec as S
+from cat_kernels.specs import specs
 
 ROOT = Path(cat_kernels.__file__).parent.parent
 
 
 def test_the_table_and_the_specifications_name_the_same_operators():
-    assert set(backends.OPERATORS) == {spec.name for spec in S.specs()}
+    assert set(backends.OPERATORS) == {spec.name for spec in specs()}
     for names in backends.OPERATORS.values():
         assert names
         assert set(names) <= set(backends.BACKENDS)
@@ -70,7 +71,7 @@ def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
         backends.resolve("gather_tokens", "auto", "cpu")
 
 
-@pytest.mark.parametrize("spec", [s for s in S.specs() if s.overload_calls], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [s for s in specs() if s.overload_calls], ids=lambda s: s.name)
 def test_every_operator_takes_a_backend(spec):
     sample = next(spec.samples(torch.device("cpu"), torch.float32))
     assert inspect.signature(spec.operator).parameters["backend"].default == "auto"

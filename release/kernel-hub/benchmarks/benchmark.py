@@ -30,7 +30,8 @@ class CatKernels(Benchmark):
     def prepare(self, name):
         """The operator's inputs. Parity is checked here, by the rule that knows dtypes; `verify_` gives the time."""
         specification = importlib.import_module(".spec", self.kernel.__name__)
-        self.spec = next(spec for spec in specification.specs() if spec.name == name)
+        specs = importlib.import_module(".specs", self.kernel.__name__).specs
+        self.spec = next(spec for spec in specs() if spec.name == name)
         on_gpu = self.device == "cuda"
         dtype = torch.bfloat16 if on_gpu and torch.bfloat16 in self.spec.dtypes else torch.float32
         sample = self.spec.benchmark(torch.device(self.device), dtype, 16 if on_gpu else 1)
