@@ -15,7 +15,7 @@ from cat.experiments.verdict import Verdict
 Record = Mapping[str, Any]  # what `cat.experiments.study.run_study` returns
 SHOWN = ("linear mean", "linear cls", "knn mean", "knn cls")  # probes in tables
 MAIN = SHOWN[0]
-CURVES = SHOWN[:2]  # probes whose curves are drawn, and steps counted: of the patches, and of the token that is guided
+CURVES = SHOWN[:2]  # probes that are drawn: of the patches, and of the token that is guided
 NONE = "none"  # the arm without a guide
 
 
@@ -117,7 +117,7 @@ def read_convergence(record: Record) -> Verdict:
             return f"{len(known)} of {len(found)} get there"
         return f"{statistics.mean(known):.1f}x" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
 
-    extra = {f"fewer steps ({probe})": functools.partial(faster, probe) for probe in CURVES}
+    extra = {f"fewer steps ({probe})": functools.partial(faster, probe) for probe in SHOWN}
     header, rows = _table(record, extra)
     guided = [arm for arm in record["arms"] if arm != NONE]
     words = ". ".join(_in_words(record, arm, NONE) for arm in guided)

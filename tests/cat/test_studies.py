@@ -249,7 +249,7 @@ def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
     def run(*scores):
         ends = {f"{probe} {pooling}": scores[-1] for probe in ("linear", "knn") for pooling in ("mean", "cls")}
         rows = [
-            {"step": 100 * (i + 1), "seconds": 1.0, "valid": {"a": dict.fromkeys(readings.CURVES, s)}}
+            {"step": 100 * (i + 1), "seconds": 1.0, "valid": {"a": dict.fromkeys(readings.SHOWN, s)}}
             for i, s in enumerate(scores)
         ]
         rows[-1]["test"] = {"a": ends}
@@ -262,7 +262,7 @@ def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
         "arms": {"none": run(0.3, 0.4), "guide": run(0.4, 0.5)},
     }
     for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
-        scores = {"a": dict.fromkeys(readings.CURVES, untrained)}
+        scores = {"a": dict.fromkeys(readings.SHOWN, untrained)}
         found = readings.read_convergence({**record, "bounds": {"untrained": {"valid": scores, "test": scores}}})
         assert found.rows[1][-1] == told
         table = records.markdown(found).splitlines()
