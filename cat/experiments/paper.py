@@ -10,7 +10,7 @@ from typing import Any
 
 from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
-from cat.experiments.readings import CURVES, ends, of_bound, points
+from cat.experiments.readings import DRAWN, ends, of_bound, points
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, run_study
 from cat.experiments.trial import Task
@@ -74,7 +74,7 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
 def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
     """A panel a probe and a task: scores on valid against updates, or on test at the end."""
     tasks, arms = list(record["tasks"]), record["arms"]
-    panels = [(probe, task) for probe in CURVES for task in tasks]
+    panels = [(probe, task) for probe in DRAWN for task in tasks]
     split = "valid" if curves else "test"
     levels = {f"{task}, {probe}": _levels(record, split, probe)[task] for probe, task in panels}
     if curves:
