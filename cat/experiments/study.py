@@ -178,9 +178,9 @@ def _trial(study: Study, arm: Arm, config: PretrainConfig, seed: int, folder: Pa
     run = dataclasses.replace(config.run, seed=seed, name="", threads=0, device="auto")
     data = dataclasses.replace(config.data, train=str(study.pool))  # wherever its embeddings lie
     made_of = [to_mapping(dataclasses.replace(config, run=run, data=data)), study.guides.get(arm.guide)]
-    directory = (
-        folder / "runs" / f"{_slug(arm.name)}-{seed}-{_digest([made_of, list(study.steps), _named(study.tasks)])}"
-    )
+    tail = f"-{seed}-{_digest([made_of, list(study.steps), _named(study.tasks)])}"
+    known = sorted((folder / "runs").glob(f"*{tail}"))  # by another arm's name, of another study
+    directory = known[0] if known else folder / "runs" / f"{_slug(arm.name)}{tail}"
     run = dataclasses.replace(config.run, seed=seed, dir=directory.parent, name=directory.name)
     return Trial(dataclasses.replace(config, run=run), directory, study.tasks, study.steps)
 

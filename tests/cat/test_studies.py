@@ -89,6 +89,18 @@ def test_what_is_there_is_not_trained_again(convergence, two_sounds, monkeypatch
         command("convergence", two_sounds, out, *words, overrides=["optim.steps=5"])
 
 
+def test_a_run_is_found_under_another_arms_name(two_sounds, tmp_path):
+    config = experiment_config("layer", two_sounds / "train.jsonl", SMALL)
+    tasks = (trial.Task("sounds", two_sounds),)
+    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {}, (0,), 1)
+    _, made = study._configured(given, study.Arm("output", ("objective.regularisation_layer=0",)), {})
+    first = study._trial(given, study.Arm("output"), made, 0, tmp_path).directory
+    assert first.name.startswith("output-0-")
+    first.mkdir(parents=True)
+    assert study._trial(given, study.Arm("cost 5"), config, 0, tmp_path).directory == first
+    assert study._trial(given, study.Arm("cost 5"), config, 1, tmp_path).directory.name.startswith("cost-5-1-")
+
+
 def test_legs_train_what_one_run_trains(convergence, two_sounds, tmp_path):
     out, _ = convergence
     run = next((out / "studies" / "runs").glob("none-1-*"))
