@@ -7,6 +7,7 @@
 ``cost``          how much the regularisation weighs
 ``distance``      l2, l1, cosine, kl
 ``masks``         masks a clip, and how much they hide
+``length``        what more updates bring
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cat.experiments.readings import NONE, Record, read_convergence, read_distillation, read_ends, read_resolutions
+from cat.experiments.readings import (
+    NONE,
+    Record,
+    read_convergence,
+    read_distillation,
+    read_ends,
+    read_length,
+    read_resolutions,
+)
 from cat.experiments.study import COST, Arm
 from cat.experiments.verdict import Verdict
 from cat.model import ModelConfig
@@ -122,9 +131,21 @@ def _masks(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
         yield Arm(f"{masks.num_masks} masks, {100 * ratio:g} % hidden", (f"masks.ratio={ratio}",))
 
 
+def _length(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
+    """Whole runs, each with schedules of its own."""
+    for steps in (recipe.optim.steps // 2, *(n * recipe.optim.steps for n in (1, 2, 4))):
+        yield Arm(f"{steps} updates", (f"optim.steps={steps}", f"ema.steps={steps}"))
+
+
 # A guide shows by then: after 250 updates in the nearest neighbours of the CLS token, after 500 in its linear probe.
 SHORT: Mapping[str, Mapping[str, Any]] = {"optim": {"warmup_steps": 50, "steps": 400}, "ema": {"steps": 400}}
 LONGER: Mapping[str, Mapping[str, Any]] = {**SHORT, "features": {"frames": 192}}  # 24 patches of 32 x 32
+# That of recipes/quickstart.yaml.
+BRIEF: Mapping[str, Mapping[str, Any]] = {
+    "data": {"batch_size": 8},
+    "optim": {"lr": 2e-3, "warmup_steps": 25, "steps": 400},
+    "ema": {"steps": 400},
+}
 CLAIMS: dict[str, Claim] = {
     "convergence": Claim(_convergence, read_convergence, probes=6, curves=True),
     "distillation": Claim(_distillation, read_distillation, probes=6, curves=True),
@@ -133,4 +154,5 @@ CLAIMS: dict[str, Claim] = {
     "cost": Claim(_cost, read_ends, recipe=SHORT),
     "distance": Claim(_distance, read_ends, recipe=SHORT),
     "masks": Claim(_masks, read_ends, guided=False, recipe=SHORT),
+    "length": Claim(_length, read_length, probes=4, guided=False, curves=True, recipe=BRIEF),
 }

@@ -80,10 +80,8 @@ def _table(
 
 def _notes(record: Record) -> list[str]:
     seeds = len(next(iter(record["arms"].values()))["runs"])
-    return [
-        "test split, %: linear probe and kNN of the mean of the patches and of the CLS token; mean and deviation of "
-        f"{seeds} seeds"
-    ]
+    spread = f"mean and deviation of {seeds} seeds" if seeds > 1 else "of one seed"
+    return [f"test split, %: linear probe and kNN of the mean of the patches and of the CLS token; {spread}"]
 
 
 def _means(record: Record, arm: str) -> dict[str, float]:
@@ -152,13 +150,10 @@ def read_resolutions(record: Record) -> Verdict:
         known = [score for score in found if score is not None]
         return percent(known) if len(known) == len(found) else "not probed by then"
 
-    def seconds(task: str, arm: str) -> str:
-        return f"{statistics.median(run['rows'][-1]['seconds'] for run in record['arms'][arm]['runs']):.0f}"
-
     extra: dict[str, Callable[[str, str], str]] = {
         "valid, at equal time": at_time,
         "parameters": lambda task, arm: f"{record['arms'][arm]['parameters'] / 1e6:.2f} M",
-        "seconds": seconds,
+        "seconds": functools.partial(_seconds, record),
     }
     header, rows = _table(record, extra)
     totals = {arm: sum(_means(record, arm).values()) for arm in record["arms"]}
@@ -168,6 +163,11 @@ def read_resolutions(record: Record) -> Verdict:
         f"at equal steps, mean over tasks: {', '.join(f'{arm} {100 * totals[arm] / len(tasks):.1f}' for arm in best)}."
     )
     return Verdict(True, text, header, rows, notes)
+
+
+def _seconds(record: Record, task: str, arm: str) -> str:
+    """Of training, a run's; the same on every task."""
+    return f"{statistics.median(run['rows'][-1]['seconds'] for run in record['arms'][arm]['runs']):.0f}"
 
 
 def _interpolated(at: Sequence[float], scores: Sequence[float], where: float) -> float | None:
@@ -185,3 +185,14 @@ def read_ends(record: Record) -> Verdict:
     best = {task: max(record["arms"], key=lambda arm: _means(record, arm)[task]) for task in tasks}
     text = "best: " + ", ".join(f"{task} {arm} ({percent(ends(record, arm, task))})" for task, arm in best.items())
     return Verdict(True, f"{text}.", header, rows, _notes(record))
+
+
+def read_length(record: Record) -> Verdict:
+    """Which of the runs, the shortest first, pass the mean and deviation of the log-mel spectrogram."""
+    header, rows = _table(record, {"seconds": functools.partial(_seconds, record)})
+    parts = []
+    for task in record["tasks"]:
+        level = record["bounds"]["log-mel statistics"]["test"][task]["linear"]
+        above = [arm for arm in record["arms"] if _means(record, arm)[task] > level]
+        parts.append(f"{task}: {above[0] if above else 'no run'} passes the log-mel statistics ({100 * level:.1f})")
+    return Verdict(True, f"{'; '.join(parts)}.", header, rows, [*_notes(record), "seconds: of training, a run"])

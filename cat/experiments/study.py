@@ -61,9 +61,9 @@ class Study:
     seeds: tuple[int, ...]
     probes: int
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        total, count = self.recipe.optim.steps, min(self.probes, self.recipe.optim.steps)
+    def steps(self, config: PretrainConfig) -> tuple[int, ...]:
+        """After which updates a run of `config` is probed, the last one among them."""
+        total, count = config.optim.steps, min(self.probes, config.optim.steps)
         return tuple(total * (i + 1) // count for i in range(count))
 
 
@@ -100,7 +100,7 @@ def run_study(study: Study, folder: Path, *, jobs: int = 1, progress: bool = Tru
         "guides": {name: guide.told() for name, guide in guides.items()},
         "pool": _counted(study.pool),
         "tasks": {t.name: {s: _counted(t.folder / f"{s}.jsonl") for s in SPLITS} for t in study.tasks},
-        "steps": list(study.steps),
+        "steps": list(study.steps(study.recipe)),
     }
 
 
@@ -178,11 +178,12 @@ def _trial(study: Study, arm: Arm, config: PretrainConfig, seed: int, folder: Pa
     run = dataclasses.replace(config.run, seed=seed, name="", threads=0, device="auto")
     data = dataclasses.replace(config.data, train=str(study.pool))  # wherever its embeddings lie
     made_of = [to_mapping(dataclasses.replace(config, run=run, data=data)), study.guides.get(arm.guide)]
-    tail = f"-{seed}-{_digest([made_of, list(study.steps), _named(study.tasks)])}"
+    steps = study.steps(config)
+    tail = f"-{seed}-{_digest([made_of, list(steps), _named(study.tasks)])}"
     known = sorted((folder / "runs").glob(f"*{tail}"))  # by another arm's name, of another study
     directory = known[0] if known else folder / "runs" / f"{_slug(arm.name)}{tail}"
     run = dataclasses.replace(config.run, seed=seed, dir=directory.parent, name=directory.name)
-    return Trial(dataclasses.replace(config, run=run), directory, study.tasks, study.steps)
+    return Trial(dataclasses.replace(config, run=run), directory, study.tasks, steps)
 
 
 def _run_all(trials: dict[Any, Trial], jobs: int, progress: bool) -> dict[Any, list[dict[str, Any]]]:

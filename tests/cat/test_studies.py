@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 
 import numpy as np
@@ -225,8 +226,26 @@ def test_every_arm_has_a_recipe(name, two_sounds):
         assert (
             study._overridden(config, arm.overrides) != config
             or not arm.overrides
-            or arm.name in ("4 masks", "l2", "output", "{4,8,16}")
+            or arm.name in ("4 masks", "l2", "output", "{4,8,16}", "400 updates")
         )
+
+
+def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
+    """Each is probed at its own steps, and its schedules end with it."""
+    out = tmp_path / "out"
+    words = ("--seeds", "0", "--probes", "2", "--record", str(tmp_path / "record"))
+    assert command("length", two_sounds, out, *words) == 0
+    record = records.read_record(tmp_path / "record")
+    steps = {name: [row["step"] for row in arm["runs"][0]["rows"]] for name, arm in record["arms"].items()}
+    assert steps == {f"{n} updates": [n // 2, n] for n in (2, 4, 8, 16)}
+    for arm in record["arms"].values():
+        (run,) = arm["runs"]
+        rows = read_rows(out / "studies" / "runs" / run["directory"] / "metrics.jsonl", "train")
+        assert rows[-1]["step"] == run["rows"][-1]["step"]
+        assert rows[-1]["ema_decay"] == pytest.approx(0.9995)
+    assert re.search(r": (\d+ updates|no run) passes the log-mel statistics \(100.0\)", capsys.readouterr().out)
+    table = (tmp_path / "record" / "table.md").read_text()
+    assert re.search(r"\| 16 updates \|.*\| \d+ \|$", table, re.MULTILINE)
 
 
 def test_reached():
