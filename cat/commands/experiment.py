@@ -43,7 +43,7 @@ failures      what goes wrong with a guide, and collapse: each provoked, and the
 Studies, of several runs from each of several seeds, probed as they go:
 
 convergence   does a guide save steps, and must it know the domain? {none, each --guide}
-distillation  does the student beat its guide, the first --guide; does it need it to the end?
+distillation  does the student beat its guide? Does it need it to the end (the first --guide)?
 resolutions   {4} to {4,8,16,32} at equal steps, equal time, equal parameters
 layer         the block whose CLS token is regularised
 cost          how much the regularisation weighs; its losses as sums

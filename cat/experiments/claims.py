@@ -58,10 +58,10 @@ def _convergence(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]
 def _distillation(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
     half = recipe.optim.steps // 2
     yield Arm(NONE)
-    for guide in guides[:1]:
+    for guide in guides:
         yield Arm(guide, guide=guide)
-        stopped = ("objective.regularisation_schedule=stop", f"objective.regularisation_steps={half}")
-        yield Arm(f"{guide}, first half", stopped, guide=guide)
+    stopped = ("objective.regularisation_schedule=stop", f"objective.regularisation_steps={half}")
+    yield Arm(f"{guides[0]}, first half", stopped, guide=guides[0])
 
 
 def _resolutions(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:

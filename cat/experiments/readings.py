@@ -129,16 +129,21 @@ def read_convergence(record: Record) -> Verdict:
 
 
 def read_distillation(record: Record) -> Verdict:
+    """On which tasks the patches of a student know more than its guide's embeddings."""
     header, rows = _table(record)
-    guide = next(arm["guide"] for arm in record["arms"].values() if arm["guide"])
-    own = {task: record["bounds"][guide]["test"][task]["linear"] for task in record["tasks"]}
-    student = _means(record, guide)
-    beaten = [task for task in own if student[task] > own[task]]
-    text = f"the student beats its guide on {', '.join(beaten) or 'no task'}"
-    text += "".join(f"; {task} {100 * student[task]:.1f} against {100 * own[task]:.1f}" for task in own)
-    others = [arm for arm in record["arms"] if arm.startswith(f"{guide},")]
-    text += ". " + ". ".join(_in_words(record, arm, guide) for arm in others)
-    return Verdict(True, f"{text}.", header, rows, _notes(record))
+    parts = []
+    for guide in (arm["guide"] for name, arm in record["arms"].items() if name == arm["guide"]):
+        own = {task: record["bounds"][guide]["test"][task]["linear"] for task in record["tasks"]}
+        student = _means(record, guide)
+        beaten = [task for task in own if student[task] > own[task]]
+        scores = "".join(f"; {task} {100 * student[task]:.1f} against {100 * own[task]:.1f}" for task in own)
+        parts.append(f"the student of {guide} beats it on {', '.join(beaten) or 'no task'}{scores}")
+    parts += [
+        _in_words(record, arm, found["guide"])
+        for arm, found in record["arms"].items()
+        if arm != found["guide"] and found["guide"]
+    ]
+    return Verdict(True, f"{'. '.join(parts)}.", header, rows, _notes(record))
 
 
 def read_resolutions(record: Record) -> Verdict:

@@ -276,31 +276,66 @@ def test_a_probe_of_pooling_both_is_of_each_half(two_sounds):
     assert len(load_manifest(two_sounds / "test.jsonl")) == 6
 
 
-def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
-    def run(*scores):
-        ends = {f"{probe} {pooling}": scores[-1] for probe in ("linear", "knn") for pooling in ("mean", "cls")}
+def found(*seeds, guide="", parameters=1_000_000):
+    """An arm of a record: its scores at every probe of every seed, the same for every kind of probe; the last one is of
+    test too, a tenth lower. A probe every 100 updates and 10 seconds."""
+    runs = []
+    for seed, scores in enumerate(seeds):
         rows = [
-            {"step": 100 * (i + 1), "seconds": 1.0, "valid": {"a": dict.fromkeys(readings.SHOWN, s)}}
-            for i, s in enumerate(scores)
+            {"step": 100 * i, "seconds": 10.0 * i, "valid": {"a": dict.fromkeys(readings.SHOWN, score)}}
+            for i, score in enumerate(scores, start=1)
         ]
-        rows[-1]["test"] = {"a": ends}
-        return {"runs": [{"rows": rows}]}
+        rows[-1]["test"] = {"a": dict.fromkeys(readings.SHOWN, scores[-1] - 0.1)}
+        runs.append({"seed": seed, "rows": rows})
+    return {"guide": guide, "parameters": parameters, "runs": runs}
 
-    record = {
-        "tasks": {"a": {}},
-        "steps": [100, 200],
-        "guides": {"guide": {}},
-        "arms": {"none": run(0.3, 0.4), "guide": run(0.4, 0.5)},
-    }
+
+def record_of(arms, **bounds):
+    """Of one task, with the bounds' scores."""
+    both = {name: {"valid": {"a": s}, "test": {"a": s}} for name, s in bounds.items()}
+    guides = {arm["guide"]: {} for arm in arms.values() if arm["guide"]}
+    return {"tasks": {"a": {}}, "steps": [100, 200], "guides": guides, "arms": arms, "bounds": both}
+
+
+def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
+    arms = {"none": found([0.3, 0.4]), "guide": found([0.4, 0.5], guide="guide")}
     for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
-        scores = {"a": dict.fromkeys(readings.SHOWN, untrained)}
-        found = readings.read_convergence({**record, "bounds": {"untrained": {"valid": scores, "test": scores}}})
-        assert found.rows[1][-1] == told
-        table = records.markdown(found).splitlines()
+        read = readings.read_convergence(record_of(arms, untrained=dict.fromkeys(readings.SHOWN, untrained)))
+        assert read.rows[1][-1] == told
+        table = records.markdown(read).splitlines()
         assert table[0].startswith("| task | arm | linear mean | linear cls | knn mean | knn cls | ")
         assert table[1].startswith("| --- | --- | ---: | ---: | ---: | ---: |")
-        assert [row[:3] for row in found.rows] == [
-            ["a", "none", "40.0"],
-            ["a", "guide", "50.0"],
+        assert [row[:3] for row in read.rows] == [
+            ["a", "none", "30.0"],
+            ["a", "guide", "40.0"],
             ["a", "untrained", f"{100 * untrained:.1f}"],
         ]
+
+
+def test_a_student_beats_its_guide():
+    arms = {
+        "none": found([0.3, 0.4], [0.3, 0.4]),
+        "weak": found([0.3, 0.5], [0.3, 0.6], guide="weak"),
+        "strong": found([0.3, 0.7], [0.3, 0.7], guide="strong"),
+        "weak, first half": found([0.3, 0.4], [0.3, 0.5], guide="weak"),
+    }
+    read = readings.read_distillation(record_of(arms, weak={"linear": 0.4}, strong={"linear": 0.65}))
+    assert read.text == (
+        "the student of weak beats it on a; a 45.0 against 40.0. the student of strong beats it on no task; a 60.0 "
+        "against 65.0. weak, first half against weak: a -10.0 ± 7.1 points."
+    )
+    assert ["a", "weak, itself", "40.0", "", "", ""] in read.rows
+
+
+def test_resolutions_are_compared_at_equal_time():
+    slow = found([0.2, 0.4, 0.6, 0.8], parameters=2_345_678)  # 40 s, the other 20 s
+    read = readings.read_resolutions(record_of({"{4}": found([0.3, 0.5]), "{4,8}": slow}))
+    assert read.columns[-3:] == ["valid, at equal time", "parameters", "seconds"]
+    assert [row[-3:] for row in read.rows] == [["50.0", "1.00 M", "20"], ["40.0", "2.35 M", "40"]]
+    assert read.text == "at equal steps, mean over tasks: {4,8} 70.0, {4} 40.0."
+    assert "equal time: 20 s of training, what the fastest arm takes for all steps" in read.notes
+
+
+def test_the_best_arm_of_every_task():
+    read = readings.read_ends(record_of({"x": found([0.5], [0.7]), "y": found([0.6], [0.5])}))
+    assert read.text == "best: a x (50.0 ± 14.1)."
