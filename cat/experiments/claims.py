@@ -133,7 +133,7 @@ def _masks(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
 
 def _length(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
     """Whole runs, each with schedules of its own."""
-    for steps in (recipe.optim.steps // 2, *(n * recipe.optim.steps for n in (1, 2, 4))):
+    for steps in (recipe.optim.steps // 2, recipe.optim.steps, 2 * recipe.optim.steps):
         yield Arm(f"{steps} updates", (f"optim.steps={steps}", f"ema.steps={steps}"))
 
 
