@@ -237,7 +237,7 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
     assert command("length", two_sounds, out, *words) == 0
     record = records.read_record(tmp_path / "record")
     steps = {name: [row["step"] for row in arm["runs"][0]["rows"]] for name, arm in record["arms"].items()}
-    assert steps == {f"{n} updates": [n // 2, n] for n in (2, 4, 8, 16)}
+    assert steps == {f"{n} updates": [n // 2, n] for n in (2, 4, 8)}
     for arm in record["arms"].values():
         (run,) = arm["runs"]
         rows = read_rows(out / "studies" / "runs" / run["directory"] / "metrics.jsonl", "train")
@@ -245,7 +245,7 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
         assert rows[-1]["ema_decay"] == pytest.approx(0.9995)
     assert re.search(r": (\d+ updates|no run) passes the log-mel statistics \(100.0\)", capsys.readouterr().out)
     table = (tmp_path / "record" / "table.md").read_text()
-    assert re.search(r"\| 16 updates \|.*\| \d+ \|$", table, re.MULTILINE)
+    assert re.search(r"\| 8 updates \|.*\| \d+ \|$", table, re.MULTILINE)
 
 
 def test_reached():
