@@ -57,7 +57,7 @@ quickstart: $(BUILT) ## synthesise sounds, pre-train a tiny model, probe it, fin
 	$(BIN)/cat-audio synth $(DATA) --seed 0 --force
 	$(BIN)/cat-audio pretrain recipes/quickstart.yaml --overwrite
 	$(BIN)/cat-audio probe $(RUN) --train $(DATA)/train.jsonl --valid $(DATA)/valid.jsonl --test $(DATA)/test.jsonl \
-	    --require-better --figures --no-cache
+	    --pooling both --require-better --figures --no-cache
 	$(BIN)/cat-audio finetune recipes/quickstart-classifier.yaml --overwrite
 	$(BIN)/cat-audio predict $(CLASSIFIER) $(SOUND) --picture $(CLASSIFIER)/figures/prediction.png --overwrite
 	$(BIN)/cat-audio similar $(DATA)/test $(SOUND) --encoder $(RUN) --whiten

@@ -145,28 +145,37 @@ def _checkpoint_size(task: Task) -> int:
 @contextlib.contextmanager
 def repeatable(run: RunConfig, device: torch.device) -> Iterator[None]:
     """With the run's number of threads, and on the CPU sums are taken in a fixed order. (On a GPU that would cost time,
-    and some operators cannot.)
-
-    Of float32 numbers convolutions on a GPU keep what products keep: all, unless TF32 is allowed for these. (PyTorch
-    would take TF32 for convolutions alone, so that what a run in fp32 computes depended on `model.kernels`.)"""
+    and some operators cannot.)"""
     memory: Any = torch.utils.deterministic
-    cudnn: Any = torch.backends.cudnn
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     fill, search = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
-    kept = cudnn.conv.fp32_precision
     torch.set_num_threads(run.threads or threads)
-    cudnn.conv.fp32_precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         memory.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     try:
-        yield
+        with _convolutions_as_products():
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(mode)
         memory.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = search
-        cudnn.conv.fp32_precision = kept
+
+
+@contextlib.contextmanager
+def _convolutions_as_products() -> Iterator[None]:
+    """Of float32 numbers convolutions on a GPU keep what products keep: all, unless TF32 is allowed for these. (PyTorch
+    takes TF32 for convolutions alone, so that what a run in fp32 computes would depend on `model.kernels`.)"""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    # By the older setting: with the newer one alone this cannot be read any more, and PyTorch's compiler reads it.
+    cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = "tf32" in before
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 def searches(task: Task) -> bool:

@@ -41,19 +41,31 @@ def test_cudnn_is_asked_by_the_trainer_and_then_left_as_it_was(before, tmp_path,
 
 @pytest.fixture
 def arithmetic():
-    """PyTorch's settings of float32 arithmetic on a GPU: (products, convolutions), set back afterwards. (Monkeypatch
-    cannot: these modules have no such attribute of their own.)"""
-    both = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [one.fp32_precision for one in both]
-    yield both
-    for one, value in zip(both, before, strict=True):
+    """PyTorch's settings of float32 arithmetic on a GPU, set back afterwards: (products, convolutions, recurrences).
+    (Monkeypatch cannot: these modules have no such attribute of their own.)"""
+    found = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [one.fp32_precision for one in found]
+    torch.backends.cudnn.allow_tf32 = True
+    yield found
+    torch.backends.cudnn.allow_tf32 = "tf32" in before[1:]
+    for one, value in zip(found, before, strict=True):
         one.fp32_precision = value
 
 
-@pytest.mark.parametrize(("products", "kept"), [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])
+@pytest.mark.parametrize("products", ["none", "ieee", "tf32"])
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_convolutions_keep_what_products_keep(products, kept, before, arithmetic) -> None:
-    arithmetic[0].fp32_precision, arithmetic[1].fp32_precision = products, before
+def test_convolutions_keep_what_products_keep(products, before, arithmetic) -> None:
+    for one, value in zip(arithmetic, (products, before, "tf32"), strict=True):
+        one.fp32_precision = value
     with start.repeatable(RunConfig(), torch.device("cuda")):
-        assert torch.backends.cudnn.conv.fp32_precision == kept
-    assert torch.backends.cudnn.conv.fp32_precision == before
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is (products == "tf32")
+        assert torch.backends.cudnn.allow_tf32 is (products == "tf32")  # can be read: PyTorch's compiler does
+    assert [one.fp32_precision for one in arithmetic] == [products, before, "tf32"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_older_setting_can_be_read_after_a_run(before, arithmetic) -> None:
+    torch.backends.cudnn.allow_tf32 = before
+    with start.repeatable(RunConfig(), torch.device("cuda")):
+        pass
+    assert torch.backends.cudnn.allow_tf32 is before
