@@ -49,7 +49,7 @@ layer         the block whose CLS token is regularised
 cost          how much the regularisation weighs; its losses as sums
 distance      l2, l1, cosine, kl
 masks         masks a clip, and how much they hide
-length        what half and twice the updates bring
+length        what a quarter and a half of the updates are worth
 
 Exit code 0 when the verdict is PASS. OUT/NAME gets result.json and figures. With the tiny model visible takes
 seconds, overfit half a minute on two CPU cores, kernels several, a study one to three hours, and goes on where it was

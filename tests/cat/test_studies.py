@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from cat.experiments.recipes import experiment_config
 from cat.files import write_json
 from cat.model.encoder import Encoder
 from cat.training.pretrain import pretrain
+from cat.training.recipe import load_recipe
 from cat.training.records import read_rows
 
 pytest.importorskip("soundfile")
@@ -226,8 +228,16 @@ def test_every_arm_has_a_recipe(name, two_sounds):
         assert (
             study._overridden(config, arm.overrides) != config
             or not arm.overrides
-            or arm.name in ("4 masks", "l2", "output", "{4,8,16}", "400 updates")
+            or arm.name in ("4 masks", "l2", "output", "{4,8,16}", "800 updates")
         )
+
+
+def test_the_recipe_of_lengths_is_the_quickstarts():
+    given = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    own = experiment_config("length", Path(given.data.train))
+    for section in ("model", "objective", "masks", "features", "optim", "ema"):
+        assert getattr(own, section) == getattr(given, section), section
+    assert own.data.batch_size == given.data.batch_size
 
 
 def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
@@ -237,7 +247,7 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
     assert command("length", two_sounds, out, *words) == 0
     record = records.read_record(tmp_path / "record")
     steps = {name: [row["step"] for row in arm["runs"][0]["rows"]] for name, arm in record["arms"].items()}
-    assert steps == {f"{n} updates": [n // 2, n] for n in (2, 4, 8)}
+    assert steps == {f"{n} updates": [n // 2, n][n == 1 :] for n in (1, 2, 4)}
     for arm in record["arms"].values():
         (run,) = arm["runs"]
         rows = read_rows(out / "studies" / "runs" / run["directory"] / "metrics.jsonl", "train")
@@ -245,7 +255,7 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
         assert rows[-1]["ema_decay"] == pytest.approx(0.9995)
     assert re.search(r": (\d+ updates|no run) passes the log-mel statistics \(100.0\)", capsys.readouterr().out)
     table = (tmp_path / "record" / "table.md").read_text()
-    assert re.search(r"\| 8 updates \|.*\| \d+ \|$", table, re.MULTILINE)
+    assert re.search(r"\| 4 updates \|.*\| \d+ \|$", table, re.MULTILINE)
 
 
 def test_reached():
