@@ -26,7 +26,8 @@ from typing import Any
 
 from benchmarks.results import RESULTS, load, write_atomic
 from benchmarks.tables import TABLES, Table, machine_name, origin
-from cat.experiments.records import TABLE, read_record
+from cat.experiments.paper import judged
+from cat.experiments.records import read_record
 from cat.provenance import ROOT
 
 MARKED = re.compile(r"(<!-- benchmark:begin ?(?P<name>[\w -]*) -->\n).*?(<!-- benchmark:end -->)", re.DOTALL)
@@ -58,7 +59,7 @@ def section(name: str, results: list[dict[str, Any]]) -> str:
 def recorded(folder: Path) -> str:
     """The table of an experiment's record, and where it comes from."""
     record = read_record(folder)
-    return f"{(folder / TABLE).read_text()}\n{origin(record['made'])}.\n"
+    return f"{judged(record).markdown()}\n{origin(record['made'])}.\n"
 
 
 def remark(table: Table) -> str:

@@ -38,7 +38,8 @@ def _align(cell: str, width: int, column: int) -> str:
 
 def machine_name(data: Data) -> str:
     machine = data["machine"]
-    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return machine["gpu"] or f"{machine['cpu']}, {threads}"
 
 
 def origin(data: Data) -> str:

@@ -63,12 +63,19 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
         "seconds": {"training": trained, "this call": time.perf_counter() - started, "jobs": options.jobs},
         "made": made(device),
     }
-    verdict = claim.read(record)
-    verdict.notes.append(f"{trained / 3600:.1f} h of training in {len(arms) * len(options.seeds)} runs")
+    verdict = judged(record)
     _draw(record, out / name / "figures" / "scores.png", curves=claim.curves)
     if options.record is not None:
-        write_record(options.record, record, config, verdict, out / "studies" / "runs")
+        write_record(options.record, record, config, out / "studies" / "runs")
     return verdict, record
+
+
+def judged(record: Mapping[str, Any]) -> Verdict:
+    """What a record says."""
+    verdict = CLAIMS[record["experiment"]].read(record)
+    runs = sum(len(arm["runs"]) for arm in record["arms"].values())
+    verdict.notes.append(f"{record['seconds']['training'] / 3600:.1f} h of training in {runs} runs")
+    return verdict
 
 
 def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:

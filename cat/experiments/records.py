@@ -1,5 +1,5 @@
 """What a study found, as a folder to keep: ``record.json`` (all scores of all runs, and where they were made),
-``recipe.yaml``, ``log.jsonl`` (the losses of every run, thinned) and ``table.md``. And whether a new one agrees.
+``recipe.yaml`` and ``log.jsonl`` (the losses of every run, thinned). And whether a new one agrees.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cat.outputs import Output, claim, json_of
 from cat.training.recipe import PretrainConfig
 from cat.training.records import read_rows
 
-RECORD, RECIPE, LOG, TABLE = "record.json", "recipe.yaml", "log.jsonl", "table.md"
+RECORD, RECIPE, LOG = "record.json", "recipe.yaml", "log.jsonl"
 FORMAT = 1
 LOGGED = 100  # rows of each run
 
@@ -30,18 +30,15 @@ def claim_record(folder: Path, name: str, *, overwrite: bool = False) -> None:
     def own(path: Path) -> bool:
         return json_of(folder / RECORD, format=int, experiment=str)["experiment"] == name
 
-    claim(
-        [Output(folder / file, own, "another --record") for file in (RECORD, RECIPE, LOG, TABLE)], overwrite=overwrite
-    )
+    claim([Output(folder / file, own, "another --record") for file in (RECORD, RECIPE, LOG)], overwrite=overwrite)
 
 
-def write_record(folder: Path, record: Mapping[str, Any], recipe: PretrainConfig, verdict: Verdict, runs: Path) -> None:
+def write_record(folder: Path, record: Mapping[str, Any], recipe: PretrainConfig, runs: Path) -> None:
     """`runs`: where the study's run directories are."""
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(recipe, folder / RECIPE)
-    for file, text in ((TABLE, markdown(verdict)), (LOG, "".join(_log(record, runs)))):
-        with replacing(folder / file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with replacing(folder / LOG) as temporary:
+        temporary.write_text("".join(_log(record, runs)), encoding="utf-8")
     write_json(folder / RECORD, {"format": FORMAT, **record})
 
 
@@ -55,17 +52,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     if record["format"] != FORMAT:
         raise ValueError(f"{path} is a record of format {record['format']}, this version reads {FORMAT}")
     return record
-
-
-def markdown(verdict: Verdict) -> str:
-    """The table and its notes."""
-    rule = ["---" if any(map(_is_word, cells)) else "---:" for cells in zip(*verdict.rows, strict=True)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (verdict.columns, rule, *verdict.rows)]
-    return "\n".join([*lines, "", *(f"{note[:1].upper()}{note[1:]}." for note in verdict.notes), ""])
-
-
-def _is_word(cell: str) -> bool:
-    return cell[:1].isalpha() or cell[:1] == "{"
 
 
 def _log(record: Mapping[str, Any], runs: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 
 from cat.commands import experiment
 from cat.data import load_manifest
-from cat.experiments import claims, readings, records, study, trial
+from cat.experiments import claims, paper, readings, records, study, trial
 from cat.experiments.recipes import experiment_config
 from cat.files import write_json
 from cat.model.encoder import Encoder
@@ -79,7 +79,7 @@ def test_a_record_holds_all_scores_and_what_they_were_made_with(convergence, two
     assert {(row["arm"], row["seed"]) for row in log} == {(arm, seed) for arm in ("none", "noise") for seed in (0, 1)}
     assert len(log) == 4 * 4
     assert "model:" in (out / "record" / "recipe.yaml").read_text()
-    assert "| noise |" in (out / "record" / "table.md").read_text()
+    assert "| noise |" in paper.judged(record).markdown()
     assert (out / "convergence" / "figures" / "scores.png").is_file()
 
 
@@ -180,10 +180,10 @@ def test_a_record_of_something_else_is_refused(convergence, two_sounds, tmp_path
 
 def test_a_record_of_the_users_is_left_alone(convergence, two_sounds, tmp_path):
     out, words = convergence
-    (tmp_path / "table.md").write_text("years of work")
-    with pytest.raises(ValueError, match=r"table\.md exists, .* Give another --record, or --overwrite"):
+    (tmp_path / "log.jsonl").write_text("years of work")
+    with pytest.raises(ValueError, match=r"log\.jsonl exists, .* Give another --record, or --overwrite"):
         command("convergence", two_sounds, out, *words, "--record", str(tmp_path))
-    assert (tmp_path / "table.md").read_text() == "years of work"
+    assert (tmp_path / "log.jsonl").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
         assert rows[-1]["step"] == run["rows"][-1]["step"]
         assert rows[-1]["ema_decay"] == pytest.approx(0.9995)
     assert re.search(r": (\d+ updates|no run) passes the log-mel statistics \(100.0\)", capsys.readouterr().out)
-    table = (tmp_path / "record" / "table.md").read_text()
+    table = paper.judged(record).markdown()
     assert re.search(r"\| 4 updates \|.*\| \d+ \|$", table, re.MULTILINE)
 
 
@@ -312,7 +312,7 @@ def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
     for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
         read = readings.read_convergence(record_of(arms, untrained=dict.fromkeys(readings.SHOWN, untrained)))
         assert read.rows[1][-1] == told
-        table = records.markdown(read).splitlines()
+        table = read.markdown().splitlines()
         assert table[0].startswith("| task | arm | linear mean | linear cls | knn mean | knn cls | ")
         assert table[1].startswith("| --- | --- | ---: | ---: | ---: | ---: |")
         assert [row[:3] for row in read.rows] == [
