@@ -10,7 +10,7 @@ from typing import Any
 
 from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
-from cat.experiments.readings import DRAWN, ends, of_bound, points
+from cat.experiments.readings import DRAWN, ends, named, of_bound, points
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, run_study
 from cat.experiments.trial import Task
@@ -82,6 +82,7 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
     """A panel a probe and a task: scores on valid against updates, or on test at the end."""
     tasks, arms = list(record["tasks"]), record["arms"]
     panels = [(probe, task) for probe in DRAWN for task in tasks]
+    columns = len(tasks) if len(tasks) > 1 else len(DRAWN)
     split = "valid" if curves else "test"
     levels = {f"{task}, {probe}": _levels(record, split, probe)[task] for probe, task in panels}
     if curves:
@@ -91,18 +92,18 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
             }
             for probe, task in panels
         }
-        write_study_curves(path, lines, levels, metric="valid, %", columns=len(tasks))
+        write_study_curves(path, lines, levels, metric="valid, %", columns=columns)
     else:
         dots = {f"{task}, {probe}": {arm: ends(record, arm, task, probe) for arm in arms} for probe, task in panels}
-        write_study_ends(path, dots, levels, metric="test, %", columns=len(tasks))
+        write_study_ends(path, dots, levels, metric="test, %", columns=columns)
 
 
 def _levels(record: Mapping[str, Any], split: str, probe: str) -> dict[str, dict[str, float]]:
-    """task -> bound -> its score on a split."""
+    """task -> name of a bound -> its score on a split."""
     levels: dict[str, dict[str, float]] = {task: {} for task in record["tasks"]}
     for name, scores in record["bounds"].items():
         for task in levels:
             level = of_bound(scores[split][task], probe)
             if level is not None:
-                levels[task][name] = level
+                levels[task][named(record, name)] = level
     return levels

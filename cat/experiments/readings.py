@@ -42,6 +42,11 @@ def of_bound(scores: Mapping[str, float], probe: str) -> float | None:
     return scores.get(probe, scores.get(kind) if pooling == "mean" else None)
 
 
+def named(record: Record, bound: str) -> str:
+    """A guide has the name of its arm."""
+    return f"{bound}, itself" if bound in record["guides"] else bound
+
+
 def reached(at: Sequence[float], scores: Sequence[float], level: float) -> float | None:
     """Where a curve, straight between its points, first has the score; None where it never does. Before its first
     point it is taken to be there."""
@@ -72,9 +77,8 @@ def _table(
             rows.append([task, arm, *scores, *(of(task, arm) for of in extra.values())])
         for name, both in record["bounds"].items():
             cells = [of_bound(both["test"][task], probe) for probe in SHOWN]
-            named = f"{name}, itself" if name in record["guides"] else name
             scores = ["" if c is None else f"{100 * c:.1f}" for c in cells]
-            rows.append([task, named, *scores, *[""] * len(extra)])
+            rows.append([task, named(record, name), *scores, *[""] * len(extra)])
     return header, rows
 
 

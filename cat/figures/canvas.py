@@ -90,11 +90,14 @@ def text_of(name: str, most: int = 1000) -> str:
 
 
 def legend_below(drawing: Any, axis: Any, columns: int = 6) -> None:
+    """The axis's labels, in as many of the columns as the figure is wide enough for."""
     handles, labels = axis.get_legend_handles_labels()
-    if labels:
-        drawing.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False, fontsize=9
-        )
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
+    for ncols in range(min(len(labels), columns), 0, -1):
+        legend = drawing.legend(handles, labels, ncols=ncols, **style)
+        if ncols == 1 or legend.get_window_extent(drawing.canvas.get_renderer()).width <= drawing.bbox.width:
+            return
+        legend.remove()
 
 
 @functools.cache
