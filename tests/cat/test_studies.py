@@ -309,6 +309,9 @@ def record_of(arms, **bounds):
 
 def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
     arms = {"none": found([0.3, 0.4]), "guide": found([0.4, 0.5], guide="guide")}
+    several = {"none": arms["none"], "guide": found([0.4, 0.5], [0.3, 0.35], guide="guide"), "x": found([0.1, 0.2])}
+    read = readings.read_convergence(record_of(several, untrained=dict.fromkeys(readings.SHOWN, 0.1)))
+    assert [row[-1] for row in read.rows] == ["1.0x", "2.0x, 1 of 2", "never", ""]
     for untrained, told in ((0.35, "2.0x"), (0.45, "untrained is there")):
         read = readings.read_convergence(record_of(arms, untrained=dict.fromkeys(readings.SHOWN, untrained)))
         assert read.rows[1][-1] == told
