@@ -127,8 +127,8 @@ def read_convergence(record: Record) -> Verdict:
     words = ". ".join(_in_words(record, arm, NONE) for arm in guided)
     notes = [
         *_notes(record),
-        f"fewer steps: to the valid score at which {NONE} ends on average, and in how many seeds, where not in all; its "
-        "own row is what chance gives; the paper says 5x on AudioSet",
+        f"fewer steps: to the valid score at which {NONE} ends on average, and in how many seeds, where not in all; "
+        "its own row is what chance gives; the paper says 5x on AudioSet",
     ]
     ahead = _means(record, guided[0]).values(), _means(record, NONE).values()
     return Verdict(sum(ahead[0]) > sum(ahead[1]), f"{words}.", header, rows, notes)
