@@ -141,8 +141,8 @@ def test_told_to_stop_it_keeps_all_that_is_done(folder, encoded, monkeypatch, ca
 
 @pytest.mark.parametrize("of", ["a block", "the array"])
 def test_a_full_disk(folder, encoded, monkeypatch, capsys, of):
-    from cat.data import embeddings
     from cat.data import partial as pieces
+    from cat.data.embeddings import writing
     from cat.files import replacing
 
     def full(path):
@@ -151,7 +151,7 @@ def test_a_full_disk(folder, encoded, monkeypatch, capsys, of):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        for module in (pieces, embeddings):
+        for module in (pieces, writing):
             patch.setattr(module, "replacing", full)
         assert run(folder) == 1
     assert "No space left on device" in capsys.readouterr().err
