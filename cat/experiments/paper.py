@@ -84,7 +84,7 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
     panels = [(probe, task) for probe in DRAWN for task in tasks]
     columns = len(tasks) if len(tasks) > 1 else len(DRAWN)
     split = "valid" if curves else "test"
-    levels = {f"{task}, {probe}": _levels(record, split, probe)[task] for probe, task in panels}
+    levels = {f"{task}, {probe}": _levels(record, split, task, probe) for probe, task in panels}
     if curves:
         lines = {
             f"{task}, {probe}": {
@@ -98,12 +98,7 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
         write_study_ends(path, dots, levels, metric="test, %", columns=columns)
 
 
-def _levels(record: Mapping[str, Any], split: str, probe: str) -> dict[str, dict[str, float]]:
-    """task -> name of a bound -> its score on a split."""
-    levels: dict[str, dict[str, float]] = {task: {} for task in record["tasks"]}
-    for name, scores in record["bounds"].items():
-        for task in levels:
-            level = of_bound(scores[split][task], probe)
-            if level is not None:
-                levels[task][named(record, name)] = level
-    return levels
+def _levels(record: Mapping[str, Any], split: str, task: str, probe: str) -> dict[str, float]:
+    """The bounds' scores, by name."""
+    found = {named(record, name): of_bound(scores[split][task], probe) for name, scores in record["bounds"].items()}
+    return {name: level for name, level in found.items() if level is not None}
