@@ -64,6 +64,13 @@ def percent(scores: Sequence[float]) -> str:
     return f"{100 * statistics.mean(scores):.1f}{spread}"
 
 
+def by_chance(record: Record, task: str, a: Sequence[float], b: Sequence[float]) -> float:
+    """How far the means of two arms' test scores lie apart by chance: twice the standard error that the larger
+    deviation over seeds gives, with at least a test clip's share for a deviation."""
+    deviations = [statistics.stdev(scores) for scores in (a, b) if len(scores) > 1]
+    return 2 * max([1 / record["tasks"][task]["test"], *deviations]) * (1 / len(a) + 1 / len(b)) ** 0.5
+
+
 def _table(
     record: Record, extra: Mapping[str, Callable[[str, str], str]] | None = None
 ) -> tuple[list[str], list[list[str]]]:
@@ -167,12 +174,13 @@ def read_resolutions(record: Record) -> Verdict:
         "seconds": functools.partial(_seconds, record),
     }
     header, rows = _table(record, extra)
-    totals = {arm: sum(_means(record, arm).values()) for arm in record["arms"]}
-    best = sorted(totals, key=lambda arm: -totals[arm])
+    seeds = {
+        arm: [statistics.mean(scores) for scores in zip(*(ends(record, arm, task) for task in tasks), strict=True)]
+        for arm in record["arms"]
+    }
+    best = sorted(seeds, key=lambda arm: -statistics.mean(seeds[arm]))
     notes = [*_notes(record), f"equal time: {least:.0f} s of training, what the fastest arm takes for all steps"]
-    text = (
-        f"at equal steps, mean over tasks: {', '.join(f'{arm} {100 * totals[arm] / len(tasks):.1f}' for arm in best)}."
-    )
+    text = f"at equal steps, mean over tasks: {', '.join(f'{arm} {percent(seeds[arm])}' for arm in best)}."
     return Verdict(True, text, header, rows, notes)
 
 
@@ -191,11 +199,25 @@ def _interpolated(at: Sequence[float], scores: Sequence[float], where: float) ->
 
 
 def read_ends(record: Record) -> Verdict:
+    """The best arm of every task, by the patches and by the token, and which of the others may be as good."""
     header, rows = _table(record)
-    tasks = list(record["tasks"])
-    best = {task: max(record["arms"], key=lambda arm: _means(record, arm)[task]) for task in tasks}
-    text = "best: " + ", ".join(f"{task} {arm} ({percent(ends(record, arm, task))})" for task, arm in best.items())
+    text = "; ".join(
+        f"best by {probe}: {', '.join(_best(record, task, probe) for task in record['tasks'])}" for probe in SHOWN[:2]
+    )
     return Verdict(True, f"{text}.", header, rows, _notes(record))
+
+
+def _best(record: Record, task: str, probe: str) -> str:
+    scores = {arm: ends(record, arm, task, probe) for arm in record["arms"]}
+    best, *others = sorted(scores, key=lambda arm: -statistics.mean(scores[arm]))
+    alike = [
+        arm
+        for arm in others
+        if statistics.mean(scores[best]) - statistics.mean(scores[arm])
+        <= by_chance(record, task, scores[best], scores[arm])
+    ]
+    also = f" (by chance before {', '.join(alike)})" if alike else ""
+    return f"{task} {best} {percent(scores[best])}{also}"
 
 
 def read_length(record: Record) -> Verdict:

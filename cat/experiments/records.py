@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cat.config import write_yaml
-from cat.experiments.readings import SHOWN, ends, percent
+from cat.experiments.readings import SHOWN, by_chance, ends, percent
 from cat.experiments.verdict import Verdict
 from cat.files import replacing, write_json
 from cat.outputs import Output, claim, json_of
@@ -83,8 +83,7 @@ class Line:
 
 
 def compare(recorded: Mapping[str, Any], new: Mapping[str, Any]) -> Verdict:
-    """Whether the means of what both have differ by no more than twice the standard error that the deviations of both,
-    pooled, give; with at least a test clip's share for a deviation.
+    """Whether the means of what both have differ by no more than chance allows (`readings.by_chance`).
 
     Raises ValueError for records that have nothing in common.
     """
@@ -125,6 +124,4 @@ def _lines(recorded: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Line
                 continue
             for probe in SHOWN:
                 a, b = ends(recorded, arm, task, probe), ends(new, arm, task, probe)
-                least = 1 / min(recorded["tasks"][task]["test"], new["tasks"][task]["test"])
-                spread = max([least, *(statistics.stdev(x) for x in (a, b) if len(x) > 1)])
-                yield Line(arm, task, probe, a, b, 2 * spread * (1 / len(a) + 1 / len(b)) ** 0.5)
+                yield Line(arm, task, probe, a, b, max(by_chance(record, task, a, b) for record in (recorded, new)))

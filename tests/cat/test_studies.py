@@ -304,7 +304,7 @@ def record_of(arms, **bounds):
     """Of one task, with the bounds' scores."""
     both = {name: {"valid": {"a": s}, "test": {"a": s}} for name, s in bounds.items()}
     guides = {arm["guide"]: {} for arm in arms.values() if arm["guide"]}
-    return {"tasks": {"a": {}}, "steps": [100, 200], "guides": guides, "arms": arms, "bounds": both}
+    return {"tasks": {"a": {"test": 100}}, "steps": [100, 200], "guides": guides, "arms": arms, "bounds": both}
 
 
 def test_no_steps_are_saved_on_the_way_to_what_needs_no_training():
@@ -349,6 +349,15 @@ def test_resolutions_are_compared_at_equal_time():
     assert "equal time: 20 s of training, what the fastest arm takes for all steps" in read.notes
 
 
-def test_the_best_arm_of_every_task():
-    read = readings.read_ends(record_of({"x": found([0.5], [0.7]), "y": found([0.6], [0.5])}))
-    assert read.text == "best: a x (50.0 ± 14.1)."
+def test_the_best_arms_of_every_task():
+    arms = {"x": found([0.5], [0.7]), "y": found([0.6], [0.5]), "z": found([0.2], [0.22])}
+    best = "a x 50.0 ± 14.1 (by chance before y)"
+    assert readings.read_ends(record_of(arms)).text == f"best by linear mean: {best}; best by linear cls: {best}."
+    del arms["y"]
+    assert "chance" not in readings.read_ends(record_of(arms)).text
+
+
+def test_what_chance_allows():
+    record = record_of({})
+    assert readings.by_chance(record, "a", [0.5, 0.6, 0.7], [0.1, 0.1, 0.1]) == pytest.approx(0.2 * (2 / 3) ** 0.5)
+    assert readings.by_chance(record, "a", [0.5, 0.5], [0.5]) == pytest.approx(0.02 * 1.5**0.5)  # a clip of 100
