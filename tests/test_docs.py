@@ -211,7 +211,7 @@ NOT_RUN: dict[str, str] = {
     r"python -m benchmarks.downstream": "hours; tests/test_benchmarks.py has its parts",
     r"cat-audio probe ast:": "needs a network; tests/cat/encoders/test_ast.py has it",
     r"python -m benchmarks.fused": "needs a GPU's stand-in; tests/test_fused.py runs it",
-    r"cat-audio experiment convergence --pool": "hours; tests/cat/test_studies.py runs one",
+    r"cat-audio experiment \w+ --pool": "hours; tests/cat/test_studies.py runs one",
     r"cat-audio experiment length": "minutes, even of a small model; tests/cat/test_studies.py runs one",
     r"TRITON_INTERPRET=1 cat-audio experiment kernels .*run.stop_at=1[58]0": "hours in Triton's interpreter; "
     "tests/cat/test_experiments.py runs the experiment",
