@@ -17,6 +17,7 @@ SHOWN = ("linear mean", "linear cls", "knn mean", "knn cls")  # probes in tables
 MAIN = SHOWN[0]
 DRAWN = (MAIN, "linear cls", "knn cls")  # probes in figures: of the patches, and of the token that is guided
 NONE = "none"  # the arm without a guide
+SECONDS = "seconds: of training, a run; the median of its seeds"
 
 
 def ends(record: Record, arm: str, task: str, probe: str = MAIN) -> list[float]:
@@ -200,11 +201,11 @@ def _interpolated(at: Sequence[float], scores: Sequence[float], where: float) ->
 
 def read_ends(record: Record) -> Verdict:
     """The best arm of every task, by the patches and by the token, and which of the others may be as good."""
-    header, rows = _table(record)
+    header, rows = _table(record, {"seconds": functools.partial(_seconds, record)})
     text = "; ".join(
         f"best by {probe}: {', '.join(_best(record, task, probe) for task in record['tasks'])}" for probe in SHOWN[:2]
     )
-    return Verdict(True, f"{text}.", header, rows, _notes(record))
+    return Verdict(True, f"{text}.", header, rows, [*_notes(record), SECONDS])
 
 
 def _best(record: Record, task: str, probe: str) -> str:
@@ -228,4 +229,4 @@ def read_length(record: Record) -> Verdict:
         level = record["bounds"]["log-mel statistics"]["test"][task]["linear"]
         above = [arm for arm in record["arms"] if _means(record, arm)[task] > level]
         parts.append(f"{task}: {above[0] if above else 'no run'} passes the log-mel statistics ({100 * level:.1f})")
-    return Verdict(True, f"{'; '.join(parts)}.", header, rows, [*_notes(record), "seconds: of training, a run"])
+    return Verdict(True, f"{'; '.join(parts)}.", header, rows, [*_notes(record), SECONDS])
