@@ -217,7 +217,7 @@ def _best(record: Record, task: str, probe: str) -> str:
         if statistics.mean(scores[best]) - statistics.mean(scores[arm])
         <= by_chance(record, task, scores[best], scores[arm])
     ]
-    also = f" (by chance before {', '.join(alike)})" if alike else ""
+    also = f" (by chance before {' | '.join(alike)})" if alike else ""
     return f"{task} {best} {percent(scores[best])}{also}"
 
 
