@@ -126,7 +126,7 @@ def _distance(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
 def _masks(guides: Sequence[str], recipe: PretrainConfig) -> Iterator[Arm]:
     masks = recipe.masks
     for number in (1, 2, 4, 8):
-        yield Arm(f"{number} masks", (f"masks.num_masks={number}",))
+        yield Arm(f"{number} mask{'s' * (number > 1)}", (f"masks.num_masks={number}",))
     for ratio in (0.5, 0.65, 0.9):
         yield Arm(f"{masks.num_masks} masks, {100 * ratio:g} % hidden", (f"masks.ratio={ratio}",))
 
