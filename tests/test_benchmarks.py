@@ -784,13 +784,16 @@ def test_report_takes_the_table_of_a_record(tmp_path, monkeypatch):
     made = {"machine": machine, "versions": {"torch": "2.13.0", "triton": None}, "date": "2026-11-26T", "commit": "abc"}
     scores = {"a": dict.fromkeys(("linear mean", "linear cls", "knn mean", "knn cls"), 0.5)}
     record = {
-        **{"format": 1, "experiment": "cost", "tasks": {"a": {}}, "guides": {}, "bounds": {}, "made": made},
-        **{"arms": {"cost 5": {"runs": [{"rows": [{"test": scores}]}]}}, "seconds": {"training": 7200.0}},
+        **{"format": 1, "experiment": "cost", "tasks": {"a": {"test": 9}}, "guides": {}, "bounds": {}, "made": made},
+        **{
+            "arms": {"cost 5": {"runs": [{"rows": [{"seconds": 90.0, "test": scores}]}]}},
+            "seconds": {"training": 7200.0},
+        },
     }
     (tmp_path / "cost").mkdir()
     (tmp_path / "cost" / "record.json").write_text(json.dumps(record))
     found = report.filled("<!-- benchmark:begin record cost -->\n<!-- benchmark:end -->", [])
-    assert "| a | cost 5 | 50.0 | 50.0 | 50.0 | 50.0 |\n" in found
+    assert "| a | cost 5 | 50.0 | 50.0 | 50.0 | 50.0 | 90 |\n" in found
     assert "2.0 h of training in 1 runs.\n\nAn abacus, 2 threads, torch 2.13.0, 2026-11-26, commit abc.\n" in found
     with pytest.raises(ValueError, match="none holds no record"):
         report.filled("<!-- benchmark:begin record none -->\n<!-- benchmark:end -->", [])
