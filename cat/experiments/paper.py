@@ -12,7 +12,7 @@ from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
 from cat.experiments.readings import DRAWN, ends, named, of_bound, points
 from cat.experiments.records import write_record
-from cat.experiments.study import Study, run_study
+from cat.experiments.study import Study, evenly, run_study
 from cat.experiments.trial import Task
 from cat.experiments.verdict import Verdict
 from cat.figures import write_study_curves, write_study_ends
@@ -50,7 +50,7 @@ def examine(name: str, config: PretrainConfig, options: Options, out: Path) -> t
         arms,
         {guide: spec for guide, spec in guides.items() if guide in used},
         options.seeds,
-        options.probes or claim.probes,
+        evenly(options.probes) if options.probes else claim.probes,
     )
     started = time.perf_counter()
     found = run_study(study, out / "studies", jobs=options.jobs, progress=options.progress)

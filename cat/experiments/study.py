@@ -51,7 +51,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """`guides`: name -> encoder, as `build_encoder` takes it. `probes`: how often a run is probed."""
+    """`guides`: name -> encoder, as `build_encoder` takes it. `probes`: after which shares of a run's updates it is
+    probed, the last one 1."""
 
     recipe: PretrainConfig
     pool: Path
@@ -59,12 +60,16 @@ class Study:
     arms: tuple[Arm, ...]
     guides: dict[str, str]
     seeds: tuple[int, ...]
-    probes: int
+    probes: tuple[float, ...]
 
     def steps(self, config: PretrainConfig) -> tuple[int, ...]:
         """After which updates a run of `config` is probed, the last one among them."""
-        total, count = config.optim.steps, min(self.probes, config.optim.steps)
-        return tuple(total * (i + 1) // count for i in range(count))
+        return tuple(sorted({max(1, int(share * config.optim.steps + 1e-6)) for share in self.probes}))
+
+
+def evenly(count: int) -> tuple[float, ...]:
+    """So many probes, equally far apart."""
+    return tuple((i + 1) / count for i in range(count))
 
 
 def run_study(study: Study, folder: Path, *, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
