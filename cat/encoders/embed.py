@@ -8,7 +8,6 @@ manifest, so that clip and embedding never part. Stopped, it goes on where it wa
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import time
@@ -113,18 +112,16 @@ def _embedded(
 
 
 def collect_embeddings(manifest: Manifest, encoder: FrozenEncoder, **options: object) -> Embeddings:
-    """`embed_manifest` gathered in memory, for probes; by length, so that batches are padded little."""
-    order = np.argsort([(clip.samples or 0) / (clip.sample_rate or 1) for clip in manifest.clips], kind="stable")
-    parts = list(embed_manifest(manifest.take(order), encoder, **options))  # type: ignore[arg-type]
-    skipped = [dataclasses.replace(s, index=int(order[s.index])) for _, _, found in parts for s in found]
-    if not any(len(indices) for indices, _, _ in parts):
-        first = min(skipped, key=lambda s: s.index, default=None)
-        reason = "" if first is None else f". First: {first.path}: {first.reason}"
-        raise ValueError(f"no clip of the manifest could be embedded ({len(manifest)} clips){reason}")
-    indices = order[np.concatenate([indices for indices, _, _ in parts])]
-    back = np.argsort(indices)
-    rows = torch.cat([rows for _, rows, _ in parts]).numpy()
-    return Embeddings(rows[back], indices[back], sorted(skipped, key=lambda s: s.index))
+    """`embed_manifest` gathered in memory, for probes."""
+    parts = list(embed_manifest(manifest, encoder, **options))  # type: ignore[arg-type]
+    if not parts or not any(len(indices) for indices, _, _ in parts):
+        reasons = "; ".join(f"{s.path}: {s.reason}" for _, _, skipped in parts for s in skipped[:1])
+        raise ValueError(f"no clip of the manifest could be embedded ({len(manifest.clips)} clips). First: {reasons}")
+    return Embeddings(
+        rows=torch.cat([rows for _, rows, _ in parts]).numpy(),
+        indices=np.concatenate([indices for indices, _, _ in parts]),
+        skipped=[s for _, _, skipped in parts for s in skipped],
+    )
 
 
 def encode_clips(encoder: FrozenEncoder, manifest: Manifest, indices: list[int], waves: list[Tensor]) -> Tensor:

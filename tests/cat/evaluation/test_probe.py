@@ -175,6 +175,14 @@ def test_a_clip_without_a_label_is_left_out_and_changes_no_number(data):
     assert "1 clips of test left out, without a label; first: stray.wav" in report.notes
 
 
+def test_clips_are_heard_the_shortest_first_whatever_their_rate():
+    seconds = {"a": (24000, 8000), "b": (16000, 16000), "c": (88200, 44100), "none": (1, 16000), "d": (8000, 16000)}
+    clips = (Clip(name, n, rate, labels=(name,) * (name != "none")) for name, (n, rate) in seconds.items())
+    found, notes = probe.labelled({"train": Manifest(tuple(clips), Path())})
+    assert [(clip.path, clip.labels) for clip in found["train"].clips] == [(name, (name,)) for name in "dbca"]
+    assert notes == ["1 clips of train left out, without a label; first: none"]
+
+
 def test_several_labels_give_map_and_say_what_is_left_out(data):
     several = manifests(data)
     train = tuple(Clip(c.path, labels=(*c.labels, "sound", "rare")) for c in several["train"].clips)
