@@ -12,7 +12,7 @@ CAT = Path(__file__).parents[1] / "cat"
 # From the top. A room may use those below it that are named, and itself; BASE has no arrow to the rest.
 BASE = {
     *("config", "device", "distributed", "ending", "files", "locks", "outputs", "parts", "progress", "provenance"),
-    "signals",
+    *("scaling", "signals"),
 }
 ROOMS: dict[str, set[str]] = {
     "commands": {"*"},
@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "parts": set(),
     "progress": set(),
     "provenance": set(),
+    "scaling": set(),
     "signals": set(),
 }
 DOORS = {"__init__", "__main__"}  # the package's own names, and the command

@@ -23,6 +23,7 @@ from cat.encoders.encode import Settings, encode_files, weights_digest
 from cat.encoders.reading import Skipped
 from cat.encoders.tables import Table, TableError, read_table
 from cat.outputs import same_file
+from cat.scaling import whitening
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,8 @@ def nearest(pieces: Pieces, row: np.ndarray, k: int, among: set[str], *, whiten:
         return []
     rows, wanted = pieces.rows[chosen], row[None]
     if whiten and len(chosen) > 1:
-        from sklearn.decomposition import PCA
-
-        space = PCA(min(64, rows.shape[1], len(rows) - 1), whiten=True, svd_solver="full").fit(rows)
-        rows, wanted = space.transform(rows), space.transform(wanted)
+        whitened = whitening(rows, 64)
+        rows, wanted = whitened(rows), whitened(wanted)
     search = NearestNeighbors(n_neighbors=min(k, len(chosen)), metric="cosine").fit(rows)
     distances, places = search.kneighbors(wanted)
     found = []

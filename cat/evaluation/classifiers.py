@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cat.evaluation.metrics import accuracy, mean_average_precision
+from cat.scaling import Scaling, standardising, whitening
 
 KNN_CANDIDATES = (1, 3, 5, 10, 20, 50)
 LINEAR_CANDIDATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -167,20 +168,17 @@ def _logistic_regression(c: float, features: np.ndarray, labels: np.ndarray) -> 
 
 def _standardised(train: Split, *others: Split) -> tuple[Split, ...]:
     try:
-        from sklearn.preprocessing import StandardScaler
+        return _scaled(standardising(train.features), train, *others)
     except ImportError as error:
         raise ImportError(EXTRA) from error
-    scaler = StandardScaler().fit(train.features)
-    return tuple(Split(scaler.transform(split.features), split.targets) for split in (train, *others))
 
 
 def _whitened(train: Split, *others: Split) -> tuple[Split, ...]:
-    from sklearn.decomposition import PCA
+    return _scaled(whitening(train.features, WHITENED_DIMENSIONS), train, *others)
 
-    dimensions = min(WHITENED_DIMENSIONS, train.features.shape[1], len(train.features) - 1)
-    with np.errstate(invalid="ignore"):  # where nothing varies, as CLS does not before the first block
-        pca = PCA(dimensions, whiten=True, svd_solver="full").fit(train.features)
-    return tuple(Split(pca.transform(split.features), split.targets) for split in (train, *others))
+
+def _scaled(scaling: Scaling, *splits: Split) -> tuple[Split, ...]:
+    return tuple(Split(scaling(split.features), split.targets) for split in splits)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cat.figures.canvas import COLOURS, EXTRA, MARKERS, figure, legend_below, save, text_of
+from cat.scaling import standardising, whitening
 
 
 def write_projection(
@@ -68,13 +69,8 @@ def whitened(rows: np.ndarray, dimensions: int = 50) -> np.ndarray:
 
     Without it one direction that every clip of an encoder shares, loudness say, stretches the picture to a line.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
-
-    scaled = StandardScaler().fit_transform(rows)
-    return PCA(min(dimensions, scaled.shape[1], max(1, len(rows) - 1)), whiten=True, svd_solver="full").fit_transform(
-        scaled
-    )
+    scaled = standardising(rows)(rows)
+    return whitening(scaled, dimensions)(scaled)
 
 
 def nearest_neighbour_agreement(rows: np.ndarray, labels: Sequence[Sequence[str]]) -> float:
