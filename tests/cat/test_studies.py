@@ -258,6 +258,16 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
     assert re.search(r"\| 4 updates \|.*\| \d+ \|$", table, re.MULTILINE)
 
 
+def test_when_a_run_is_probed():
+    def steps(probes, updates):
+        config = experiment_config("masks", Path("clips.jsonl"), [f"optim.steps={updates}"])
+        return study.Study(config, Path("clips.jsonl"), (), (), {}, (0,), probes).steps(config)
+
+    assert steps(study.evenly(4), 10) == (2, 5, 7, 10)
+    assert steps(study.evenly(6), 3) == (1, 2, 3)
+    assert steps(claims.CLAIMS["resolutions"].probes, 400) == (100, 400)
+
+
 def test_reached():
     assert readings.reached([100, 200, 300], [0.1, 0.3, 0.5], 0.4) == pytest.approx(250)
     assert readings.reached([100, 200], [0.5, 0.6], 0.4) == 100
