@@ -25,6 +25,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         "scikit-learn": "sklearn",
         "scipy": "scipy",
         "shtab": "shtab",
+        "threadpoolctl": "threadpoolctl",
     },
     "hub": {"huggingface-hub": "huggingface_hub"},
     "files": {"pyarrow": "pyarrow", "h5py": "h5py"},

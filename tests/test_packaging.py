@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRA_MODULES = (
     "soundfile", "soxr", "yaml", "tqdm", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers", "triton",
     "huggingface_hub", "pyarrow", "h5py", "onnx", "onnxruntime", "onnxscript", "mteb", "sed_eval", "ai_edge_litert",
-    "kaldi_native_fbank", "librosa", "torchaudio", "kernels", "shtab",
+    "kaldi_native_fbank", "librosa", "torchaudio", "kernels", "shtab", "threadpoolctl",
 )  # fmt: skip
 SOURCES = [path for folder in ("cat_kernels", "cat", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cat.config import to_mapping
 from cat.experiments.claims import CLAIMS
-from cat.experiments.readings import DRAWN, ends, named, of_bound, points
+from cat.experiments.readings import DRAWN, curve, ends, named, of_bound
 from cat.experiments.records import write_record
 from cat.experiments.study import Study, evenly, run_study
 from cat.experiments.trial import Task
@@ -87,9 +87,7 @@ def _draw(record: Mapping[str, Any], path: Path, *, curves: bool) -> None:
     levels = {f"{task}, {probe}": _levels(record, split, task, probe) for probe, task in panels}
     if curves:
         lines = {
-            f"{task}, {probe}": {
-                arm: [points(run, task, probe) for run in found["runs"]] for arm, found in arms.items()
-            }
+            f"{task}, {probe}": {arm: [curve(run, task, probe) for run in found["runs"]] for arm, found in arms.items()}
             for probe, task in panels
         }
         write_study_curves(path, lines, levels, metric="valid, %", columns=columns)

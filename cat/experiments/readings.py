@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cat.experiments.verdict import Verdict
 
 Record = Mapping[str, Any]  # what `cat.experiments.study.run_study` returns
@@ -25,16 +27,9 @@ def ends(record: Record, arm: str, task: str, probe: str = MAIN) -> list[float]:
     return [run["rows"][-1]["test"][task][probe] for run in record["arms"][arm]["runs"]]
 
 
-def curve(run: Mapping[str, Any], task: str, probe: str = MAIN) -> tuple[list[float], list[float], list[float]]:
-    """Steps, seconds of training, valid scores."""
-    rows = run["rows"]
-    return [r["step"] for r in rows], [r["seconds"] for r in rows], [r["valid"][task][probe] for r in rows]
-
-
-def points(run: Mapping[str, Any], task: str, probe: str) -> tuple[list[float], list[float]]:
+def curve(run: Mapping[str, Any], task: str, probe: str = MAIN) -> tuple[list[float], list[float]]:
     """Steps, valid scores."""
-    steps, _, scores = curve(run, task, probe)
-    return steps, scores
+    return [row["step"] for row in run["rows"]], [row["valid"][task][probe] for row in run["rows"]]
 
 
 def of_bound(scores: Mapping[str, float], probe: str) -> float | None:
@@ -118,10 +113,10 @@ def read_convergence(record: Record) -> Verdict:
     """Steps to the valid score that training without a guide ends at, as a ratio."""
 
     def faster(probe: str, task: str, arm: str) -> str:
-        level = statistics.mean(curve(run, task, probe)[2][-1] for run in record["arms"][NONE]["runs"])
+        level = statistics.mean(curve(run, task, probe)[1][-1] for run in record["arms"][NONE]["runs"])
         if record["bounds"]["untrained"]["valid"][task][probe] >= level:
             return "untrained is there"
-        found = [reached(*points(run, task, probe), level) for run in record["arms"][arm]["runs"]]
+        found = [reached(*curve(run, task, probe), level) for run in record["arms"][arm]["runs"]]
         known = [record["steps"][-1] / steps for steps in found if steps]
         if not known:
             return "never"
@@ -162,10 +157,11 @@ def read_distillation(record: Record) -> Verdict:
 
 def read_resolutions(record: Record) -> Verdict:
     tasks = list(record["tasks"])
-    least = min(run["rows"][-1]["seconds"] for arm in record["arms"].values() for run in arm["runs"])
+    least = min(_median_seconds(record, arm) for arm in record["arms"])
 
     def at_time(task: str, arm: str) -> str:
-        found = [_interpolated(*curve(run, task)[1:], least) for run in record["arms"][arm]["runs"]]
+        share = least / _median_seconds(record, arm)  # of the updates; every one takes as long
+        found = [_at_share(*curve(run, task), share) for run in record["arms"][arm]["runs"]]
         known = [score for score in found if score is not None]
         return percent(known) if len(known) == len(found) else "not probed by then"
 
@@ -187,16 +183,18 @@ def read_resolutions(record: Record) -> Verdict:
 
 def _seconds(record: Record, task: str, arm: str) -> str:
     """Of training, a run's; the same on every task."""
-    return f"{statistics.median(run['rows'][-1]['seconds'] for run in record['arms'][arm]['runs']):.0f}"
+    return f"{_median_seconds(record, arm):.0f}"
 
 
-def _interpolated(at: Sequence[float], scores: Sequence[float], where: float) -> float | None:
-    if where < at[0]:
-        return None
-    for i in range(1, len(at)):
-        if at[i] >= where:
-            return scores[i - 1] + (scores[i] - scores[i - 1]) * (where - at[i - 1]) / (at[i] - at[i - 1])
-    return scores[-1]
+def _median_seconds(record: Record, arm: str) -> float:
+    """One run that a busy machine held up does not count."""
+    return statistics.median(run["rows"][-1]["seconds"] for run in record["arms"][arm]["runs"])
+
+
+def _at_share(steps: Sequence[float], scores: Sequence[float], share: float) -> float | None:
+    """The score after a share of all steps, straight between probes; None before the first one."""
+    where = share * steps[-1]
+    return None if where < steps[0] else float(np.interp(where, steps, scores))
 
 
 def read_ends(record: Record) -> Verdict:

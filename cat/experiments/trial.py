@@ -64,6 +64,8 @@ def run_trial(trial: Trial) -> list[dict[str, Any]]:
 
     What an earlier call has done in the directory is not done again. ``seconds``: of training, up to there.
     """
+    from threadpoolctl import threadpool_limits
+
     torch.set_num_threads(trial.config.run.threads or torch.get_num_threads())
     path = trial.directory / SCORES
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -75,7 +77,8 @@ def run_trial(trial: Trial) -> list[dict[str, Any]]:
             raise KeyboardInterrupt
         encoder = CatEncoder.from_checkpoint(trial.directory, pooling="both", device=device)
         last = step == trial.steps[-1]
-        scores = {task.name: probed(encoder, task, test=last) for task in trial.tasks}
+        with threadpool_limits(torch.get_num_threads()):  # of BLAS and OpenMP in probes, for the sake of other jobs
+            scores = {task.name: probed(encoder, task, test=last) for task in trial.tasks}
         row: dict[str, Any] = {"step": step, "seconds": _seconds(trial.directory), "losses": _losses(trial.directory)}
         for split in ("valid", "test")[: 1 + last]:
             row[split] = {name: found[split] for name, found in scores.items()}

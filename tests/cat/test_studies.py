@@ -258,9 +258,29 @@ def test_runs_of_several_lengths(two_sounds, tmp_path, capsys):
     assert re.search(r"\| 4 updates \|.*\| \d+ \|$", table, re.MULTILINE)
 
 
+def test_probes_keep_to_the_threads_of_their_run(two_sounds, tmp_path, monkeypatch):
+    """Beside other jobs, BLAS and OpenMP that take all cores each take several times as long."""
+    from threadpoolctl import threadpool_info
+
+    found = []
+
+    def seen(*args, **kwargs):
+        found.extend(pool["num_threads"] for pool in threadpool_info())
+        return {"valid": {}, "test": {}}
+
+    monkeypatch.setattr(trial, "probed", seen)
+    config = experiment_config("masks", two_sounds / "train.jsonl", [*SMALL, f"run.dir={tmp_path}", "run.name=x"])
+    threads = torch.get_num_threads()
+    try:
+        trial.run_trial(trial.Trial(config, tmp_path / "x", (trial.Task("sounds", two_sounds),), (4,)))
+    finally:
+        torch.set_num_threads(threads)
+    assert set(found) == {1}
+
+
 def test_when_a_run_is_probed():
     def steps(probes, updates):
-        config = experiment_config("masks", Path("clips.jsonl"), [f"optim.steps={updates}"])
+        config = experiment_config("masks", Path("clips.jsonl"), [f"optim.steps={updates}", "optim.warmup_steps=1"])
         return study.Study(config, Path("clips.jsonl"), (), (), {}, (0,), probes).steps(config)
 
     assert steps(study.evenly(4), 10) == (2, 5, 7, 10)
@@ -357,6 +377,19 @@ def test_resolutions_are_compared_at_equal_time():
     assert [row[-3:] for row in read.rows] == [["50.0", "1.00 M", "20"], ["40.0", "2.35 M", "40"]]
     assert read.text == "at equal steps, mean over tasks: {4,8} 70.0, {4} 40.0."
     assert "equal time: 20 s of training, what the fastest arm takes for all steps" in read.notes
+
+
+def test_a_run_that_was_held_up_does_not_count_at_equal_time():
+    slow = found(*[[0.2, 0.4, 0.6, 0.8]] * 3)
+    for row in slow["runs"][1]["rows"]:
+        row["seconds"] *= 10
+    quick = found(*[[0.3, 0.5]] * 3)
+    read = readings.read_resolutions(record_of({"{4}": quick, "{4,8}": slow}))
+    assert [row[-3] for row in read.rows] == ["50.0 ± 0.0", "40.0 ± 0.0"]
+    late = found([0.8])  # probed once, after 100 updates and 10 s; of 40 s, then
+    late["runs"][0]["rows"][0]["seconds"] = 40.0
+    read = readings.read_resolutions(record_of({"{4}": quick, "{4,8}": late}))
+    assert read.rows[1][-3] == "not probed by then"
 
 
 def test_the_best_arms_of_every_task():
