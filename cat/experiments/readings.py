@@ -86,8 +86,10 @@ def _table(
 
 
 def _notes(record: Record) -> list[str]:
-    seeds = len(next(iter(record["arms"].values()))["runs"])
-    spread = f"mean and deviation of {seeds} seeds" if seeds > 1 else "of one seed"
+    seeds = [len(arm["runs"]) for arm in record["arms"].values()]
+    spread = f"mean and deviation of {max(seeds)} seeds" if max(seeds) > 1 else "of one seed"
+    if min(seeds) == 1 < max(seeds):
+        spread += ", one seed where there is no deviation"
     return [f"test split, %: linear probe and kNN of the mean of the patches and of the CLS token; {spread}"]
 
 

@@ -392,6 +392,16 @@ def test_a_run_that_was_held_up_does_not_count_at_equal_time():
     assert read.rows[1][-3] == "not probed by then"
 
 
+def test_arms_of_fewer_seeds_are_told_from_the_others():
+    several, one = found([0.3, 0.5], [0.3, 0.6]), found([0.3, 0.5])
+    said = {1: "of one seed", 2: "mean and deviation of 2 seeds"}
+    assert readings.read_ends(record_of({"x": one})).notes[0].endswith(f"; {said[1]}")
+    assert readings.read_ends(record_of({"x": several})).notes[0].endswith(f"; {said[2]}")
+    read = readings.read_ends(record_of({"x": one, "y": several}))
+    assert read.notes[0].endswith(f"; {said[2]}, one seed where there is no deviation")
+    assert [row[2] for row in read.rows] == ["40.0", "45.0 ± 7.1"]
+
+
 def test_the_best_arms_of_every_task():
     arms = {"x": found([0.5], [0.7]), "y": found([0.6], [0.5]), "z": found([0.2], [0.22])}
     best = "a x 50.0 ± 14.1 (by chance before y)"
