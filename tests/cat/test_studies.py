@@ -95,7 +95,7 @@ def test_what_is_there_is_not_trained_again(convergence, two_sounds, monkeypatch
 def test_a_run_is_found_under_another_arms_name(two_sounds, tmp_path):
     config = experiment_config("layer", two_sounds / "train.jsonl", SMALL)
     tasks = (trial.Task("sounds", two_sounds),)
-    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {}, (0,), 1)
+    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {}, (0,), (1.0,))
     _, made = study._configured(given, study.Arm("output", ("objective.regularisation_layer=0",)), {})
     first = study._trial(given, study.Arm("output"), made, 0, tmp_path).directory
     assert first.name.startswith("output-0-")
@@ -147,7 +147,7 @@ def test_a_weight_costs_the_same_whatever_the_guide(convergence, two_sounds):
     assert record["arms"]["noise"]["weight"] * constant == pytest.approx(study.COST, rel=1e-3)
     config = experiment_config("cost", two_sounds / "train.jsonl", SMALL)
     tasks = (trial.Task("sounds", two_sounds),)
-    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {"noise": "random:3"}, (0,), 1)
+    given = study.Study(config, two_sounds / "train.jsonl", tasks, (), {"noise": "random:3"}, (0,), (1.0,))
     guides = {"noise": study._Guide.made("noise", "random:3", given, out / "studies", False)}
     summed = study.Arm("sums", ("objective.global_loss_reduction=sum",), guide="noise")
     weight, made = study._configured(given, summed, guides)
