@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .._eager import records_gradients
 
 # (x, taps (c, 1, k, k), bias (c,) or None) -> the convolution of x, in its layout and dtype
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -46,7 +47,7 @@ def convolved(x: Tensor, taps: Tensor, bias: Tensor | None, convolve: Convolve, 
     Compiled, exported and transformed (`torch.func`, forward mode) it is ``convolve`` itself.
     """
     device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+    if device not in ("cpu", "cuda") or not records_gradients():
         return convolve(x, taps, bias)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -57,10 +58,6 @@ def piece_size(elements: int, device: torch.device) -> int:
     """How many things of so many elements make a piece."""
     whole = PIECE_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else GPU_ELEMENTS
     return max(1, whole // max(1, elements))
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Depthwise(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from .layout import strides
+from .norm import LayerNorm
 
 
 class Embed(nn.Module):
@@ -16,7 +17,7 @@ class Embed(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, out_channels, stride, stride)
-        self.norm = nn.LayerNorm(out_channels, eps=1e-5)
+        self.norm = LayerNorm(out_channels, eps=1e-5)
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
 
 
@@ -26,11 +27,11 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int, mlp_ratio: float, kernel_size: int) -> None:
         super().__init__()
         hidden = int(channels * mlp_ratio)
-        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm1 = LayerNorm(channels, eps=1e-5)
         self.conv1 = nn.Linear(channels, channels)
         self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.conv2 = nn.Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm2 = LayerNorm(channels, eps=1e-5)
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 

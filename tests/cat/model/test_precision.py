@@ -1,15 +1,13 @@
-"""Under autocast the fused norms are as exact as PyTorch's: errors against float64.
+"""Under autocast, where norms put out float32: errors against float64."""
 
-Autocast of a GPU, where norms put out float32, on whatever is here: `low_dtype` is what it would be there.
-"""
-
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 from cat.model import Encoder, ModelConfig, encoder, pretraining
-from cat.model.pretraining import Decoder
+from cat.model.pretraining import CAT, Decoder, ObjectiveConfig
 
 pytest.importorskip("triton")
 
@@ -41,10 +39,8 @@ def decoder(config, dtype):
     return lambda: model(grid), list(model.parameters())
 
 
-def run(make, kernels, dtype, monkeypatch, low_dtype=None):
+def run(make, kernels, dtype):
     """Output, and the gradients of the parameters, all in one vector."""
-    for module in (encoder, pretraining):
-        monkeypatch.setattr(module, "low_dtype", lambda x: low_dtype)
     call, parameters = make(dataclasses.replace(CONFIG, kernels=kernels), dtype)
     with torch.autocast(DEVICE.type, LOW, enabled=dtype != torch.float64):
         out = call()
@@ -54,22 +50,21 @@ def run(make, kernels, dtype, monkeypatch, low_dtype=None):
 
 
 @pytest.mark.parametrize("make", [blocks, decoder])
-def test_fused_norms_are_as_exact_as_autocast(make, monkeypatch):
-    def errors(kernels, low_dtype):
-        found = run(make, kernels, torch.float32, monkeypatch, low_dtype)
+def test_fused_norms_are_as_exact_as_autocast(make):
+    def errors(kernels):
+        found = run(make, kernels, torch.float32)
         return [float((a - e).norm() / e.norm()) for a, e in zip(found, exact, strict=True)]
 
-    exact = run(make, "reference", torch.float64, monkeypatch)
-    autocast = errors("reference", LOW)
-    fused = errors("triton", LOW)
+    exact = run(make, "reference", torch.float64)
+    autocast = errors("reference")
+    fused = errors("triton")
     assert all(1e-5 < error < 2e-2 for error in autocast)
     # Which roundings fall which way is chance: up to 7 % apart over a few seeds.
     assert all(a <= 1.15 * b for a, b in zip(fused, autocast, strict=True)), (fused, autocast)
 
 
-def test_a_block_hands_on_residual_and_operand(monkeypatch):
+def test_a_block_hands_on_residual_and_operand():
     """The next block's products have nothing to cast."""
-    monkeypatch.setattr(encoder, "low_dtype", lambda x: LOW)
     block = Encoder(CONFIG).to(DEVICE).blocks[0]
     x = torch.randn(2, 5, 64, device=DEVICE)
     with torch.autocast(DEVICE.type, LOW):
@@ -77,7 +72,6 @@ def test_a_block_hands_on_residual_and_operand(monkeypatch):
     assert y.dtype == torch.float32
     assert low.dtype == LOW
     assert torch.equal(low, y.to(LOW))
-    monkeypatch.undo()
     y, low, _ = block(x)
     assert low is y
 
@@ -85,18 +79,40 @@ def test_a_block_hands_on_residual_and_operand(monkeypatch):
 def test_a_residual_in_low_precision_is_not(monkeypatch):
     """What the norms' second result is for."""
 
-    def error(make, low_dtype):
-        found, _ = run(make, "reference", torch.float32, monkeypatch, low_dtype)
-        exact, _ = run(make, "reference", torch.float64, monkeypatch)
+    def error(make):
+        found, _ = run(make, "reference", torch.float32)
+        exact, _ = run(make, "reference", torch.float64)
         return (found - exact).norm()
 
-    twice = {make: error(make, LOW) for make in (blocks, decoder)}
+    twice = {make: error(make) for make in (blocks, decoder)}
+    for module in (encoder, pretraining):
+        monkeypatch.setattr(module, "low_dtype", lambda x: None)
     if DEVICE.type == "cpu":  # on a GPU autocast's LayerNorm gives float32, and so its residual is
-        assert error(decoder, None) > 1.1 * twice[decoder]
+        assert error(decoder) > 1.1 * twice[decoder]
     norm = torch.nn.functional.layer_norm
 
     def rounded(x, *args):
         return norm(x, *args) if x.dtype == torch.float64 else norm(x, *args).to(LOW).to(x.dtype)
 
     monkeypatch.setattr(torch.nn.functional, "layer_norm", rounded)
-    assert error(blocks, None) > 1.5 * twice[blocks]
+    assert error(blocks) > 1.5 * twice[blocks]
+
+
+def test_the_gradient_of_the_global_loss_is_not_rounded_away():
+    """It comes along the CLS token, which was normed; what the norm's backward leaves of it is small beside it. Where
+    tokens were bfloat16, as PyTorch's norms on a CPU put them out, the gradients of the blocks were 0.14 off."""
+    torch.manual_seed(0)
+    model = CAT(CONFIG, ObjectiveConfig(regularisation_weight=0.0)).to(DEVICE)
+    spec, rng = torch.randn(4, 1, 128, 128, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    visible = torch.rand(8, 64).argsort(1)[:, :13].contiguous().to(DEVICE)
+    noise = torch.randn(8, 51, 64, device=DEVICE)
+    targets = copy.deepcopy(model).double().targets(spec.double())
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        copied = copy.deepcopy(model).to(dtype)
+        copied.targets = lambda spec: targets.to(spec.dtype)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.float32):
+            copied(spec.to(dtype), visible, rng=rng, mask_noise=noise.to(dtype)).loss.backward()
+        grads.append({name: p.grad.double() for name, p in copied.student.named_parameters()})
+    errors = {name: float((grads[1][name] - g).norm() / g.norm()) for name, g in grads[0].items()}
+    assert all(error < (0.05 if name.startswith("stem") else 0.01) for name, error in errors.items()), errors
