@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 Scaling = Callable[[np.ndarray], np.ndarray]  # (m, d) -> (m, d), or (m, the number of components)
+WHITENED = 64  # components in which neighbours are looked for
 ROUNDING = 1e-6  # of the root mean square of all features: what a network in float32 makes of it
 
 
@@ -26,7 +27,7 @@ def standardising(rows: np.ndarray) -> Scaling:
     return scaler.transform
 
 
-def whitening(rows: np.ndarray, dimensions: int) -> Scaling:
+def whitening(rows: np.ndarray, dimensions: int = WHITENED) -> Scaling:
     """To the up to ``dimensions`` leading principal components of ``rows`` (n, d), each of deviation 1."""
     from sklearn.decomposition import PCA
 

@@ -144,7 +144,7 @@ def nearest(pieces: Pieces, row: np.ndarray, k: int, among: set[str], *, whiten:
         return []
     rows, wanted = pieces.rows[chosen], row[None]
     if whiten and len(chosen) > 1:
-        whitened = whitening(rows, 64)
+        whitened = whitening(rows)
         rows, wanted = whitened(rows), whitened(wanted)
     search = NearestNeighbors(n_neighbors=min(k, len(chosen)), metric="cosine").fit(rows)
     distances, places = search.kneighbors(wanted)

@@ -20,7 +20,6 @@ from cat.scaling import Scaling, standardising, whitening
 
 KNN_CANDIDATES = (1, 3, 5, 10, 20, 50)
 LINEAR_CANDIDATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-WHITENED_DIMENSIONS = 64
 EXTRA = "probes need scikit-learn: pip install 'cat-kernels[train]'"
 
 
@@ -179,7 +178,7 @@ def _standardised(train: Split, *others: Split) -> tuple[Split, ...]:
 
 
 def _whitened(train: Split, *others: Split) -> tuple[Split, ...]:
-    return _scaled(whitening(train.features, WHITENED_DIMENSIONS), train, *others)
+    return _scaled(whitening(train.features), train, *others)
 
 
 def _scaled(scaling: Scaling, *splits: Split) -> tuple[Split, ...]:
