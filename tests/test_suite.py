@@ -292,6 +292,7 @@ def run_suite(*arguments: str) -> subprocess.CompletedProcess[str]:
 WITHOUT_A_GPU = {
     "tests/kernels/test_package.py": "imports, copies and state dicts",
     "tests/kernels/test_resources.py": "reads what compilers say",
+    "tests/kernels/test_stem_norm.py": "what PyTorch does on a CPU alone",
     "tests/kernels/test_stem.py": "the stem in plain PyTorch, in float64; test_operators.py runs it on a GPU",
 }
 
