@@ -237,4 +237,7 @@ def run_in_shell(step: Step, folder: Path, programs: Mapping[str, str]) -> None:
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, f"{step}\nexit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+    # 141: `head` had enough before the other side had written all.
+    expected = {0, 141} if "| head" in step.text else {0}
+    said = done.stdout[-1000:] + done.stderr[-3000:]
+    assert done.returncode in expected, f"{step}\nexit code {done.returncode}\n{said}"

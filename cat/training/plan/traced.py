@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cat.config import from_mapping, to_mapping
-from cat.model import CAT, Classifier, Encoder, ModelConfig
+from cat.model import CAT, Classifier, Encoder, ModelConfig, encoder
 from cat.parts import part
 from cat.training.finetune_recipe import FinetuneConfig
 from cat.training.finetune_step import FinetuneStep
@@ -89,6 +89,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     warnings.simplefilter("ignore")
     nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor  # it draws until all values fit, and here there are none
+    encoder.FEW_TOKENS = 0  # attention in float32 is for CPUs
     kind = PretrainConfig if asked.pop("kind") == "pretrain" else FinetuneConfig
     config: Any = from_mapping(kind, asked.pop("config"), source="the recipe")
     print(json.dumps(dataclasses.asdict(_as_on_a_gpu(config, **asked))))
