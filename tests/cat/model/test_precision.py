@@ -116,3 +116,11 @@ def test_the_gradient_of_the_global_loss_is_not_rounded_away():
         grads.append({name: p.grad.double() for name, p in copied.student.named_parameters()})
     errors = {name: float((grads[1][name] - g).norm() / g.norm()) for name, g in grads[0].items()}
     assert all(error < (0.05 if name.startswith("stem") else 0.01) for name, error in errors.items()), errors
+
+
+def test_autocast_leaves_float64_alone():
+    model = Encoder(CONFIG).to(DEVICE, torch.float64)
+    spec = torch.randn(2, 1, 32, 128, device=DEVICE, dtype=torch.float64)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = model(spec)
+    torch.testing.assert_close(found, model(spec), rtol=0, atol=0)
