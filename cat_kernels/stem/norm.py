@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._eager import records_gradients
-
-LOW = (torch.bfloat16, torch.float16)
+from .._norm import LOW
 
 # Elements of a piece for each thread, whose products in float32 stay in the cache. Of 2^15 to 2^18 the fastest.
 PIECE_ELEMENTS = 1 << 17
